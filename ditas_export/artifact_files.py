@@ -1,0 +1,102 @@
+"""Atomic, checked files: a file either is complete under its final name or is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ditas_export.errors import ArtifactError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` on success, remove it otherwise.
+
+    Raises:
+        ArtifactError: the folder does not exist or cannot be written, `path` is a folder, or the
+            disk is full.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"could not write {path}: {error}; nothing was left behind") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process's file-mode mask; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of tensors, their names, shapes and types, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, file_format: str, header: Mapping[str, Any]
+) -> None:
+    """Write one safetensors file whose metadata says what it is and holds `header` as JSON."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", file_format: json.dumps(header, sort_keys=True)}
+    with atomic_path(path) as partial:
+        save_file(contiguous, partial, metadata=metadata)
+
+
+def load_tensors(path: Path, *, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the header that `save_tensors` wrote.
+
+    Raises:
+        ArtifactError: no such file, a truncated file, or a file of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if file_format not in metadata:
+                raise ArtifactError(f"{path} is a safetensors file, but no {file_format}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(metadata[file_format])
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path} is no readable {file_format} file: {error}") from error

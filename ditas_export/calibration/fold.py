@@ -1,0 +1,186 @@
+"""Folding: what ships has no smoothing left but fc2's one multiplication.
+
+Exact in real arithmetic. Computed in float64 and rounded once, to the float side's type, as the
+last step; the fake-quantized forward and the ONNX file both read the rounded values.
+
+Identities, for a linear whose input is divided by s (`dit/sites.py` says where each folds):
+- modulate: x(1 + scale) + shift, divided by s: shift rows `W, b ← W/s, b/s`; scale rows `W ← W/s`,
+  `b ← (b + 1 − s)/s`.
+- V: softmax(q kᵀ) v is linear in v, so V's rows (row scale, bias, low-rank output factor) `/ s`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.sites import (
+    LINEAR_KINDS,
+    adaln_name,
+    adaln_rows,
+    block_sites,
+    value_rows,
+)
+from ditas_export.errors import QuantizationError
+from ditas_export.quantization.integer import IntegerWeight, LowRank
+
+SMALLEST_HALF_SCALE = 2.0**-14
+"""Row scales of a half-precision network stay normal numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FoldedLinear:
+    """A linear as it ships: `y = Q(x · input_multiplier) Wᵀ + bias`."""
+
+    weight: IntegerWeight  # row_scale in the float side's type
+    low_rank: LowRank | None  # left in the float side's type
+    bias: Tensor  # (N,) in the float side's type
+    input_multiplier: Tensor | None  # (K,) in the float side's type: 1/s of fc2, else None
+    static_range: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FoldedDiT:
+    """A quantized DiT whose smoothing is folded; every float in the float side's type."""
+
+    config: DiTConfig
+    dtype: torch.dtype
+    float_parameters: Mapping[str, Tensor]  # checkpoint name -> tensor; adaLN rows folded
+    linears: Mapping[str, FoldedLinear]  # module path -> linear, in walk order
+    activation_bits: int
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float32) -> FoldedDiT:
+    """Return the model with s folded away, exact but for one rounding to `dtype`.
+
+    Args:
+        quantized: left untouched.
+        dtype: float type of what ships (float64 for proofs).
+
+    Raises:
+        QuantizationError: a folded value overflows `dtype`.
+    """
+    parameters = {name: tensor.double() for name, tensor in quantized.float_parameters.items()}
+    width = quantized.config.hidden_size
+    folded: dict[str, FoldedLinear] = {}
+    for block in range(quantized.config.depth):
+        sites = {site.kind: site.name for site in block_sites(block)}
+        qkv, proj, fc1, fc2 = (_in_float64(quantized.linears[sites[kind]]) for kind in LINEAR_KINDS)
+        proj = _with_normal_row_scales(proj, dtype)
+        qkv = _with_normal_row_scales(_divide_value_rows(qkv, proj.smoothing_scale, width), dtype)
+        fc1, fc2 = (_with_normal_row_scales(linear, dtype) for linear in (fc1, fc2))
+        _fold_into_adaln(parameters, block, "msa", qkv, width)
+        _fold_into_adaln(parameters, block, "mlp", fc1, width)
+        folded[sites["attn.qkv"]] = _round_linear(qkv, dtype)
+        folded[sites["attn.proj"]] = _round_linear(proj, dtype)
+        folded[sites["mlp.fc1"]] = _round_linear(fc1, dtype)
+        folded[sites["mlp.fc2"]] = replace(
+            _round_linear(fc2, dtype), input_multiplier=fc2.smoothing_scale.reciprocal().to(dtype)
+        )
+    rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
+    for name, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            raise QuantizationError(f"{name} overflows {dtype} once folded; use precision fp32")
+    return FoldedDiT(
+        config=quantized.config,
+        dtype=dtype,
+        float_parameters=rounded,
+        linears=folded,
+        activation_bits=quantized.activation_bits,
+        settings=quantized.settings,
+        provenance=quantized.provenance,
+    )
+
+
+def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
+    """Return the linear with every float that folding touches in float64."""
+    low_rank = linear.low_rank
+    if low_rank is not None:
+        low_rank = replace(
+            low_rank, left=low_rank.left.double(), right_scale=low_rank.right_scale.double()
+        )
+    return replace(
+        linear,
+        weight=replace(linear.weight, row_scale=linear.weight.row_scale.double()),
+        low_rank=low_rank,
+        bias=linear.bias.double(),
+        smoothing_scale=linear.smoothing_scale.double(),
+    )
+
+
+def _with_normal_row_scales(linear: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
+    """Return the linear with s scaled by a power of two so that halves hold its row scales.
+
+    W · s and x / s change by the same power: the function is the same.
+    """
+    smallest = float(linear.weight.row_scale.amin())
+    if dtype != torch.float16 or smallest >= SMALLEST_HALF_SCALE:
+        return linear
+    power = 2.0 ** math.ceil(math.log2(SMALLEST_HALF_SCALE / smallest))
+    low_rank = linear.low_rank
+    if low_rank is not None:
+        low_rank = replace(low_rank, left=low_rank.left * power)
+    return replace(
+        linear,
+        weight=replace(linear.weight, row_scale=linear.weight.row_scale * power),
+        low_rank=low_rank,
+        smoothing_scale=linear.smoothing_scale * power,
+        step_ranges=linear.step_ranges / power,
+    )
+
+
+def _fold_into_adaln(
+    parameters: dict[str, Tensor], block: int, branch: str, linear: QuantizedLinear, width: int
+) -> None:
+    """Divide what a block's modulation makes by s, in the given (owned) parameters."""
+    s = linear.smoothing_scale
+    weight = parameters[f"{adaln_name(block)}.weight"].clone()
+    bias = parameters[f"{adaln_name(block)}.bias"].clone()
+    shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
+    weight[shift], bias[shift] = weight[shift] / s[:, None], bias[shift] / s
+    weight[scale], bias[scale] = weight[scale] / s[:, None], (bias[scale] + 1 - s) / s
+    parameters[f"{adaln_name(block)}.weight"] = weight
+    parameters[f"{adaln_name(block)}.bias"] = bias
+
+
+def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> QuantizedLinear:
+    """Return qkv with the rows that make V divided by proj's s; the codes stay as they are."""
+    divisor = torch.ones_like(linear.weight.row_scale)
+    divisor[value_rows(width)] = s
+    low_rank = linear.low_rank
+    if low_rank is not None:
+        low_rank = replace(low_rank, left=low_rank.left / divisor[:, None])
+    return replace(
+        linear,
+        weight=replace(linear.weight, row_scale=linear.weight.row_scale / divisor),
+        low_rank=low_rank,
+        bias=linear.bias / divisor,
+    )
+
+
+def _round_linear(linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
+    """Round a linear's floats to `dtype`, the one rounding of folding."""
+    row_scale = linear.weight.row_scale.to(dtype)
+    if not row_scale.isfinite().all():
+        raise QuantizationError(f"a row scale overflows {dtype}; use precision fp32")
+    low_rank = linear.low_rank
+    if low_rank is not None:
+        low_rank = replace(
+            low_rank, left=low_rank.left.to(dtype), right_scale=low_rank.right_scale.to(dtype)
+        )
+    return FoldedLinear(
+        weight=replace(linear.weight, row_scale=row_scale),
+        low_rank=low_rank,
+        bias=linear.bias.to(dtype),
+        input_multiplier=None,
+        static_range=linear.static_range,
+    )

@@ -1,0 +1,164 @@
+"""The quantized model as an artefact: everything that the exporter needs, in one file.
+
+Nothing here is folded: `s` of every linear is kept, the float parameters are the checkpoint's.
+`fold.py` turns it into what ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.sites import linear_sites
+from ditas_export.errors import ArtifactError
+from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
+
+ARTIFACT_FORMAT = "ditas-export quantized DiT 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedLinear:
+    """One linear: y ≈ x̂ (codes · multipliers · row_scale + left @ right)ᵀ + bias, x̂ = Q(x / s)."""
+
+    weight: IntegerWeight  # of W · s, (N, K)
+    low_rank: LowRank | None
+    bias: Tensor  # (N,) float32
+    smoothing_scale: Tensor  # s, (K,) float32, > 0; ones where the method does not smooth
+    alpha: float | None  # smoothing exponent that won, None where the method has none
+    step_ranges: Tensor  # (steps,) float32: max|x / s| of the float model at each time step
+    output_snr_db: float  # of this linear's output on the calibration states, against the target
+
+    @property
+    def static_range(self) -> float:
+        """Largest |x / s| over all time steps: the range of `static`."""
+        return float(self.step_ranges.amax())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedDiT:
+    """A DiT whose block linears are integers; unfolded."""
+
+    config: DiTConfig
+    float_parameters: Mapping[str, Tensor]  # checkpoint name -> float32; all but the linears'
+    linears: Mapping[str, QuantizedLinear]  # module path -> linear, in walk order
+    activation_bits: int  # 8, or 16 for float activations
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what calibration was asked for
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # hashes and versions
+
+    def __post_init__(self) -> None:
+        """Check that every site is there, once, in order."""
+        expected = [site.name for site in linear_sites(self.config.depth)]
+        if list(self.linears) != expected:
+            odd = sorted(set(self.linears) ^ set(expected)) or "the order"
+            raise ArtifactError(f"quantized linears do not match the model's sites: {odd}")
+        if self.activation_bits not in (8, 16):
+            raise ArtifactError(f"activation bits are 8 or 16, not {self.activation_bits}")
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits per code: 4 or 8."""
+        return next(iter(self.linears.values())).weight.bits
+
+    def save(self, path: Path) -> None:
+        """Write `*.ditas.safetensors`, 4-bit codes packed two a byte; bit-exact on loading."""
+        tensors = {f"float.{name}": tensor for name, tensor in self.float_parameters.items()}
+        linears: dict[str, Any] = {}
+        for name, linear in self.linears.items():
+            parts, facts = _linear_to_parts(linear)
+            tensors.update({f"{name}.{key}": value for key, value in parts.items()})
+            linears[name] = facts
+        header = {
+            "config": self.config.to_dict(),
+            "linears": linears,
+            "activation_bits": self.activation_bits,
+            "settings": dict(self.settings),
+            "provenance": dict(self.provenance),
+        }
+        save_tensors(path, tensors, file_format=ARTIFACT_FORMAT, header=header)
+
+    @classmethod
+    def load(cls, path: Path) -> QuantizedDiT:
+        """Read an artefact; ArtifactError on any other file."""
+        tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT)
+        try:
+            config = DiTConfig(**header["config"])
+            linears = {
+                site.name: _linear_from_parts(site.name, tensors, header["linears"][site.name])
+                for site in linear_sites(config.depth)
+            }
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ArtifactError(f"{path} is damaged: {error!r}; calibrate again") from error
+        prefix = "float."
+        return cls(
+            config=config,
+            float_parameters={
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            },
+            linears=linears,
+            activation_bits=header["activation_bits"],
+            settings=header["settings"],
+            provenance=header["provenance"],
+        )
+
+
+def _linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a linear into tensors and plain facts."""
+    weight = linear.weight
+    tensors = {
+        "codes": pack_int4(weight.codes) if weight.bits == 4 else weight.codes,
+        "multipliers": weight.multipliers,
+        "row_scale": weight.row_scale,
+        "bias": linear.bias,
+        "smoothing_scale": linear.smoothing_scale,
+        "step_ranges": linear.step_ranges,
+    }
+    if linear.low_rank is not None:
+        tensors["low_rank.left"] = linear.low_rank.left
+        tensors["low_rank.right_codes"] = linear.low_rank.right_codes
+        tensors["low_rank.right_scale"] = linear.low_rank.right_scale
+    facts = {
+        "bits": weight.bits,
+        "shape": list(weight.codes.shape),
+        "alpha": linear.alpha,
+        "output_snr_db": linear.output_snr_db,
+        "rank": linear.low_rank.rank if linear.low_rank else 0,
+    }
+    return tensors, facts
+
+
+def _linear_from_parts(
+    name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> QuantizedLinear:
+    """Rebuild the linear `name` from a file's tensors and facts."""
+    codes = tensors[f"{name}.codes"]
+    if facts["bits"] == 4:
+        codes = unpack_int4(codes, tuple(facts["shape"]))
+    low_rank = None
+    if facts["rank"]:
+        low_rank = LowRank(
+            left=tensors[f"{name}.low_rank.left"],
+            right_codes=tensors[f"{name}.low_rank.right_codes"],
+            right_scale=tensors[f"{name}.low_rank.right_scale"],
+        )
+    return QuantizedLinear(
+        weight=IntegerWeight(
+            codes=codes,
+            multipliers=tensors[f"{name}.multipliers"],
+            row_scale=tensors[f"{name}.row_scale"],
+            bits=facts["bits"],
+        ),
+        low_rank=low_rank,
+        bias=tensors[f"{name}.bias"],
+        smoothing_scale=tensors[f"{name}.smoothing_scale"],
+        alpha=facts["alpha"],
+        step_ranges=tensors[f"{name}.step_ranges"],
+        output_snr_db=facts["output_snr_db"],
+    )

@@ -1,0 +1,50 @@
+"""What every backend looks like to the sampler."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from ditas_export.dit.model import DiTConfig
+
+
+class Runner(Protocol):
+    """A DiT that can be run, whatever runs it; a context manager."""
+
+    @property
+    def config(self) -> DiTConfig:
+        """Shape of the model behind the runner."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line: backend, version, device, and the kernels really used where known."""
+        ...
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Return ε and the learned variance.
+
+        Args:
+            latents: (N, C, H, W) float32.
+            timesteps: (N,) int64, steps of the full schedule, 0 to 999.
+            class_labels: (N,) int64; `num_classes` is the null class.
+
+        Returns:
+            (N, 2C, H, W) float32.
+        """
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the runner, ready."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free what the runner holds."""
+        ...

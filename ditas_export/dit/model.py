@@ -1,0 +1,342 @@
+"""The Diffusion Transformer with the parameter names of the published checkpoints.
+
+Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023. Written from
+the paper and the checkpoints' names and shapes. Names of shapes: N batch, C latent channels,
+H and W latent size, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ditas_export.errors import CheckpointError
+
+FREQUENCY_EMBEDDING_SIZE = 256
+"""Width of the sinusoidal time-step features, fixed in every published checkpoint."""
+
+MAX_PERIOD = 10_000.0
+"""Longest period of the sinusoidal time-step features."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTConfig:
+    """What a DiT's shape depends on; `input_size` is the latent's side in pixels."""
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuse a shape that no DiT can have, naming the numbers."""
+        if self.input_size % self.patch_size:
+            raise CheckpointError(
+                f"input_size={self.input_size} is no multiple of patch_size={self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise CheckpointError(
+                f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}; "
+                f"pass the right --num-heads"
+            )
+        if self.hidden_size % 4:
+            raise CheckpointError(
+                f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image, T."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: ε and the learned variance, 2C."""
+        return 2 * self.in_channels
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class" in classifier-free guidance."""
+        return self.num_classes
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Return the fields as plain numbers, for a file's header."""
+        return asdict(self)
+
+
+def timestep_features(timesteps: Tensor) -> Tensor:
+    """Return the sinusoidal features of time steps, cosines first.
+
+    Args:
+        timesteps: (N,), any number type; steps of the full schedule, 0 to 999.
+
+    Returns:
+        (N, 256) float32, whatever the network's float type: halves cannot hold the phases.
+    """
+    half = FREQUENCY_EMBEDDING_SIZE // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents)
+    angles = timesteps.float()[:, None] * frequencies[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Return the fixed 2-D sin-cos position embedding.
+
+    The first half of the features encodes the column, the second the row, each as sines then
+    cosines, computed in float64.
+
+    Returns:
+        (grid_size², hidden_size) float32, tokens in row-major order.
+    """
+    quarter = hidden_size // 4
+    frequencies = MAX_PERIOD ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies[None]
+    one_axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (grid, D/2)
+    columns = one_axis[None, :, :].expand(grid_size, -1, -1)
+    rows = one_axis[:, None, :].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(grid_size**2, hidden_size).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x · (1 + scale) + shift; x (N, T, D), shift and scale (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    """Image (N, C, H, W) to tokens (N, T, D) by one strided convolution."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.in_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed patches, in row-major order."""
+        embedded: Tensor = self.proj(x)
+        return embedded.flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time steps (N,) to vectors (N, D)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_EMBEDDING_SIZE, config.hidden_size),
+            nn.SiLU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Embed time steps; the features are made in float32 and cast to the weights' type."""
+        features = timestep_features(timesteps)
+        embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return embedded
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,), null class included, to vectors (N, D)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Look the labels up."""
+        embedded: Tensor = self.embedding_table(labels)
+        return embedded
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose two linears are `qkv` and `proj`."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """Return softmax(q kᵀ / √d) v: all of attention between its two linears.
+
+        Args:
+            qkv: (N, T, 3D), rows q, k, v, each split into heads.
+
+        Returns:
+            (N, T, D), the input of `proj`.
+        """
+        n, t, width = qkv.shape
+        heads = qkv.reshape(n, t, 3, self.num_heads, width // 3 // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, d) each
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(1, 2).reshape(n, t, width // 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend; x and the result are (N, T, D)."""
+        out: Tensor = self.proj(self.mix(self.qkv(x)))
+        return out
+
+
+class Mlp(nn.Module):
+    """fc1, GELU (tanh form), fc2."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token; x and the result are (N, T, D)."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaptive layer norm (adaLN-Zero).
+
+    `adaLN_modulation` yields six chunks in this order, on which every fold relies:
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.mlp = Mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Return the next hidden state; x (N, T, D), c (N, D)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        mlp: Tensor = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x + gate_mlp.unsqueeze(1) * mlp
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm and the projection to pixels."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Return (N, T, p·p·2C); x (N, T, D), c (N, D)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
+
+
+class DiT(nn.Module):
+    """Latents, time steps and class labels to ε and the learned variance.
+
+    `state_dict()` has exactly the keys of the published checkpoints.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config)
+        grid_size = config.input_size // config.patch_size
+        positions = position_embedding(config.hidden_size, grid_size)
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+
+    def embed(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first hidden state (N, T, D) and the conditioning vector (N, D)."""
+        hidden = self.x_embedder(latents) + self.pos_embed
+        return hidden, self.t_embedder(timesteps) + self.y_embedder(labels)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Return (N, 2C, H, W) from (N, T, p·p·2C)."""
+        p, channels = self.config.patch_size, self.config.out_channels
+        grid = self.config.input_size // p
+        x = x.reshape(x.shape[0], grid, grid, p, p, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], channels, grid * p, grid * p)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Predict the noise and the variance's interpolation coefficient.
+
+        Args:
+            latents: (N, C, H, W), in the parameters' float type.
+            timesteps: (N,), steps of the full schedule, 0 to 999.
+            class_labels: (N,) int64; `num_classes` is the null class.
+
+        Returns:
+            (N, 2C, H, W): the first C channels are ε, the rest the learned variance.
+        """
+        hidden, c = self.embed(latents, timesteps, class_labels)
+        for block in self.blocks:
+            hidden = block(hidden, c)
+        return self.unpatchify(self.final_layer(hidden, c))
+
+
+def initialize_adaln_zero(model: DiT, *, seed: int) -> None:
+    """Initialise for training: Xavier linears, adaLN-Zero, a zero final projection.
+
+    Source: Peebles and Xie 2023, section 3.2 (adaLN-Zero block).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+    patches = model.x_embedder.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=generator)
+    nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.startswith("t_embedder.mlp") and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            nn.init.zeros_(parameter)
+
+
+def randomize(model: DiT, *, seed: int) -> None:
+    """Fill every parameter with plausible random values, adaLN and final layer included.
+
+    A freshly initialised DiT is the identity in every block and hides every error; one made here
+    is right for structure, speed and size, never for quality. Biases get values too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "pos_embed":
+                continue
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
+            std = 0.02 if parameter.ndim == 1 or "embedding_table" in name else fan_in**-0.5
+            if "adaLN_modulation" in name:
+                std *= 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,0 +1,33 @@
+"""Every refusal of this package: what was found, what was expected, what to do."""
+
+
+class DitasExportError(Exception):
+    """Base of all errors that a user can cause and mend; the message is one clear line."""
+
+
+class CheckpointError(DitasExportError):
+    """A model file is missing, damaged, unsafe, or not a DiT."""
+
+
+class CalibrationError(DitasExportError):
+    """Calibration settings or states do not fit the model."""
+
+
+class QuantizationError(DitasExportError):
+    """A tensor or setting that the quantizer cannot represent."""
+
+
+class ArtifactError(DitasExportError):
+    """A saved artefact is damaged, of another kind or version, or made from another model."""
+
+
+class OnnxExportError(DitasExportError):
+    """A graph that cannot be written, or breaks a rule of the runtimes."""
+
+
+class RunnerError(DitasExportError):
+    """A backend is missing, refuses the model, or was fed inputs that do not fit."""
+
+
+class VerificationError(DitasExportError):
+    """An exported file does not compute what was calibrated."""

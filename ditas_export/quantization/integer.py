@@ -1,0 +1,200 @@
+"""Integer weights whose INT4 blocks and INT8 rows are the same numbers.
+
+Two-level scales: a weight is `codes · multiplier · row_scale` with codes in −7 … 7 and an integer
+multiplier of 1 … 18 per block, so `|codes · multiplier| ≤ 126` is an INT8 value and the GEMM that a
+runtime has (INT8 × INT8, one scale per output channel) computes exactly what the 4-bit tensor says.
+Shapes: N output channels, K input channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditas_export.errors import QuantizationError
+
+MAX_CODE_4BIT = 7
+"""Codes are −7 … 7; −8 is never used, so the range is symmetric."""
+
+MAX_MULTIPLIER = 18
+"""Largest block multiplier: 7 · 18 = 126 still is an INT8 value."""
+
+MAX_CODE_8BIT = 127
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IntegerWeight:
+    """A weight (N, K) as `codes · multipliers · row_scale`, the one source of its numbers."""
+
+    codes: Tensor  # (N, K) int8; |codes| <= 7 for 4 bits, <= 127 for 8
+    multipliers: Tensor  # (N, K / block_size) int8; 1 ... 18 for 4 bits, one column of 1 for 8
+    row_scale: Tensor  # (N,) float, finite, > 0
+    bits: int
+
+    def __post_init__(self) -> None:
+        """Check the shapes and ranges that every container relies on."""
+        if self.bits not in (4, 8):
+            raise QuantizationError(f"weight bits are 4 or 8, not {self.bits}")
+        rows, columns = self.codes.shape
+        blocks = self.multipliers.shape[1]
+        if self.multipliers.shape[0] != rows or columns % blocks or self.row_scale.shape != (rows,):
+            raise QuantizationError(
+                f"codes {tuple(self.codes.shape)}, multipliers {tuple(self.multipliers.shape)} and "
+                f"row_scale {tuple(self.row_scale.shape)} do not fit together"
+            )
+        max_code, max_multiplier = (
+            (MAX_CODE_4BIT, MAX_MULTIPLIER) if self.bits == 4 else (MAX_CODE_8BIT, 1)
+        )
+        if self.codes.abs().amax() > max_code:
+            raise QuantizationError(f"a {self.bits}-bit code lies outside ±{max_code}")
+        if self.multipliers.amin() < 1 or self.multipliers.amax() > max_multiplier:
+            raise QuantizationError(f"a block multiplier lies outside 1 … {max_multiplier}")
+        if not (self.row_scale.isfinite() & (self.row_scale > 0)).all():
+            raise QuantizationError("a row scale is not finite and positive")
+
+    @property
+    def block_size(self) -> int:
+        """Input channels that share one multiplier."""
+        return self.codes.shape[1] // self.multipliers.shape[1]
+
+    def int8_rows(self) -> Tensor:
+        """Return codes · multipliers, (N, K) int8: what an INT8 GEMM multiplies."""
+        return self.codes * self.multipliers.repeat_interleave(self.block_size, dim=1)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K), in the row scale's float type."""
+        return self.int8_rows().to(self.row_scale.dtype) * self.row_scale[:, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LowRank:
+    """A low-rank addition `left @ right` to a weight, its input factor in INT8.
+
+    The branch reads the quantized input (paper, eq. 9), so `x̂ @ right.T` is an INT8 GEMM too.
+    """
+
+    left: Tensor  # (N, rank) float
+    right_codes: Tensor  # (rank, K) int8, |codes| <= 127
+    right_scale: Tensor  # (rank,) float, finite, > 0
+
+    @property
+    def rank(self) -> int:
+        """Columns of `left`."""
+        return self.left.shape[1]
+
+    def right(self) -> Tensor:
+        """Return the input factor (rank, K) in the scale's float type."""
+        return self.right_codes.to(self.right_scale.dtype) * self.right_scale[:, None]
+
+    def dequantize(self) -> Tensor:
+        """Return left @ right, (N, K)."""
+        return self.left @ self.right()
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise QuantizationError if `tensor` has NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise QuantizationError(f"{name} has NaN or infinity; check the checkpoint")
+
+
+def nonzero_scale(maxima: Tensor, max_code: int) -> Tensor:
+    """Return maxima / max_code, and 1 where that is zero (an all-zero row has scale 1)."""
+    scale = maxima / max_code
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to INT8, one scale per row: weight ≈ codes · scale[:, None].
+
+    Args:
+        weight: (N, K) float, finite; left untouched.
+
+    Returns:
+        codes (N, K) int8 in ±127 and scale (N,) in the weight's float type, 1 for an all-zero row.
+
+    Raises:
+        QuantizationError: NaN or infinity.
+    """
+    require_finite("a weight", weight)
+    scale = nonzero_scale(weight.abs().amax(dim=1), MAX_CODE_8BIT)
+    codes = (weight / scale[:, None]).round().clamp(-MAX_CODE_8BIT, MAX_CODE_8BIT)
+    return codes.to(torch.int8), scale
+
+
+def initial_row_scale(weight: Tensor) -> Tensor:
+    """Return the row scale whose largest 4-bit value, 126, is the row's largest weight.
+
+    Args:
+        weight: (N, K) float.
+
+    Returns:
+        (N,) in the weight's type, > 0; 1 for an all-zero row.
+    """
+    return nonzero_scale(weight.abs().amax(dim=1), MAX_CODE_4BIT * MAX_MULTIPLIER)
+
+
+def round_to_blocks(weight: Tensor, *, block_size: int) -> IntegerWeight:
+    """Round a weight to 4-bit codes by nearest value, each block's range covered whole.
+
+    The multiplier is the smallest that covers its block's largest weight, so `|error| ≤ scale / 2`
+    with `scale = multiplier · row_scale`.
+
+    Args:
+        weight: (N, K) float, finite; left untouched.
+        block_size: consecutive input channels that share a multiplier; divides K.
+
+    Raises:
+        QuantizationError: `block_size` does not divide K; NaN or infinity.
+    """
+    require_finite("a weight", weight)
+    require_block_size(weight.shape[1], block_size)
+    row_scale = initial_row_scale(weight)
+    blocks = weight.reshape(weight.shape[0], -1, block_size) / row_scale[:, None, None]
+    # The tolerance keeps a maximum of 126 + 1 ulp in multiplier 18.
+    needed = (blocks.abs().amax(dim=-1) / MAX_CODE_4BIT - 1e-6).ceil()
+    multipliers = needed.clamp(1, MAX_MULTIPLIER)
+    codes = (blocks / multipliers[..., None]).round().clamp(-MAX_CODE_4BIT, MAX_CODE_4BIT)
+    return IntegerWeight(
+        codes=codes.flatten(1).to(torch.int8),
+        multipliers=multipliers.to(torch.int8),
+        row_scale=row_scale,
+        bits=4,
+    )
+
+
+def round_to_rows(weight: Tensor) -> IntegerWeight:
+    """Round a weight to 8-bit codes by nearest value, one scale per output channel."""
+    codes, scale = quantize_rows(weight)
+    ones = torch.ones(weight.shape[0], 1, dtype=torch.int8, device=weight.device)
+    return IntegerWeight(codes=codes, multipliers=ones, row_scale=scale, bits=8)
+
+
+def require_block_size(in_features: int, block_size: int) -> None:
+    """Raise QuantizationError unless `block_size` divides `in_features`."""
+    if in_features % block_size:
+        raise QuantizationError(
+            f"block_size={block_size} does not divide in_features={in_features}; pick a divisor"
+        )
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes two a byte, the first in the low half (ONNX and TensorRT order).
+
+    Args:
+        codes: int8 in −8 … 7, an even number of elements; flattened in row-major order.
+
+    Returns:
+        (elements / 2,) uint8.
+    """
+    if codes.numel() % 2:
+        raise QuantizationError(f"{codes.numel()} 4-bit codes do not fill whole bytes")
+    nibbles = codes.flatten().view(torch.uint8) & 0x0F
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the int8 codes that `pack_int4` packed, in `shape`."""
+    pairs = torch.stack([packed & 0x0F, packed >> 4], dim=1).flatten().to(torch.int8)
+    return torch.where(pairs > 7, pairs - 16, pairs).reshape(shape)
