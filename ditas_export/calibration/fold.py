@@ -105,12 +105,10 @@ def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
     """Return the linear with every float that folding touches in float64."""
     low_rank = linear.low_rank
     if low_rank is not None:
-        low_rank = replace(
-            low_rank, left=low_rank.left.double(), right_scale=low_rank.right_scale.double()
-        )
+        low_rank = low_rank.to(torch.float64)
     return replace(
         linear,
-        weight=replace(linear.weight, row_scale=linear.weight.row_scale.double()),
+        weight=linear.weight.to(torch.float64),
         low_rank=low_rank,
         bias=linear.bias.double(),
         smoothing_scale=linear.smoothing_scale.double(),
@@ -174,9 +172,7 @@ def _round_linear(linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
         raise QuantizationError(f"a row scale overflows {dtype}; use precision fp32")
     low_rank = linear.low_rank
     if low_rank is not None:
-        low_rank = replace(
-            low_rank, left=low_rank.left.to(dtype), right_scale=low_rank.right_scale.to(dtype)
-        )
+        low_rank = low_rank.to(dtype)
     return FoldedLinear(
         weight=replace(linear.weight, row_scale=row_scale),
         low_rank=low_rank,

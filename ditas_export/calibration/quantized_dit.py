@@ -70,7 +70,7 @@ class QuantizedDiT:
         tensors = {f"float.{name}": tensor for name, tensor in self.float_parameters.items()}
         linears: dict[str, Any] = {}
         for name, linear in self.linears.items():
-            parts, facts = _linear_to_parts(linear)
+            parts, facts = linear_to_parts(linear)
             tensors.update({f"{name}.{key}": value for key, value in parts.items()})
             linears[name] = facts
         header = {
@@ -89,7 +89,7 @@ class QuantizedDiT:
         try:
             config = DiTConfig(**header["config"])
             linears = {
-                site.name: _linear_from_parts(site.name, tensors, header["linears"][site.name])
+                site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
                 for site in linear_sites(config.depth)
             }
         except (KeyError, TypeError, RuntimeError) as error:
@@ -109,7 +109,7 @@ class QuantizedDiT:
         )
 
 
-def _linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split a linear into tensors and plain facts."""
     weight = linear.weight
     tensors = {
@@ -134,7 +134,7 @@ def _linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[s
     return tensors, facts
 
 
-def _linear_from_parts(
+def linear_from_parts(
     name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> QuantizedLinear:
     """Rebuild the linear `name` from a file's tensors and facts."""

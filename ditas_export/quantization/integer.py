@@ -8,7 +8,7 @@ Shapes: N output channels, K input channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,17 @@ class IntegerWeight:
         """Return the weight, (N, K), in the row scale's float type."""
         return self.int8_rows().to(self.row_scale.dtype) * self.row_scale[:, None]
 
+    def to(self, target: torch.device | torch.dtype | str) -> IntegerWeight:
+        """Return the weight with its row scale in another float type, or all on another device."""
+        if isinstance(target, torch.dtype):
+            return replace(self, row_scale=self.row_scale.to(target))
+        return replace(
+            self,
+            codes=self.codes.to(target),
+            multipliers=self.multipliers.to(target),
+            row_scale=self.row_scale.to(target),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LowRank:
@@ -91,6 +102,13 @@ class LowRank:
     def dequantize(self) -> Tensor:
         """Return left @ right, (N, K)."""
         return self.left @ self.right()
+
+    def to(self, target: torch.device | torch.dtype | str) -> LowRank:
+        """Return the factors with their floats in another type, or all on another device."""
+        codes = self.right_codes if isinstance(target, torch.dtype) else self.right_codes.to(target)
+        return LowRank(
+            left=self.left.to(target), right_codes=codes, right_scale=self.right_scale.to(target)
+        )
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

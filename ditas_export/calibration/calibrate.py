@@ -1,0 +1,253 @@
+"""From a float DiT and its calibration states to a `QuantizedDiT`, resumable block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.calibration.methods import ALPHA_GRID, method_named
+from ditas_export.calibration.quantized_dit import (
+    QuantizedDiT,
+    QuantizedLinear,
+    linear_from_parts,
+    linear_to_parts,
+)
+from ditas_export.calibration.solve import LinearSettings
+from ditas_export.calibration.states import CalibrationStates, walk_states
+from ditas_export.calibration.walk import ROWS_PER_BATCH, WalkStates, walk
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.sites import LinearSite, linear_sites
+from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.quantization.ranges import Ranges
+
+PROGRESS_FORMAT = "ditas-export calibration progress 1"
+
+BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
+"""Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
+
+DEFAULT_BLOCK_SIZE = 48
+WIDTH_PER_RANK = 36
+"""`rank auto` is the paper's share, 32 of 1152."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationSettings:
+    """How a DiT is quantized; None stands for the default that fits the model."""
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    method: str = "ditas-plus"
+    rank: int | None = None
+    block_size: int | None = None
+    ranges: Ranges = "token"
+    alpha_grid: tuple[float, ...] = ALPHA_GRID
+    walk_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what no method or kernel takes."""
+        if self.weight_bits not in (4, 8):
+            raise QuantizationError(f"weight bits are 4 or 8, not {self.weight_bits}")
+        if self.activation_bits not in BLOCK_SIZES:
+            raise QuantizationError(f"activation bits are 8 or 16, not {self.activation_bits}")
+        if self.rank is not None and self.rank < 0:
+            raise QuantizationError(f"rank={self.rank} is negative; 0 means no low-rank branch")
+        if not self.alpha_grid or not all(0 <= alpha <= 1 for alpha in self.alpha_grid):
+            raise QuantizationError(f"alpha_grid={self.alpha_grid}; give values in [0, 1]")
+        allowed = BLOCK_SIZES[self.activation_bits]
+        if self.block_size is not None and self.block_size not in allowed:
+            raise QuantizationError(
+                f"block_size={self.block_size} is not allowed with {self.activation_bits}-bit "
+                f"activations; pick one of {allowed}"
+            )
+        method_named(self.method)
+
+    def rank_for(self, config: DiTConfig) -> int:
+        """Return the rank of the low-rank branch: as asked, or the paper's share of the width.
+
+        8-bit weights have no branch unless one is asked for.
+        """
+        if method_named(self.method).low_rank == "none":
+            return 0
+        if self.rank is not None:
+            return self.rank
+        return 0 if self.weight_bits == 8 else round(config.hidden_size / WIDTH_PER_RANK)
+
+    def block_size_for(self, in_features: int) -> int:
+        """Return the block size of a linear with `in_features` inputs.
+
+        Raises:
+            QuantizationError: the block size asked for does not divide, or no allowed one does.
+        """
+        if self.weight_bits == 8:
+            return in_features
+        allowed = BLOCK_SIZES[self.activation_bits]
+        fitting = [size for size in allowed if in_features % size == 0]
+        if self.block_size is not None:
+            if self.block_size not in fitting:
+                raise QuantizationError(
+                    f"block_size={self.block_size} does not divide {in_features} inputs; "
+                    f"pick one of {fitting}"
+                )
+            return self.block_size
+        if not fitting:
+            raise QuantizationError(
+                f"no allowed block size {allowed} divides {in_features} inputs; use 8-bit weights"
+            )
+        small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
+        return small[-1] if small else fitting[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "method": self.method,
+            "rank": self.rank,
+            "block_size": self.block_size,
+            "ranges": self.ranges,
+            "alpha_grid": list(self.alpha_grid),
+            "walk_share": self.walk_share,
+        }
+
+
+def in_features(config: DiTConfig, site: LinearSite) -> int:
+    """Return K of a site's linear."""
+    return config.mlp_hidden_size if site.kind == "mlp.fc2" else config.hidden_size
+
+
+def quantize_dit(
+    model: DiT,
+    states: CalibrationStates,
+    settings: QuantizationSettings,
+    *,
+    progress_file: Path | None = None,
+    on_linear: Callable[[str, QuantizedLinear], None] | None = None,
+) -> QuantizedDiT:
+    """Quantize every block linear of a DiT.
+
+    Args:
+        model: float32 DiT; left untouched. The walk runs on its device.
+        states: made with this model.
+        settings: method, bits, block size, rank.
+        progress_file: written after every block and removed at the end; if it is there and was
+            made with the same model, states and settings, the blocks in it are not solved again.
+        on_linear: called with each finished linear, in walk order.
+
+    Raises:
+        QuantizationError: a rank or block size that does not fit the model.
+        CalibrationError: an output that is not finite.
+    """
+    config, device = model.config, model.pos_embed.device
+    sites = linear_sites(config.depth)
+    rank = settings.rank_for(config)
+    per_site = {
+        site: LinearSettings(
+            method=method_named(settings.method),
+            weight_bits=settings.weight_bits,
+            activation_bits=settings.activation_bits,
+            ranges=settings.ranges,
+            block_size=settings.block_size_for(in_features(config, site)),
+            rank=rank,
+            alpha_grid=settings.alpha_grid,
+        )
+        for site in sites
+    }
+    inputs = walk_states(states, null_class=config.null_class, share=settings.walk_share)
+    key = _progress_key(states, settings)
+    known = _read_progress(progress_file, key, sites)
+    linears: dict[str, QuantizedLinear] = {}
+    solved = walk(
+        model,
+        WalkStates(
+            latents=inputs.latents.to(device),
+            timesteps=inputs.timesteps.to(device),
+            class_labels=inputs.class_labels.to(device),
+        ),
+        {name: maxima.to(device) for name, maxima in states.input_maxima.items()},
+        per_site.__getitem__,
+        known=known,
+    )
+    for site, linear in solved:
+        linears[site.name] = linear
+        if on_linear is not None:
+            on_linear(site.name, linear)
+        if progress_file is not None and site.kind == "mlp.fc2" and len(linears) > len(known):
+            _write_progress(progress_file, key, linears)
+    if progress_file is not None:
+        progress_file.unlink(missing_ok=True)
+    quantized_weights = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
+    return QuantizedDiT(
+        config=config,
+        float_parameters={
+            name: tensor.detach().cpu()
+            for name, tensor in model.state_dict().items()
+            if name not in quantized_weights
+        },
+        linears=linears,
+        activation_bits=settings.activation_bits,
+        settings=settings.to_dict() | {"calibration": states.settings.to_dict()},
+        provenance={
+            "checkpoint_sha256": states.checkpoint_sha256,
+            "torch": torch.__version__,
+        },
+    )
+
+
+def peak_bytes(config: DiTConfig, states: CalibrationStates, settings: QuantizationSettings) -> int:
+    """Return the bytes that the walk will hold beside the model, to a first approximation.
+
+    Four streams of hidden states, fc2's inputs of a batch, and the moments of the widest linear.
+    """
+    rows = walk_states(
+        states, null_class=config.null_class, share=settings.walk_share
+    ).latents.shape[0]
+    stream = rows * config.num_tokens * config.hidden_size * 4
+    batch = ROWS_PER_BATCH * config.num_tokens * config.mlp_hidden_size * 4
+    moments = config.mlp_hidden_size**2 * 8
+    sample = rows * config.num_tokens * config.mlp_hidden_size * 4 * 2
+    return 4 * stream + 6 * batch + 8 * moments + sample
+
+
+def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> str:
+    """Return a hash of everything that a solved linear depends on."""
+    facts = {
+        "checkpoint": states.checkpoint_sha256,
+        "calibration": states.settings.to_dict(),
+        "quantization": settings.to_dict(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _write_progress(path: Path, key: str, linears: Mapping[str, QuantizedLinear]) -> None:
+    """Save the linears solved so far, atomically."""
+    tensors, facts = {}, {}
+    for name, linear in linears.items():
+        parts, facts[name] = linear_to_parts(linear)
+        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+    save_tensors(path, tensors, file_format=PROGRESS_FORMAT, header={"key": key, "linears": facts})
+
+
+def _read_progress(
+    path: Path | None, key: str, sites: tuple[LinearSite, ...]
+) -> dict[str, QuantizedLinear]:
+    """Return the linears of an interrupted run with the same key; none if there are none."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        tensors, header = load_tensors(path, file_format=PROGRESS_FORMAT)
+    except ArtifactError:
+        return {}  # not ours, or cut short: it is written anew
+    if header["key"] != key:
+        return {}
+    return {
+        site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
+        for site in sites
+        if site.name in header["linears"]
+    }

@@ -1,0 +1,358 @@
+"""One linear: from the activations on both sides of it to integers.
+
+Notation: x_f is the input in the float model, x_q the input after everything quantized so far,
+x̂ = Q(x_q / s) what the quantized linear reads. Everything minimises
+
+    ‖Ŵ x̂ + b̂ − (W x_f + b)‖²,    Ŵ = codes · multipliers · row_scale + left @ right,
+
+first without rounding, in closed form from second moments (the target), then on the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditas_export.calibration.methods import FIXED_ALPHA, Method
+from ditas_export.quantization.integer import (
+    MAX_CODE_4BIT,
+    MAX_CODE_8BIT,
+    IntegerWeight,
+    LowRank,
+    round_to_blocks,
+    round_to_rows,
+)
+from ditas_export.quantization.low_rank import fit_output_error, fit_weight_error
+from ditas_export.quantization.ranges import (
+    Ranges,
+    fake_quantize_tokens,
+    quantize,
+    static_scale,
+)
+from ditas_export.quantization.rounding import (
+    InputMoments,
+    compensated_blocks,
+    compensated_rows,
+    damped,
+    lower_cholesky,
+    quadratic_error,
+    upper_cholesky,
+)
+from ditas_export.quantization.smoothing import channel_maxima, smoothing_scale
+
+RIDGE = 0.01
+"""λ of the target and of rounding, relative to the mean diagonal of H."""
+
+LOW_RANK_ITERATIONS = 10
+"""Alternations of rounding and low-rank fit (DiTAS, section 4.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearInputs:
+    """Where a linear's inputs come from; they are computed again at every pass."""
+
+    tokens: int
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (x_f, x_q), each (some tokens, K)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSettings:
+    """How one linear is quantized."""
+
+    method: Method
+    weight_bits: int
+    activation_bits: int
+    ranges: Ranges
+    block_size: int  # for 4 bits; divides K
+    rank: int  # 0: no low-rank branch
+    alpha_grid: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SolvedLinear:
+    """What solving gives: everything of a quantized linear but its ranges and measured error."""
+
+    weight: IntegerWeight
+    low_rank: LowRank | None
+    bias: Tensor  # (N,) float32
+    smoothing_scale: Tensor  # (K,) float32
+    alpha: float | None
+
+    def matrix(self) -> Tensor:
+        """Return Ŵ, (N, K) float32."""
+        weight = self.weight.dequantize()
+        return weight if self.low_rank is None else weight + self.low_rank.dequantize()
+
+
+def round_activations(
+    x: Tensor, *, activation_bits: int, ranges: Ranges, static_range: float
+) -> Tensor:
+    """Return x̂: x / s on the grid that ships; x itself for float activations."""
+    if activation_bits == 16:
+        return x
+    if ranges == "token":
+        return fake_quantize_tokens(x)
+    scale = static_scale(static_range, x.dtype).to(x.device)
+    return quantize(x, scale) * scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JointMoments:
+    """Moments of (x_f, x̂) over tokens, centred: E[x̂ x̂ᵀ], E[x_f x̂ᵀ], and the means."""
+
+    quantized: Tensor  # H, (K, K) float64
+    cross: Tensor  # C = E[x_f x̂ᵀ], (K, K) float64
+    quantized_mean: Tensor  # (K,) float64
+    float_mean: Tensor  # (K,) float64
+
+    @classmethod
+    def accumulate(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> JointMoments:
+        """Average over batches of (x_f, x̂), each (tokens, K) float32; at least one."""
+        sums: list[Tensor] = []
+        count = 0
+        for x_float, x_hat in batches:
+            terms = (x_hat.mT @ x_hat, x_float.mT @ x_hat, x_hat.sum(dim=0), x_float.sum(dim=0))
+            if sums:
+                for total, term in zip(sums, terms, strict=True):
+                    total += term
+            else:
+                sums = [term.double() for term in terms]
+            count += x_hat.shape[0]
+        quantized, cross, quantized_mean, float_mean = (total / count for total in sums)
+        return cls(
+            quantized=quantized - torch.outer(quantized_mean, quantized_mean),
+            cross=cross - torch.outer(float_mean, quantized_mean),
+            quantized_mean=quantized_mean,
+            float_mean=float_mean,
+        )
+
+
+def solve_linear(
+    weight: Tensor,
+    bias: Tensor,
+    step_maxima: Tensor,
+    inputs: LinearInputs,
+    settings: LinearSettings,
+) -> SolvedLinear:
+    """Quantize one linear by the method named in `settings`.
+
+    Args:
+        weight: W, (N, K) float32.
+        bias: b, (N,) float32.
+        step_maxima: (steps, K): largest |x_f| per time step and channel.
+        inputs: the two streams' inputs to this linear.
+        settings: method, bits, block size, rank.
+    """
+    method = settings.method
+    weight_max = channel_maxima(weight)
+    input_max = step_maxima.amax(dim=0)
+    if method.smoothing == "one-step":
+        input_max = step_maxima[step_maxima.shape[0] // 2]
+    alpha = None
+    smoothing = torch.ones_like(weight_max)
+    if method.smoothing != "none":
+        alpha = FIXED_ALPHA
+        if method.alpha_search:
+            alpha = search_alpha(weight, input_max, step_maxima, inputs, settings)
+        smoothing = smoothing_scale(input_max, weight_max, alpha)
+    smoothed = weight * smoothing
+
+    if not (method.compensated_rounding or method.target_correction):
+        rounded, low_rank = _round_to_weight(smoothed, settings)
+        return SolvedLinear(
+            weight=rounded, low_rank=low_rank, bias=bias, smoothing_scale=smoothing, alpha=alpha
+        )
+
+    moments = JointMoments.accumulate(_quantized_batches(inputs, smoothing, step_maxima, settings))
+    factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
+    target = smoothed.double()
+    if method.target_correction:
+        target = corrected_target(weight, smoothing, moments, factors.moment, factors.cholesky)
+    rounded, low_rank = _round_to_target(target, factors, settings)
+    solved = SolvedLinear(
+        weight=rounded.to(torch.float32),
+        low_rank=None if low_rank is None else low_rank.to(torch.float32),
+        bias=bias,
+        smoothing_scale=smoothing,
+        alpha=alpha,
+    )
+    if not method.target_correction:
+        return solved
+    shift = weight.double() @ moments.float_mean - solved.matrix().double() @ moments.quantized_mean
+    return SolvedLinear(
+        weight=solved.weight,
+        low_rank=solved.low_rank,
+        bias=(bias.double() + shift).float(),
+        smoothing_scale=smoothing,
+        alpha=alpha,
+    )
+
+
+def corrected_target(
+    weight: Tensor, smoothing: Tensor, moments: JointMoments, moment: Tensor, cholesky: Tensor
+) -> Tensor:
+    """Return W* = (W C + λ W diag(s)) (H + λI)⁻¹: the best real weight for the quantized input.
+
+    Args:
+        weight: W, (N, K).
+        smoothing: s, (K,).
+        moments: C = E[x_f x̂ᵀ] and H = E[x̂ x̂ᵀ].
+        moment: H + λI.
+        cholesky: L, lower, with L Lᵀ = H + λI.
+
+    Returns:
+        (N, K) float64.
+    """
+    ridge = (moment - moments.quantized).diagonal().mean()
+    weight = weight.to(moment.dtype)
+    wanted = weight @ moments.cross + ridge * weight * smoothing.to(moment.dtype)
+    return torch.cholesky_solve(wanted.mT, cholesky).mT
+
+
+def search_alpha(
+    weight: Tensor,
+    input_max: Tensor,
+    step_maxima: Tensor,
+    inputs: LinearInputs,
+    settings: LinearSettings,
+) -> float:
+    """Return the α of the grid with the least output error on a sample of tokens.
+
+    Without compensated rounding the error is measured with weights rounded to nearest (DiTAS,
+    Algorithm 1). With it, the error to expect of compensated rounding is computed from moments:
+    what the real target leaves, plus `Δ² / 12` per code through the pivots of H.
+    """
+    x_float, x_quantized = sample_tokens(inputs)
+    weight_max = channel_maxima(weight)
+    wanted = x_float @ weight.mT
+    losses = []
+    for alpha in settings.alpha_grid:
+        smoothing = smoothing_scale(input_max, weight_max, alpha)
+        x_hat = round_activations(
+            x_quantized / smoothing,
+            activation_bits=settings.activation_bits,
+            ranges=settings.ranges,
+            static_range=float((step_maxima / smoothing).amax()),
+        )
+        if settings.method.compensated_rounding:
+            loss = expected_error(weight, smoothing, x_float, x_hat, settings)
+        else:
+            rounded, _ = _round_once(weight * smoothing, settings)
+            loss = float(((x_hat @ rounded.dequantize().mT - wanted) ** 2).sum())
+        losses.append(loss)
+    return settings.alpha_grid[losses.index(min(losses))]
+
+
+def expected_error(
+    weight: Tensor, smoothing: Tensor, x_float: Tensor, x_hat: Tensor, settings: LinearSettings
+) -> float:
+    """Return the output error to expect of compensated rounding, per token.
+
+    Rounding with compensation leaves `Σ Δ² / 12 · L_jj²` (L the Cholesky factor of the damped
+    moment, Δ the grid's step): the pivots are what remains of a column once the later ones have
+    absorbed what they can.
+    """
+    moments = JointMoments.accumulate([(x_float, x_hat)])
+    moment = damped(moments.quantized, RIDGE)
+    target = corrected_target(weight, smoothing, moments, moment, lower_cholesky(moment)).float()
+    left_over = target @ x_hat.mT - weight @ x_float.mT  # (N, tokens)
+    unavoidable = float((left_over - left_over.mean(dim=1, keepdim=True)).square().sum())
+    if settings.weight_bits == 4:
+        blocks = target.reshape(target.shape[0], -1, settings.block_size)
+        step = blocks.abs().amax(dim=-1) / MAX_CODE_4BIT  # (N, blocks)
+        step = step.repeat_interleave(settings.block_size, dim=1)
+    else:
+        step = (target.abs().amax(dim=1, keepdim=True) / MAX_CODE_8BIT).expand_as(target)
+    pivots = upper_cholesky(moment).diagonal().square()
+    rounding = float((step.square().sum(dim=0) / 12 * pivots).sum())
+    return unavoidable / x_hat.shape[0] + rounding
+
+
+SAMPLE_TOKENS = 4096
+"""Tokens on which α is searched."""
+
+
+def sample_tokens(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
+    """Return an even sample of up to 4096 tokens of both streams, (tokens, K) each."""
+    stride = -(-inputs.tokens // SAMPLE_TOKENS)
+    floats, quantized, offset = [], [], 0
+    for x_float, x_quantized in inputs.batches():
+        start = -offset % stride
+        floats.append(x_float[start::stride].clone())
+        quantized.append(x_quantized[start::stride].clone())
+        offset += x_float.shape[0]
+    return torch.cat(floats), torch.cat(quantized)
+
+
+def _quantized_batches(
+    inputs: LinearInputs, smoothing: Tensor, step_maxima: Tensor, settings: LinearSettings
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield (x_f, x̂) batch by batch."""
+    static_range = float((step_maxima / smoothing).amax())
+    for x_float, x_quantized in inputs.batches():
+        yield (
+            x_float,
+            round_activations(
+                x_quantized / smoothing,
+                activation_bits=settings.activation_bits,
+                ranges=settings.ranges,
+                static_range=static_range,
+            ),
+        )
+
+
+def _round_once(smoothed: Tensor, settings: LinearSettings) -> tuple[IntegerWeight, None]:
+    """Round W · s to the nearest codes."""
+    if settings.weight_bits == 8:
+        return round_to_rows(smoothed), None
+    return round_to_blocks(smoothed, block_size=settings.block_size), None
+
+
+def _round_to_weight(
+    smoothed: Tensor, settings: LinearSettings
+) -> tuple[IntegerWeight, LowRank | None]:
+    """Round W · s to nearest, with LoRA-AO where the method has it; the best iterate is kept."""
+    rounded, _ = _round_once(smoothed, settings)
+    if settings.method.low_rank == "none" or settings.rank == 0:
+        return rounded, None
+    best: tuple[IntegerWeight, LowRank | None] = (rounded, None)
+    best_error = float("inf")
+    for _ in range(LOW_RANK_ITERATIONS):
+        error_left = (smoothed - rounded.dequantize()).double()
+        factors = fit_weight_error(error_left, settings.rank).to(torch.float32)
+        addition = factors.dequantize()
+        error = float(((smoothed - rounded.dequantize() - addition) ** 2).sum())
+        if error < best_error:
+            best, best_error = (rounded, factors), error
+        rounded, _ = _round_once(smoothed - addition, settings)
+    return best
+
+
+def _round_to_target(
+    target: Tensor, moments: InputMoments, settings: LinearSettings
+) -> tuple[IntegerWeight, LowRank | None]:
+    """Round the target on the grid, with the low-rank branch alternated; best iterate kept."""
+
+    def rounding(matrix: Tensor) -> IntegerWeight:
+        if not settings.method.compensated_rounding:
+            return _round_once(matrix, settings)[0]
+        if settings.weight_bits == 8:
+            return compensated_rows(matrix, moments)
+        return compensated_blocks(matrix, moments, block_size=settings.block_size)
+
+    rounded = rounding(target)
+    if settings.method.low_rank == "none" or settings.rank == 0:
+        return rounded, None
+    best: tuple[IntegerWeight, LowRank | None] = (rounded, None)
+    best_error = float("inf")
+    for _ in range(LOW_RANK_ITERATIONS):
+        factors = fit_output_error(target - rounded.dequantize(), moments, settings.rank)
+        addition = factors.dequantize()
+        error = quadratic_error(target - rounded.dequantize() - addition, moments)
+        if error < best_error:
+            best, best_error = (rounded, factors), error
+        rounded = rounding(target - addition)
+    return best

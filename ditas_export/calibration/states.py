@@ -1,0 +1,212 @@
+"""Calibration states: what the float model saw while it sampled, and how large its inputs got.
+
+Data-free (DiTAS, section 4.1): the float model samples with DDPM and guidance; every x_t is kept,
+and of every linear's input only the largest magnitude per channel and time step. Memory does not
+grow with tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.calibration.walk import WalkStates
+from ditas_export.diffusion.sampling import trajectory
+from ditas_export.dit.model import DiT
+from ditas_export.dit.sites import linear_sites
+from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.runtime.torch_runner import TorchRunner
+
+STATES_FORMAT = "ditas-export calibration states 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """How the float model samples for calibration; the defaults are the paper's."""
+
+    steps: int = 50
+    cfg_scale: float = 1.5
+    classes: tuple[int, ...] = ()  # one per sample
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no sampler can follow."""
+        if not 2 <= self.steps <= 1000:
+            raise CalibrationError(f"steps={self.steps}; pick 2 to 1000")
+        if not self.classes:
+            raise CalibrationError("calibration needs at least one sample")
+        if not self.cfg_scale >= 0:
+            raise CalibrationError(f"cfg_scale={self.cfg_scale} is negative or no number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {
+            "steps": self.steps,
+            "cfg_scale": self.cfg_scale,
+            "classes": list(self.classes),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CalibrationStates:
+    """x_t of every step and sample, and running maxima of every linear's input."""
+
+    latents: Tensor  # (steps, samples, C, H, W) float32: x_t before each step
+    timesteps: Tensor  # (steps,) int64, descending
+    input_maxima: Mapping[str, Tensor]  # site name -> (steps, K) float32
+    settings: CalibrationSettings
+    checkpoint_sha256: str
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {f"maxima.{name}": maxima for name, maxima in self.input_maxima.items()}
+        tensors |= {"latents": self.latents, "timesteps": self.timesteps}
+        header = {"settings": self.settings.to_dict(), "checkpoint_sha256": self.checkpoint_sha256}
+        save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
+
+    @classmethod
+    def load(cls, path: Path, *, checkpoint_sha256: str) -> CalibrationStates:
+        """Read states made with this very checkpoint.
+
+        Raises:
+            ArtifactError: another kind of file, or states of another checkpoint.
+        """
+        tensors, header = load_tensors(path, file_format=STATES_FORMAT)
+        if header["checkpoint_sha256"] != checkpoint_sha256:
+            raise ArtifactError(
+                f"{path} was calibrated with checkpoint {header['checkpoint_sha256'][:12]}…, this "
+                f"model is {checkpoint_sha256[:12]}…; calibrate again, or pass the other model"
+            )
+        settings = header["settings"] | {"classes": tuple(header["settings"]["classes"])}
+        return cls(
+            latents=tensors.pop("latents"),
+            timesteps=tensors.pop("timesteps"),
+            input_maxima={name.removeprefix("maxima."): value for name, value in tensors.items()},
+            settings=CalibrationSettings(**settings),
+            checkpoint_sha256=checkpoint_sha256,
+        )
+
+
+def collect_states(
+    model: DiT,
+    settings: CalibrationSettings,
+    *,
+    checkpoint_sha256: str,
+    on_step: Callable[[int, int], None] | None = None,
+) -> CalibrationStates:
+    """Sample with the float model once and return what calibration needs of it.
+
+    Args:
+        model: float32 DiT, on the device that computes.
+        settings: steps, guidance, classes, seed.
+        checkpoint_sha256: of the model's checkpoint.
+        on_step: called with (steps done, steps in all).
+
+    Raises:
+        CalibrationError: an activation is not finite.
+    """
+    latents, timesteps, step_maxima = [], [], []
+    with recorded_maxima(model) as maxima:
+        for step in trajectory(
+            TorchRunner(model),
+            classes=settings.classes,
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale,
+            seed=settings.seed,
+        ):
+            latents.append(step.latents.cpu())
+            timesteps.append(step.timestep)
+            step_maxima.append({name: value.cpu() for name, value in maxima.items()})
+            maxima.clear()
+            if on_step is not None:
+                on_step(len(timesteps), settings.steps)
+    stacked = {
+        site.name: torch.stack([maxima[site.name] for maxima in step_maxima])
+        for site in linear_sites(model.config.depth)
+    }
+    for name, value in stacked.items():
+        if not value.isfinite().all():
+            raise CalibrationError(
+                f"the input of {name} has NaN or infinity while the float model samples; "
+                f"check the checkpoint, or --num-heads"
+            )
+    return CalibrationStates(
+        latents=torch.stack(latents),
+        timesteps=torch.tensor(timesteps),
+        input_maxima=stacked,
+        settings=settings,
+        checkpoint_sha256=checkpoint_sha256,
+    )
+
+
+@contextmanager
+def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that gathers max|x_c| of every quantized linear's input, (K,) each."""
+    maxima: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            largest = inputs[0].detach().flatten(0, -2).abs().amax(dim=0)
+            maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
+        return record
+
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(recorder(site.name))
+        for site in linear_sites(model.config.depth)
+    ]
+    try:
+        yield maxima
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> WalkStates:
+    """Return the share of the states that the walk sees, both guidance halves of each.
+
+    Every step keeps the same share of the samples and every sample the same share of the steps.
+
+    Args:
+        states: all states.
+        null_class: the label of the unconditional half.
+        share: in (0, 1].
+
+    Raises:
+        CalibrationError: `share` is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise CalibrationError(f"the walk's share of states is {share}; pick one in (0, 1]")
+    steps, samples = states.latents.shape[:2]
+    period = max(1, round(1 / share))
+    chosen = [
+        (step, sample)
+        for step in range(steps)
+        for sample in range(samples)
+        if (step + sample) % period == 0
+    ]
+    step_of = torch.tensor([step for step, _ in chosen])
+    sample_of = torch.tensor([sample for _, sample in chosen])
+    latents = states.latents[step_of, sample_of]
+    timesteps = states.timesteps[step_of]
+    labels = torch.tensor(states.settings.classes)[sample_of]
+    if states.settings.cfg_scale == 1.0:
+        return WalkStates(latents=latents, timesteps=timesteps, class_labels=labels)
+    return WalkStates(
+        latents=torch.cat([latents, latents]),
+        timesteps=torch.cat([timesteps, timesteps]),
+        class_labels=torch.cat([labels, torch.full_like(labels, null_class)]),
+    )
+
+
+def calibration_classes(classes: Sequence[int], samples: int) -> tuple[int, ...]:
+    """Return one class per sample, cycling through `classes` where there are fewer."""
+    return tuple(classes[index % len(classes)] for index in range(samples))

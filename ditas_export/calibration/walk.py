@@ -1,0 +1,296 @@
+"""The walk: block by block, linear by linear, with two streams of hidden states.
+
+The float stream passes through the float model, the quantized stream through everything quantized
+so far; each linear is solved against the float stream's output. Methods without target correction
+walk with the float stream on both sides. Only hidden states are kept, (rows, T, D) per stream, and
+the attention outputs of the current block: memory does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ditas_export.calibration.quantized_dit import QuantizedLinear
+from ditas_export.calibration.solve import (
+    LinearInputs,
+    LinearSettings,
+    SolvedLinear,
+    round_activations,
+    solve_linear,
+)
+from ditas_export.dit.model import DiT, DiTBlock, modulate
+from ditas_export.dit.sites import LinearKind, LinearSite
+from ditas_export.errors import CalibrationError
+
+ROWS_PER_BATCH = 16
+"""Rows (state and guidance half) that pass through a linear at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WalkStates:
+    """The model inputs that the walk sees."""
+
+    latents: Tensor  # (rows, C, H, W) float32
+    timesteps: Tensor  # (rows,) int64
+    class_labels: Tensor  # (rows,) int64
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Hidden states of both streams, (rows, T, D) each; one tensor where both are the same."""
+
+    floats: Tensor
+    quantized: Tensor
+
+
+def row_batches(rows: int) -> Iterator[slice]:
+    """Yield slices of at most `ROWS_PER_BATCH` rows that cover all rows."""
+    for start in range(0, rows, ROWS_PER_BATCH):
+        yield slice(start, min(start + ROWS_PER_BATCH, rows))
+
+
+SettingsOf = Callable[[LinearSite], LinearSettings]
+
+
+def walk(
+    model: DiT,
+    states: WalkStates,
+    step_maxima: Mapping[str, Tensor],
+    settings_of: SettingsOf,
+    *,
+    known: Mapping[str, QuantizedLinear],
+) -> Iterator[tuple[LinearSite, QuantizedLinear]]:
+    """Yield every linear of the model, quantized, in walk order.
+
+    Args:
+        model: float32, on the device that computes; left untouched.
+        states: the inputs to walk with, on the same device.
+        step_maxima: site name -> (steps, K), largest |x| per time step and channel.
+        settings_of: how to quantize a site.
+        known: linears solved by an earlier, interrupted walk: passed through, not solved again.
+
+    Raises:
+        CalibrationError: a linear's output is not finite.
+    """
+    with torch.no_grad():
+        rows = states.latents.shape[0]
+        embedded = [
+            model.embed(states.latents[batch], states.timesteps[batch], states.class_labels[batch])
+            for batch in row_batches(rows)
+        ]
+        hidden = torch.cat([part[0] for part in embedded])
+        conditioning = torch.cat([part[1] for part in embedded])
+        streams = _Streams(floats=hidden, quantized=hidden.clone())
+        for index, block in enumerate(model.blocks):
+            walker = _BlockWalk(block, index, conditioning, streams, step_maxima, settings_of)
+            yield from walker.run(known)
+
+
+class _BlockWalk:
+    """One block's four linears: where their inputs come from and where their outputs go."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        conditioning: Tensor,
+        streams: _Streams,
+        step_maxima: Mapping[str, Tensor],
+        settings_of: SettingsOf,
+    ) -> None:
+        assert isinstance(block, DiTBlock)
+        self.block = block
+        self.index = index
+        self.streams = streams
+        self.step_maxima = step_maxima
+        self.settings_of = settings_of
+        (
+            self.shift_msa,
+            self.scale_msa,
+            self.gate_msa,
+            self.shift_mlp,
+            self.scale_mlp,
+            self.gate_mlp,
+        ) = block.adaLN_modulation(conditioning).chunk(6, dim=1)
+
+    def run(
+        self, known: Mapping[str, QuantizedLinear]
+    ) -> Iterator[tuple[LinearSite, QuantizedLinear]]:
+        """Yield the block's linears and leave both streams at the block's end."""
+        streams = self.streams
+        mixed = _Streams(
+            floats=torch.empty_like(streams.floats), quantized=torch.empty_like(streams.quantized)
+        )
+
+        def keep_mixed(rows: slice, y_float: Tensor, y_quantized: Tensor) -> None:
+            mixed.floats[rows] = self.block.attn.mix(y_float)
+            mixed.quantized[rows] = self.block.attn.mix(y_quantized)
+
+        def add_attention(rows: slice, y_float: Tensor, y_quantized: Tensor) -> None:
+            gate = self.gate_msa[rows].unsqueeze(1)
+            streams.floats[rows] += gate * y_float
+            streams.quantized[rows] += gate * y_quantized
+
+        def add_mlp(rows: slice, y_float: Tensor, y_quantized: Tensor) -> None:
+            gate = self.gate_mlp[rows].unsqueeze(1)
+            streams.floats[rows] += gate * y_float
+            streams.quantized[rows] += gate * y_quantized
+
+        def qkv_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+            shift, scale = self.shift_msa[rows], self.scale_msa[rows]
+            norm = self.block.norm1
+            return (
+                modulate(norm(streams.floats[rows]), shift, scale),
+                modulate(norm(streams.quantized[rows]), shift, scale),
+            )
+
+        def proj_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+            return mixed.floats[rows], mixed.quantized[rows]
+
+        def fc1_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+            shift, scale = self.shift_mlp[rows], self.scale_mlp[rows]
+            norm = self.block.norm2
+            return (
+                modulate(norm(streams.floats[rows]), shift, scale),
+                modulate(norm(streams.quantized[rows]), shift, scale),
+            )
+
+        qkv = self._solve("attn.qkv", self.block.attn.qkv, qkv_inputs, known)
+        self._advance(qkv, self.block.attn.qkv, qkv_inputs, keep_mixed)
+        yield qkv.site, qkv.finished()
+
+        proj = self._solve("attn.proj", self.block.attn.proj, proj_inputs, known)
+        self._advance(proj, self.block.attn.proj, proj_inputs, add_attention)
+        yield proj.site, proj.finished()
+
+        fc1 = self._solve("mlp.fc1", self.block.mlp.fc1, fc1_inputs, known)
+
+        def fc2_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+            x_float, x_quantized = fc1_inputs(rows)
+            return (
+                self.block.mlp.act(self.block.mlp.fc1(x_float)),
+                self.block.mlp.act(fc1.output(x_quantized)),
+            )
+
+        self._advance(fc1, self.block.mlp.fc1, fc1_inputs, lambda *_: None)
+        yield fc1.site, fc1.finished()
+
+        fc2 = self._solve("mlp.fc2", self.block.mlp.fc2, fc2_inputs, known)
+        self._advance(fc2, self.block.mlp.fc2, fc2_inputs, add_mlp)
+        yield fc2.site, fc2.finished()
+
+    def _solve(
+        self,
+        kind: LinearKind,
+        linear: nn.Module,
+        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+        known: Mapping[str, QuantizedLinear],
+    ) -> _WalkedLinear:
+        """Quantize one linear, or take it from `known`."""
+        assert isinstance(linear, nn.Linear)
+        site = LinearSite(self.index, kind)
+        settings = self.settings_of(site)
+        maxima = self.step_maxima[site.name]
+        if site.name in known:
+            return _WalkedLinear(site, settings, maxima, known=known[site.name])
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in row_batches(self.streams.floats.shape[0]):
+                x_float, x_quantized = inputs(rows)
+                yield x_float.flatten(0, 1), x_quantized.flatten(0, 1)
+
+        rows, tokens = self.streams.floats.shape[:2]
+        source = LinearInputs(tokens=rows * tokens, batches=batches)
+        solved = solve_linear(linear.weight, linear.bias, maxima, source, settings)
+        return _WalkedLinear(site, settings, maxima, solved=solved)
+
+    def _advance(
+        self,
+        walked: _WalkedLinear,
+        linear: nn.Module,
+        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+        consume: Callable[[slice, Tensor, Tensor], None],
+    ) -> None:
+        """Pass both streams through a linear, measure its error, hand the outputs on."""
+        for rows in row_batches(self.streams.floats.shape[0]):
+            x_float, x_quantized = inputs(rows)
+            y_float = linear(x_float)
+            y_quantized = walked.output(x_quantized)
+            walked.measure(y_float, y_quantized)
+            if not walked.settings.method.target_correction:
+                y_quantized = y_float
+            consume(rows, y_float, y_quantized)
+        walked.require_finite()
+
+
+class _WalkedLinear:
+    """A solved linear while the streams pass through it."""
+
+    def __init__(
+        self,
+        site: LinearSite,
+        settings: LinearSettings,
+        maxima: Tensor,
+        *,
+        solved: SolvedLinear | None = None,
+        known: QuantizedLinear | None = None,
+    ) -> None:
+        source = solved if solved is not None else known
+        assert source is not None
+        self.site = site
+        self.settings = settings
+        self.solved = source
+        self.known = known
+        device = maxima.device
+        self.smoothing = source.smoothing_scale.to(device)
+        self.step_ranges = (maxima / self.smoothing).amax(dim=1)
+        self.matrix = source.weight.dequantize().to(device)
+        if source.low_rank is not None:
+            self.matrix = self.matrix + source.low_rank.dequantize().to(device)
+        self.bias = source.bias.to(device)
+        self.signal = 0.0
+        self.noise = 0.0
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return the quantized linear's output, (…, N), for its unsmoothed input (…, K)."""
+        x_hat = round_activations(
+            x / self.smoothing,
+            activation_bits=self.settings.activation_bits,
+            ranges=self.settings.ranges,
+            static_range=float(self.step_ranges.amax()),
+        )
+        return functional.linear(x_hat, self.matrix, self.bias)
+
+    def measure(self, y_float: Tensor, y_quantized: Tensor) -> None:
+        """Add a batch of outputs to the error's account."""
+        self.signal += float((y_float.double() ** 2).sum())
+        self.noise += float(((y_quantized - y_float).double() ** 2).sum())
+
+    def require_finite(self) -> None:
+        """Raise CalibrationError if any output had NaN or infinity."""
+        if not torch.tensor(self.signal + self.noise).isfinite():
+            raise CalibrationError(
+                f"{self.site.name} puts out NaN or infinity on the calibration states; "
+                f"check the checkpoint, or --num-heads"
+            )
+
+    def finished(self) -> QuantizedLinear:
+        """Return the artefact's record of this linear, on the CPU."""
+        if self.known is not None:
+            return self.known
+        ratio = self.signal / max(self.noise, 1e-300)
+        weight, low_rank = self.solved.weight, self.solved.low_rank
+        return QuantizedLinear(
+            weight=weight.to("cpu"),
+            low_rank=None if low_rank is None else low_rank.to("cpu"),
+            bias=self.bias.cpu(),
+            smoothing_scale=self.smoothing.cpu(),
+            alpha=self.solved.alpha,
+            step_ranges=self.step_ranges.cpu(),
+            output_snr_db=float(10 * torch.log10(torch.tensor(ratio, dtype=torch.float64))),
+        )

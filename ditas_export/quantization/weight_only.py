@@ -1,0 +1,140 @@
+"""Weight-only integers: one float scale per block, or per output channel; float activations.
+
+For linears whose inputs stay float (the modulation linears, and every block linear without
+activation bits): `W ≈ codes · scale`, codes along blocks of input channels. Rounded to nearest, each
+block's scale chosen by a search that clips its largest weights where that lowers the squared error.
+Shapes: N output channels, K input channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditas_export.errors import QuantizationError
+from ditas_export.quantization.integer import (
+    MAX_CODE_4BIT,
+    MAX_CODE_8BIT,
+    IntegerWeight,
+    nonzero_scale,
+    require_block_size,
+    require_finite,
+)
+
+BLOCK_SIZES = (128, 64, 32)
+"""Block sizes of 4-bit weight-only kernels, the largest first."""
+
+_CLIPS = tuple(1.0 - 0.025 * step for step in range(17))
+"""Shares of a block's largest weight that the clipping search tries, 1 down to 0.6."""
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightOnlyWeight:
+    """A weight (N, K) as `codes · scale`, each scale spanning a block of input channels."""
+
+    codes: Tensor  # (N, K) int8; |codes| <= 7 for 4 bits, <= 127 for 8
+    scale: Tensor  # (N, K / block_size) float, finite, > 0; one column for 8 bits
+    bits: int
+
+    def __post_init__(self) -> None:
+        """Check the shapes and ranges that the exporter relies on."""
+        if self.bits not in (4, 8):
+            raise QuantizationError(f"weight bits are 4 or 8, not {self.bits}")
+        rows, columns = self.codes.shape
+        if self.scale.ndim != 2 or self.scale.shape[0] != rows or columns % self.scale.shape[1]:
+            raise QuantizationError(
+                f"codes {tuple(self.codes.shape)} and scale {tuple(self.scale.shape)} do not fit "
+                f"together"
+            )
+        max_code = MAX_CODE_4BIT if self.bits == 4 else MAX_CODE_8BIT
+        if self.codes.abs().amax() > max_code:
+            raise QuantizationError(f"a {self.bits}-bit code lies outside ±{max_code}")
+        if not (self.scale.isfinite() & (self.scale > 0)).all():
+            raise QuantizationError("a weight-only scale is not finite and positive")
+
+    @property
+    def block_size(self) -> int:
+        """Input channels that share one scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K), in the scale's float type."""
+        scale = self.scale.repeat_interleave(self.block_size, dim=1)
+        return self.codes.to(self.scale.dtype) * scale
+
+
+def from_integer_weight(weight: IntegerWeight) -> WeightOnlyWeight:
+    """Return a two-level weight with its two scales multiplied: one float scale per block."""
+    scale = weight.multipliers.to(weight.row_scale.dtype) * weight.row_scale[:, None]
+    return WeightOnlyWeight(codes=weight.codes, scale=scale, bits=weight.bits)
+
+
+def widest_block(in_features: int) -> int:
+    """Return the largest block size, of 128, 64 and 32, that divides a width.
+
+    Raises:
+        QuantizationError: none of them does.
+    """
+    for size in BLOCK_SIZES:
+        if in_features % size == 0:
+            return size
+    raise QuantizationError(
+        f"no block size of {', '.join(map(str, BLOCK_SIZES))} divides in_features={in_features}; "
+        f"use 8 bits or keep the weight in float"
+    )
+
+
+def quantize_weight_only(weight: Tensor, *, bits: int, block_size: int) -> WeightOnlyWeight:
+    """Round a weight to codes and the scales of least squared error among the clips tried.
+
+    Args:
+        weight: (N, K) float, finite; left untouched.
+        bits: 4 or 8.
+        block_size: consecutive input channels that share a scale; divides K; K for one per row.
+
+    Returns:
+        Scales in the weight's float type, and codes that fit these very scales.
+
+    Raises:
+        QuantizationError: `block_size` does not divide K; NaN or infinity.
+    """
+    require_finite("a weight", weight)
+    require_block_size(weight.shape[1], block_size)
+    max_code = MAX_CODE_4BIT if bits == 4 else MAX_CODE_8BIT
+    codes, scales = [], []
+    for rows in weight.split(_ROWS_AT_ONCE):
+        blocks = rows.float().reshape(rows.shape[0], -1, block_size)
+        scale = _best_scales(blocks, max_code, weight.dtype)
+        codes.append(_round(blocks, scale.float(), max_code).flatten(1).to(torch.int8))
+        scales.append(scale)
+    return WeightOnlyWeight(codes=torch.cat(codes), scale=torch.cat(scales), bits=bits)
+
+
+def _best_scales(blocks: Tensor, max_code: int, dtype: torch.dtype) -> Tensor:
+    """Return each block's scale of least squared error: (N, blocks, size) -> (N, blocks)."""
+    covering = nonzero_scale(blocks.abs().amax(dim=-1), max_code)
+    best = _representable(covering, dtype)
+    best_error = torch.full_like(covering, float("inf"))
+    for clip in _CLIPS:
+        scale = _representable(covering * clip, dtype)
+        rounded = _round(blocks, scale.float(), max_code) * scale.float()[..., None]
+        error = (blocks - rounded).square().sum(dim=-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best
+
+
+def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a scale in its final type, never below that type's smallest normal number."""
+    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def _round(blocks: Tensor, scale: Tensor, max_code: int) -> Tensor:
+    """Return the codes of blocks (N, blocks, size) under scales (N, blocks), as floats."""
+    codes: Tensor = (blocks / scale[..., None]).round()
+    return codes.clamp(-max_code, max_code)
