@@ -21,6 +21,16 @@ from ditas_export.errors import ArtifactError
 _CHUNK_BYTES = 1 << 20
 
 
+def require_writable(path: Path) -> None:
+    """Raise ArtifactError if no file can be written at `path`: a folder, or none to write in."""
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ArtifactError(f"the folder {path.parent} cannot be written; pick another")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` on success, remove it otherwise.
@@ -29,10 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ArtifactError: the folder does not exist or cannot be written, `path` is a folder, or the
             disk is full.
     """
-    if path.is_dir():
-        raise ArtifactError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
+    require_writable(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)

@@ -103,6 +103,17 @@ class QuantizationSettings:
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
 
+    def notes(self, config: DiTConfig) -> list[str]:
+        """Return what a user should know of the defaults that were chosen for this model."""
+        found = [f"rank {self.rank_for(config)}"]
+        for width in sorted({config.hidden_size, config.mlp_hidden_size}):
+            size = self.block_size_for(width)
+            if self.weight_bits == 4 and size != DEFAULT_BLOCK_SIZE and self.block_size is None:
+                found.append(
+                    f"block size {size} for {width} inputs: {DEFAULT_BLOCK_SIZE} does not fit"
+                )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {

@@ -1,0 +1,65 @@
+"""What all commands share: progress bars, error lines, exit codes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ditas_export.errors import DitasExportError
+
+EXIT_MISMATCH = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+STAGE_NAMES = {
+    "sample": "Sampling calibration states",
+    "quantize": "Quantizing linears",
+    "export": "Writing ONNX",
+    "verify": "Verifying in ONNX Runtime",
+}
+
+
+@contextmanager
+def stages(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function (stage, done, total) that draws one progress bar with ETA per stage."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        tasks = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(STAGE_NAMES.get(stage, stage), total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield advance
+
+
+@contextmanager
+def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
+    """Turn every refusal into one line on stderr and exit code 2, Ctrl-C into 130."""
+    console = Console(stderr=True)
+    try:
+        yield
+    except DitasExportError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        console.print(f"interrupted. {on_interrupt}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,224 @@
+"""`ditas-export`: a DiT checkpoint in, a verified W4A8 ONNX file out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ditas_export import __version__
+from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
+from ditas_export.cli.recipes import read_recipe
+from ditas_export.errors import CalibrationError
+from ditas_export.options import ExportOptions
+
+if TYPE_CHECKING:
+    from ditas_export.pipeline import ExportResult
+
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ExportOptions)
+    if field.default is not dataclasses.MISSING
+}
+
+
+def _option(text: str, name: str, *, metavar: str | None = None, shown: str | None = None) -> Any:
+    """Return a typer option that shows the default it has in `ExportOptions`."""
+    default = shown or _DEFAULTS[name]
+    suffix = f" (default: {default})" if default is not None else ""
+    flag = "-" * 2 + name.replace("_", "-")
+    return typer.Option(flag, help=f"{text}{suffix}", metavar=metavar, show_default=False)
+
+
+def _print_version(asked: bool) -> None:
+    """Print the version and stop, if asked."""
+    if asked:
+        typer.echo(f"ditas-export {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
+    model: Annotated[
+        str | None,
+        _option("digits (bundled), a checkpoint, a diffusers folder, or a hub id.", "model"),
+    ] = None,
+    num_heads: Annotated[
+        int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
+    ] = None,
+    classes: Annotated[
+        str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
+    ] = None,
+    device: Annotated[
+        str | None, _option("Where to calibrate: auto, cpu or cuda.", "device")
+    ] = None,
+    w: Annotated[int | None, _option("Bits of the weights: 4 or 8.", "w")] = None,
+    a: Annotated[int | None, _option("Bits of the activations: 8, or 16 for float.", "a")] = None,
+    method: Annotated[
+        str | None,
+        _option("linear, smoothquant, tas, tas-search, ditas or ditas-plus.", "method"),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        _option(
+            "Rank of the low-rank branch; 0 for none.",
+            "rank",
+            shown="auto, the paper's share of the width: 32 of 1152",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        _option(
+            "Weights per block: 16, 24, 32, 48, 64, 96 or 128.",
+            "block_size",
+            shown="48, or the next smaller that divides",
+        ),
+    ] = None,
+    alpha_grid: Annotated[
+        str | None,
+        _option("Smoothing exponents to try, as 0,0.25,0.5.", "alpha_grid", shown="0,0.05,…,1"),
+    ] = None,
+    ranges: Annotated[
+        str | None,
+        _option("Activation ranges: token or static.", "ranges", shown="token"),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        _option("How weights are stored: int4 or int8.", "layout", shown="as --w says"),
+    ] = None,
+    precision: Annotated[
+        str | None, _option("Float side: fp32 (CPUs) or fp16 (GPUs).", "precision")
+    ] = None,
+    adaln: Annotated[
+        int | None, _option("Bits of the modulation weights: 16 (float), 8 or 4.", "adaln")
+    ] = None,
+    steps: Annotated[int | None, _option("DDPM steps of calibration.", "steps")] = None,
+    cfg_scale: Annotated[
+        float | None, _option("Guidance scale of calibration.", "cfg_scale")
+    ] = None,
+    samples: Annotated[int | None, _option("Images to calibrate with.", "samples")] = None,
+    seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
+    save_calibration: Annotated[
+        Path | None,
+        _option("Keep the calibration states.", "save_calibration", metavar="FILE"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, _option("Use states kept before.", "calibration", metavar="FILE")
+    ] = None,
+    save_artifact: Annotated[
+        Path | None,
+        _option("Keep the quantized model.", "save_artifact", metavar="FILE"),
+    ] = None,
+    artifact: Annotated[
+        Path | None,
+        _option("Export a quantized model kept before.", "artifact", metavar="FILE"),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        _option("Also write the float model.", "reference", metavar="FP32.onnx"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="Options from a YAML file, or a bundled recipe's name.", metavar="YAML"
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest as JSON, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
+
+    Writes OUT.onnx and OUT.json. Exit codes: 0 done, 1 the file does not compute what was
+    calibrated, 2 bad input.
+    """
+    given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+    with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
+        options = _merge(output, recipe, given)
+        result = _run(options, show=not (quiet or as_json))
+        if as_json:
+            typer.echo(json.dumps(result.manifest, indent=2))
+        elif not quiet:
+            from ditas_export.cli.summary import print_summary
+
+            print_summary(Console(), result, options)
+        if not result.verification.matches:
+            found, bound = result.verification.match_db, result.verification.match_bound_db
+            Console(stderr=True).print(
+                f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
+                f"{found:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
+                soft_wrap=True,
+            )
+            raise typer.Exit(EXIT_MISMATCH)
+
+
+def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> ExportOptions:
+    """Return the options: the command line over the recipe over the defaults."""
+    merged = read_recipe(recipe, frozenset(_DEFAULTS)) if recipe is not None else {}
+    merged |= {name: value for name, value in given.items() if value is not None}
+    for name in ("save_calibration", "calibration", "save_artifact", "artifact", "reference"):
+        if merged.get(name) is not None:
+            merged[name] = Path(merged[name])
+    if merged.get("rank") is not None:
+        merged["rank"] = _rank(merged["rank"])
+    if isinstance(merged.get("alpha_grid"), str):
+        merged["alpha_grid"] = _numbers(merged["alpha_grid"])
+    if isinstance(merged.get("alpha_grid"), list):
+        merged["alpha_grid"] = tuple(merged["alpha_grid"])
+    return ExportOptions(output=output, **merged)
+
+
+def _rank(value: str | int) -> int | None:
+    """Return a rank, None for `auto`."""
+    if value == "auto":
+        return None
+    if not str(value).isdigit():
+        raise CalibrationError(f"rank={value!r}; give auto, or a number of 0 or more")
+    return int(value)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Return the numbers of a comma-separated list."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise CalibrationError(f"alpha-grid={text!r}; give numbers, as 0,0.25,0.5") from None
+
+
+def _run(options: ExportOptions, *, show: bool) -> ExportResult:
+    """Do the job with progress bars."""
+    console = Console(stderr=True)
+    from ditas_export.pipeline import export as run_export
+
+    with stages(console, quiet=not show) as advance:
+
+        def say(text: str) -> None:
+            if show:
+                console.print(text, highlight=False, soft_wrap=True)
+
+        return run_export(options, on_progress=advance, say=say)
+
+
+def main() -> None:
+    """Entry point of the `ditas-export` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The table that `ditas-export` prints when it is done."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ditas_export.options import ExportOptions
+from ditas_export.pipeline import ExportResult
+
+WORST = 5
+
+
+def print_summary(console: Console, result: ExportResult, options: ExportOptions) -> None:
+    """Print accuracy, size, kernels and the worst linears."""
+    manifest, verification = result.manifest, result.verification
+    size = options.output.stat().st_size
+    table = Table(title=f"{options.output}  ({size / 2**20:.2f} MiB)", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    finals = ", ".join(f"{value:.1f}" for value in verification.final_db)
+    table.add_row("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals})")
+    table.add_row("single step against float", f"{verification.single_step_db:.1f} dB")
+    table.add_row(
+        "file against fake-quantized forward",
+        f"{verification.match_db:.1f} dB (at least {verification.match_bound_db:.0f})",
+    )
+    table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
+    parts = ", ".join(
+        f"{part.replace('_', ' ')} {count / 2**10:,.0f}"
+        for part, count in manifest["bytes_by_part"].items()
+        if count
+    )
+    table.add_row("KiB by part", parts)
+    kernels = ", ".join(f"{count} {kernel}" for kernel, count in verification.kernels.items())
+    table.add_row("kernels", kernels)
+    table.add_row("float linears", ", ".join(_families(manifest["float_linears"])))
+    worst = sorted(result.quantized.linears.items(), key=lambda item: item[1].output_snr_db)
+    table.add_row(
+        "worst linears",
+        ", ".join(f"{name} {linear.output_snr_db:.1f} dB" for name, linear in worst[:WORST]),
+    )
+    table.add_row("manifest", str(options.manifest_path))
+    console.print(table)
+
+
+def _families(names: list[str]) -> list[str]:
+    """Return names with the block number replaced by N, each once."""
+    seen: dict[str, int] = {}
+    for name in names:
+        parts = ["N" if part.isdigit() and index == 1 and name.startswith("blocks") else part
+                 for index, part in enumerate(name.split("."))]  # fmt: skip
+        family = ".".join(parts)
+        seen[family] = seen.get(family, 0) + 1
+    return [f"{family} (x{count})" if count > 1 else family for family, count in seen.items()]

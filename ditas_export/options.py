@@ -1,0 +1,49 @@
+"""The options of the main job, their defaults in one place. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What `ditas-export` is asked for; the fields are its options."""
+
+    output: Path
+    model: str = "digits"
+    num_heads: int | None = None
+    classes: str = "random"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    w: int = 4
+    a: int = 8
+    method: str = "ditas-plus"
+    rank: int | None = None
+    block_size: int | None = None
+    alpha_grid: tuple[float, ...] | None = None
+    ranges: Literal["token", "static"] | None = None
+    layout: Literal["int4", "int8"] | None = None
+    precision: Precision = "fp32"
+    adaln: Literal[16, 8, 4] = 16
+    steps: int = 50
+    cfg_scale: float = 1.5
+    samples: int = 12
+    seed: int = 0
+    save_calibration: Path | None = None
+    calibration: Path | None = None
+    save_artifact: Path | None = None
+    artifact: Path | None = None
+    reference: Path | None = None
+
+    @property
+    def manifest_path(self) -> Path:
+        """The manifest lies beside the file: out.onnx, out.json."""
+        return self.output.with_suffix(".json")
+
+    @property
+    def progress_path(self) -> Path:
+        """Where an interrupted calibration is kept until it is taken up again."""
+        return self.output.with_name(f"{self.output.name}.progress")

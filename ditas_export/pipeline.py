@@ -1,0 +1,340 @@
+"""The main job as one call: a DiT checkpoint in, a verified ONNX file and its manifest out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ditas_export import __version__
+from ditas_export.artifact_files import require_writable, sha256_of_file
+from ditas_export.calibration.calibrate import (
+    QuantizationSettings,
+    peak_bytes,
+    quantize_dit,
+)
+from ditas_export.calibration.fold import FoldedDiT, fold_smoothing
+from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.states import (
+    CalibrationSettings,
+    CalibrationStates,
+    calibration_classes,
+    collect_states,
+)
+from ditas_export.dit.checkpoint import LoadedDiT, load_dit
+from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
+from ditas_export.onnx_export.adaln import adaln_paths, quantize_adaln
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.manifest import bytes_by_part, write_manifest
+from ditas_export.options import ExportOptions, Precision
+from ditas_export.quantization.ranges import Ranges
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done of it, and how much there is in all."""
+
+VERIFICATION_SEEDS = 3
+VERIFICATION_IMAGES = 4
+VERIFICATION_SEED_OFFSET = 1000
+"""Verification samples noise that calibration did not see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExportResult:
+    """What an export gave."""
+
+    quantized: QuantizedDiT
+    verification: Verification
+    manifest: dict[str, Any]
+
+
+def export(
+    options: ExportOptions,
+    *,
+    on_progress: OnProgress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> ExportResult:
+    """Do the main job.
+
+    Args:
+        options: what to do.
+        on_progress: called as stages advance.
+        say: called with one-line facts that a user wants to see as they come up.
+
+    Raises:
+        DitasExportError: bad input, found before the long work starts wherever it can be.
+    """
+    _check_paths(options)
+    loaded = load_dit(options.model, num_heads=options.num_heads)
+    say(f"model: {loaded.source}")
+    quantized = _quantized(options, loaded, on_progress, say)
+    if options.save_artifact is not None:
+        quantized.save(options.save_artifact)
+    layout = _layout(options, quantized)
+    ranges = options.ranges or quantized.settings["ranges"]
+    folded = fold_smoothing(quantized, dtype=DTYPES[options.precision])
+    on_progress("export", 0, 1)
+    export_onnx(folded, options.output, layout=layout, ranges=ranges, adaln_bits=options.adaln)
+    if options.reference is not None:
+        export_reference(loaded.model, options.reference)
+    on_progress("export", 1, 1)
+    verification = _verify(options, loaded, folded, ranges, on_progress)
+    manifest = _manifest(options, loaded, quantized, layout, ranges, verification)
+    write_manifest(options.manifest_path, manifest)
+    return ExportResult(quantized=quantized, verification=verification, manifest=manifest)
+
+
+def parse_classes(text: str, *, num_classes: int, samples: int, seed: int) -> tuple[int, ...]:
+    """Return one class per sample from `3,7`, `0-9` or `random`.
+
+    `random` draws without repetition, and starts over where the model has fewer classes.
+
+    Raises:
+        CalibrationError: no such form, or a class that the model does not have.
+    """
+    if samples < 1:
+        raise CalibrationError(f"samples={samples}; calibration needs at least one")
+    if text == "random":
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(num_classes, generator=generator)[:samples]
+        return calibration_classes(order.tolist(), samples)
+    named: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise CalibrationError(f"classes={text!r}; write 3,7 or 0-9 or random")
+        named.extend(range(int(first), int(last or first) + 1))
+    odd = [label for label in named if label >= num_classes]
+    if odd or not named:
+        raise CalibrationError(
+            f"classes={text!r} names {odd or 'none'}; this model has 0 to {num_classes - 1}"
+        )
+    return calibration_classes(named, samples)
+
+
+def _check_paths(options: ExportOptions) -> None:
+    """Refuse outputs that cannot be written, before any work."""
+    outputs = [
+        options.output,
+        options.manifest_path,
+        options.save_calibration,
+        options.save_artifact,
+        options.reference,
+    ]
+    written = [path for path in outputs if path is not None]
+    for path in written:
+        require_writable(path)
+    if len({path.absolute() for path in written}) < len(written):
+        raise ArtifactError(f"two outputs have one name: {', '.join(map(str, written))}")
+    if options.artifact is not None and options.calibration is not None:
+        raise ArtifactError("--artifact needs no --calibration: it is quantized already")
+
+
+def _device(options: ExportOptions) -> torch.device:
+    """Return the device that calibration runs on."""
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError(
+            f"--device cuda, but this PyTorch ({torch.__version__}) sees no CUDA GPU; "
+            f"use --device cpu or install a CUDA build of torch"
+        )
+    return torch.device(options.device)
+
+
+def _quantized(
+    options: ExportOptions,
+    loaded: LoadedDiT,
+    on_progress: OnProgress,
+    say: Callable[[str], None],
+) -> QuantizedDiT:
+    """Read the quantized model, or calibrate and quantize."""
+    if options.artifact is not None:
+        quantized = QuantizedDiT.load(options.artifact)
+        made_from = quantized.provenance.get("checkpoint_sha256")
+        if made_from != loaded.sha256:
+            raise ArtifactError(
+                f"{options.artifact} was made from checkpoint {str(made_from)[:12]}…, the model "
+                f"is {loaded.sha256[:12]}… ({loaded.source}); pass its own with --model"
+            )
+        return quantized
+    settings = QuantizationSettings(
+        weight_bits=options.w,
+        activation_bits=options.a,
+        method=options.method,
+        rank=options.rank,
+        block_size=options.block_size,
+        ranges=options.ranges or "token",
+        **({} if options.alpha_grid is None else {"alpha_grid": options.alpha_grid}),
+    )
+    config = loaded.model.config
+    for note in settings.notes(config):
+        say(note)
+    device = _device(options)
+    loaded.model.to(device)
+    states = _states(options, loaded, on_progress)
+    peak = peak_bytes(config, states, settings)
+    say(f"calibration on {device}: about {peak / 2**20:,.0f} MiB beside the model")
+    total = 4 * config.depth
+    on_progress("quantize", 0, total)
+    done = 0
+
+    def count(_name: str, _linear: object) -> None:
+        nonlocal done
+        done += 1
+        on_progress("quantize", done, total)
+
+    quantized = quantize_dit(
+        loaded.model, states, settings, progress_file=options.progress_path, on_linear=count
+    )
+    loaded.model.to("cpu")
+    return quantized
+
+
+def _states(
+    options: ExportOptions, loaded: LoadedDiT, on_progress: OnProgress
+) -> CalibrationStates:
+    """Read the calibration states, or sample them."""
+    if options.calibration is not None:
+        return CalibrationStates.load(options.calibration, checkpoint_sha256=loaded.sha256)
+    settings = CalibrationSettings(
+        steps=options.steps,
+        cfg_scale=options.cfg_scale,
+        classes=parse_classes(
+            options.classes,
+            num_classes=loaded.model.config.num_classes,
+            samples=options.samples,
+            seed=options.seed,
+        ),
+        seed=options.seed,
+    )
+    on_progress("sample", 0, settings.steps)
+    states = collect_states(
+        loaded.model,
+        settings,
+        checkpoint_sha256=loaded.sha256,
+        on_step=lambda done, total: on_progress("sample", done, total),
+    )
+    if options.save_calibration is not None:
+        states.save(options.save_calibration)
+    return states
+
+
+def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
+    """Return the layout: as asked, or the one that fits the weights."""
+    if options.layout is not None:
+        return options.layout
+    return "int8" if quantized.weight_bits == 8 else "int4"
+
+
+def _verify(
+    options: ExportOptions,
+    loaded: LoadedDiT,
+    folded: FoldedDiT,
+    ranges: Ranges,
+    on_progress: OnProgress,
+) -> Verification:
+    """Hold the written file against the float and the fake-quantized model."""
+    fake_quantized = fake_quantized_dit(quantize_adaln(folded, options.adaln).folded, ranges=ranges)
+    classes = parse_classes(
+        "random",
+        num_classes=loaded.model.config.num_classes,
+        samples=VERIFICATION_IMAGES,
+        seed=options.seed + VERIFICATION_SEED_OFFSET,
+    )
+    first = options.seed + VERIFICATION_SEED_OFFSET
+    settings = VerificationSettings(
+        seeds=tuple(range(first, first + VERIFICATION_SEEDS)),
+        classes=classes,
+        cfg_scale=options.cfg_scale,
+    )
+    return verify_file(
+        loaded.model,
+        fake_quantized,
+        options.output,
+        settings,
+        on_step=lambda done, total: on_progress("verify", done, total),
+    )
+
+
+def _manifest(
+    options: ExportOptions,
+    loaded: LoadedDiT,
+    quantized: QuantizedDiT,
+    layout: Layout,
+    ranges: Ranges,
+    verification: Verification,
+) -> dict[str, Any]:
+    """Return what `out.json` says: versions, hashes, settings, every linear, bytes, the proof."""
+    sizes = bytes_by_part(ir.load(options.output))
+    linears = {
+        name: {
+            "alpha": linear.alpha,
+            "block_size": linear.weight.block_size,
+            "rank": linear.low_rank.rank if linear.low_rank else 0,
+            "static_range": linear.static_range,
+            "output_snr_db": linear.output_snr_db,
+            "smoothing_scale": [
+                float(linear.smoothing_scale.amin()),
+                float(linear.smoothing_scale.amax()),
+            ],
+        }
+        for name, linear in quantized.linears.items()
+    }
+    return {
+        "format": "ditas-export manifest 1",
+        "versions": _versions(),
+        "model": {
+            "source": loaded.source,
+            "checkpoint_sha256": loaded.sha256,
+            "config": loaded.model.config.to_dict(),
+        },
+        "file": {
+            "name": options.output.name,
+            "sha256": sha256_of_file(options.output),
+            "layout": layout,
+            "ranges": ranges if quantized.activation_bits == 8 else None,
+            "precision": options.precision,
+            "adaln_bits": options.adaln,
+        },
+        "settings": dict(quantized.settings),
+        "bytes_by_part": sizes,
+        "bits_per_weight": bits_per_weight(sizes, quantized),
+        "float_linears": _float_linears(loaded.model.config.depth, options.adaln),
+        "linears": linears,
+        "verification": verification.to_dict(),
+    }
+
+
+def bits_per_weight(sizes: Mapping[str, int], quantized: QuantizedDiT) -> float:
+    """Return bits per weight of the block linears, codes, scales and low-rank factors counted."""
+    weights = sum(linear.weight.codes.numel() for linear in quantized.linears.values())
+    counted = ("codes", "multipliers", "row_scales", "low_rank")
+    return 8 * sum(sizes[part] for part in counted) / weights
+
+
+def _float_linears(depth: int, adaln_bits: int) -> list[str]:
+    """Return the linears whose weights stay float, by name."""
+    embedders = ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
+    return embedders + (list(adaln_paths(depth)) if adaln_bits == 16 else [])
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what made the file."""
+    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "diffusers", "numpy")
+    found = {"ditas-export": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # onnxruntime-gpu has another name
+            continue
+    return found
