@@ -87,7 +87,8 @@ def save_tensors(
 ) -> None:
     """Write one safetensors file whose metadata says what it is and holds `header` as JSON."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", file_format: json.dumps(header, sort_keys=True)}
+    # One entry: safetensors writes several in no fixed order, and the bytes are to be the same.
+    metadata = {file_format: json.dumps(header, sort_keys=True)}
     with atomic_path(path) as partial:
         save_file(contiguous, partial, metadata=metadata)
 

@@ -29,5 +29,9 @@ class RunnerError(DitasExportError):
     """A backend is missing, refuses the model, or was fed inputs that do not fit."""
 
 
+class EngineError(DitasExportError):
+    """An engine builder is missing, refuses a graph, or crashes on it."""
+
+
 class VerificationError(DitasExportError):
     """An exported file does not compute what was calibrated."""

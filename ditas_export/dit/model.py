@@ -25,7 +25,10 @@ MAX_PERIOD = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTConfig:
-    """What a DiT's shape depends on; `input_size` is the latent's side in pixels."""
+    """What a DiT's shape depends on; `input_size` is the latent's side in pixels.
+
+    The last two fields are constants in which diffusers' DiT departs from the published one.
+    """
 
     input_size: int = 32
     patch_size: int = 2
@@ -36,6 +39,8 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     layer_norm_eps: float = 1e-6
+    mlp_norm_eps: float = 1e-6  # of norm2; 1e-5 in diffusers
+    frequency_shift: int = 0  # see timestep_features; 1 in diffusers
 
     def __post_init__(self) -> None:
         """Refuse a shape that no DiT can have, naming the numbers."""
@@ -61,7 +66,7 @@ class DiTConfig:
     @property
     def mlp_hidden_size(self) -> int:
         """Width of the MLP's hidden layer."""
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
     @property
     def out_channels(self) -> int:
@@ -78,18 +83,22 @@ class DiTConfig:
         return asdict(self)
 
 
-def timestep_features(timesteps: Tensor) -> Tensor:
+def timestep_features(timesteps: Tensor, *, frequency_shift: int = 0) -> Tensor:
     """Return the sinusoidal features of time steps, cosines first.
+
+    Frequency i of 128 is `10000^(-i / (128 - frequency_shift))`.
 
     Args:
         timesteps: (N,), any number type; steps of the full schedule, 0 to 999.
+        frequency_shift: 0 as published; 1 as diffusers computes it.
 
     Returns:
         (N, 256) float32, whatever the network's float type: halves cannot hold the phases.
     """
     half = FREQUENCY_EMBEDDING_SIZE // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents)
+    indices = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    # The published order of operations: float32 phases near step 999 feel any other.
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * indices / (half - frequency_shift))
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
@@ -140,6 +149,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        self.frequency_shift = config.frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_EMBEDDING_SIZE, config.hidden_size),
             nn.SiLU(),
@@ -148,7 +158,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed time steps; the features are made in float32 and cast to the weights' type."""
-        features = timestep_features(timesteps)
+        features = timestep_features(timesteps, frequency_shift=self.frequency_shift)
         embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedded
 
@@ -223,7 +233,7 @@ class DiTBlock(nn.Module):
         width = config.hidden_size
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=config.mlp_norm_eps, elementwise_affine=False)
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -234,7 +244,8 @@ class DiTBlock(nn.Module):
         ).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         mlp: Tensor = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return x + gate_mlp.unsqueeze(1) * mlp
+        out: Tensor = x + gate_mlp.unsqueeze(1) * mlp
+        return out
 
 
 class FinalLayer(nn.Module):

@@ -1,8 +1,9 @@
 """Weight-only integers: one float scale per block, or per output channel; float activations.
 
 For linears whose inputs stay float (the modulation linears, and every block linear without
-activation bits): `W ≈ codes · scale`, codes along blocks of input channels. Rounded to nearest, each
-block's scale chosen by a search that clips its largest weights where that lowers the squared error.
+activation bits): `W ≈ codes · scale`, codes along blocks of input channels. Rounded to nearest,
+each block's scale chosen by a search that clips its largest weights where that lowers the squared
+error.
 Shapes: N output channels, K input channels.
 """
 
@@ -106,7 +107,7 @@ def quantize_weight_only(weight: Tensor, *, bits: int, block_size: int) -> Weigh
     require_block_size(weight.shape[1], block_size)
     max_code = MAX_CODE_4BIT if bits == 4 else MAX_CODE_8BIT
     codes, scales = [], []
-    for rows in weight.split(_ROWS_AT_ONCE):
+    for rows in torch.split(weight, _ROWS_AT_ONCE):
         blocks = rows.float().reshape(rows.shape[0], -1, block_size)
         scale = _best_scales(blocks, max_code, weight.dtype)
         codes.append(_round(blocks, scale.float(), max_code).flatten(1).to(torch.int8))

@@ -1,0 +1,244 @@
+"""The sampling loop over a `Runner`; the schedulers come from diffusers.
+
+The default, `ddpm`, is the published DiT sampler: linear betas, time steps spread evenly over 0 to
+999, no clipping, the variance learned. `ddim` and `dpm++` get ε only.
+
+Noise belongs to an image, not to a batch: each image has a generator of its own on the CPU, seeded
+from the seed and the image's index. It draws x_T first, then the noise of every step, so an image
+depends on its batch mates by float rounding at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ditas_export.diffusion.guidance import (
+    CfgChannels,
+    guide,
+    guided_channel_count,
+    guided_inputs,
+    plain_inputs,
+)
+from ditas_export.diffusion.runner import Runner
+from ditas_export.dit.model import DiTConfig
+from ditas_export.errors import RunnerError
+
+Sampler = Literal["ddpm", "ddim", "dpm++"]
+"""Schedulers to choose from."""
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called after a step with its index, its time step and the new latents; may raise to stop."""
+
+TRAIN_TIMESTEPS = 1000
+"""Length of the schedule that every published DiT was trained on."""
+
+MAX_STEPS: dict[Sampler, int] = {"ddpm": 1000, "ddim": 1000, "dpm++": 500}
+"""Most steps per sampler; past 500, dpm++ would visit time steps twice and divide by zero."""
+
+_GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, odd: i -> i * it is a bijection modulo 2^32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """One step of a trajectory."""
+
+    index: int  # 0 for the first, noisiest step
+    timestep: int  # of the full schedule, 0 to 999
+    latents: Tensor  # (N, C, H, W) float32, before the step
+    class_labels: Tensor  # (N,) int64
+    model_output: Tensor  # (N, 2C, H, W) float32, ε guided
+    next_latents: Tensor  # (N, C, H, W) float32, after the step
+
+
+def sample(
+    runner: Runner,
+    *,
+    classes: Sequence[int],
+    steps: int = 50,
+    cfg_scale: float = 1.5,
+    cfg_channels: CfgChannels = "3",
+    sampler: Sampler = "ddpm",
+    seed: int = 0,
+    image_indices: Sequence[int] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample one image per class label, in one batch.
+
+    Args:
+        runner: the model; with guidance it is called with twice as many rows as there are images.
+        classes: label of each image, 0 to `num_classes` − 1.
+        steps: denoising steps, 2 to 1000.
+        cfg_scale: strength of guidance; 1 means none, and a batch of the plain size.
+        cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one.
+        sampler: `ddpm` (published), `ddim` or `dpm++`.
+        seed: with an image's index, what its noise depends on.
+        image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
+        on_step: called after every step; raise from it to stop.
+
+    Returns:
+        (N, C, H, W) float32 latents.
+
+    Raises:
+        RunnerError: see `trajectory`.
+    """
+    steps_done = trajectory(
+        runner,
+        classes=classes,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        sampler=sampler,
+        seed=seed,
+        image_indices=image_indices,
+    )
+    for step in steps_done:
+        if on_step is not None:
+            on_step(step.index, step.timestep, step.next_latents)
+    return step.next_latents
+
+
+def trajectory(
+    runner: Runner,
+    *,
+    classes: Sequence[int],
+    steps: int = 50,
+    cfg_scale: float = 1.5,
+    cfg_channels: CfgChannels = "3",
+    sampler: Sampler = "ddpm",
+    seed: int = 0,
+    image_indices: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """Yield the steps that `sample` takes, one by one; the arguments are its.
+
+    Raises:
+        RunnerError: at once, before the first step: no class, a class out of range, a setting that
+            no sampler has, or a count of indices that differs from the count of classes.
+    """
+    indices = range(len(classes)) if image_indices is None else image_indices
+    _check_classes(classes, runner.config)
+    _check_indices(indices, len(classes))
+    if not math.isfinite(cfg_scale):
+        raise RunnerError(f"cfg_scale={cfg_scale} is not a finite number")
+    scheduler = make_scheduler(sampler, steps)
+    channels = guided_channel_count(runner.config.in_channels, cfg_channels)
+    generators = [image_generator(seed, index) for index in indices]
+    labels = torch.tensor(list(classes), dtype=torch.int64)
+
+    def predict(latents: Tensor, timestep: int) -> Tensor:
+        if cfg_scale == 1.0:
+            inputs = plain_inputs(latents, timestep, labels)
+            return runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        inputs = guided_inputs(latents, timestep, labels, null_class=runner.config.null_class)
+        output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        return guide(output, cfg_scale=cfg_scale, channels=channels)
+
+    def walk() -> Iterator[Step]:
+        latents = initial_noise(runner.config, generators)
+        for index, timestep in enumerate(scheduler.timesteps):
+            output = predict(latents, int(timestep))
+            fed = output if sampler == "ddpm" else output[:, : latents.shape[1]]
+            moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
+            yield Step(
+                index=index,
+                timestep=int(timestep),
+                latents=latents,
+                class_labels=labels,
+                model_output=output,
+                next_latents=moved,
+            )
+            latents = moved
+
+    return walk()
+
+
+def make_scheduler(sampler: Sampler, steps: int) -> Any:
+    """Return a diffusers scheduler whose time steps are set.
+
+    `ddim` takes leading time steps and a count that divides 1000: diffusers strides by
+    1000 // steps, which is exact for those alone.
+
+    Raises:
+        RunnerError: an unknown sampler, or a number of steps that it cannot take.
+    """
+    if sampler not in get_args(Sampler):
+        raise RunnerError(f"unknown sampler {sampler!r}; choose one of {', '.join(MAX_STEPS)}")
+    if not 2 <= steps <= MAX_STEPS[sampler]:
+        raise RunnerError(f"{sampler} takes 2 to {MAX_STEPS[sampler]} steps, not {steps}")
+    if sampler == "ddim" and TRAIN_TIMESTEPS % steps:
+        raise RunnerError(
+            f"ddim takes a number of steps that divides {TRAIN_TIMESTEPS}, not {steps}; "
+            f"the nearest is {_nearest_divisor(steps)}"
+        )
+    scheduler = _new_scheduler(sampler)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _new_scheduler(sampler: Sampler) -> Any:
+    """Return an unset scheduler for a model trained like DiT; imports diffusers."""
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    trained = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "linear"}
+    if sampler == "ddpm":
+        return DDPMScheduler(  # type: ignore[no-untyped-call]
+            **trained,
+            variance_type="learned_range",
+            timestep_spacing="linspace",
+            clip_sample=False,
+        )
+    if sampler == "ddim":
+        return DDIMScheduler(  # type: ignore[no-untyped-call]
+            **trained, timestep_spacing="leading", clip_sample=False
+        )
+    return DPMSolverMultistepScheduler(  # type: ignore[no-untyped-call]
+        **trained, timestep_spacing="linspace"
+    )
+
+
+def _nearest_divisor(steps: int) -> int:
+    """Return the divisor of 1000, 2 or more, that is nearest to `steps`."""
+    divisors = (d for d in range(2, TRAIN_TIMESTEPS + 1) if TRAIN_TIMESTEPS % d == 0)
+    return min(divisors, key=lambda divisor: abs(divisor - steps))
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Return the CPU generator of one image's noise.
+
+    Its 32-bit seed is (h + index · 0x9E3779B1) mod 2³², h the first four bytes (big-endian) of
+    the SHA-256 of the seed's decimal digits: for one seed no two indices share a generator.
+    torch's CPU generator reads the low 32 bits of a seed only.
+    """
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
+    return torch.Generator().manual_seed((start + index * _GOLDEN_RATIO) % 2**32)
+
+
+def initial_noise(config: DiTConfig, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return x_T: (N, C, H, W) float32 standard normal, one image per generator."""
+    shape = (config.in_channels, config.input_size, config.input_size)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _check_classes(classes: Sequence[int], config: DiTConfig) -> None:
+    """Refuse an empty batch and labels that the model does not know."""
+    if not classes:
+        raise RunnerError("no class to sample; name at least one")
+    last = config.num_classes - 1
+    odd = sorted({label for label in classes if not 0 <= label <= last})
+    if odd:
+        raise RunnerError(f"classes {odd} are out of range; this model knows 0 to {last}")
+
+
+def _check_indices(indices: Sequence[int], count: int) -> None:
+    """Refuse image indices that do not pair up with the classes."""
+    if len(indices) != count:
+        raise RunnerError(f"{len(indices)} image indices for {count} classes; give one each")
+    odd = [index for index in indices if not 0 <= index < 2**32]
+    if odd:
+        raise RunnerError(f"image indices {odd} are out of range; they run from 0 to 2^32 - 1")

@@ -1,0 +1,224 @@
+"""A folded DiT, or the float model, to one ONNX file that says what it is."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ditas_export import __version__
+from ditas_export.artifact_files import atomic_path
+from ditas_export.calibration.fold import FoldedDiT
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.errors import CheckpointError, OnnxExportError
+from ditas_export.onnx_export.adaln import AdalnBits, quantize_adaln
+from ditas_export.onnx_export.contract import check_contract
+from ditas_export.onnx_export.lowering import (
+    Layout,
+    lower_float_linear,
+    lower_linear,
+    lower_weight_only_linear,
+)
+from ditas_export.onnx_export.manifest import bytes_by_part
+from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
+from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.quantization.ranges import Ranges
+
+CONFIG_KEY = "ditas_export.config"
+FORM_KEY = "ditas_export.form"
+
+LARGEST_INLINE_BYTES = 2**31 - 2**24
+"""Tensors beyond this go to a file of their own: protobuf holds 2 GiB, nodes included."""
+
+Lower = Callable[[Subgraph, str, ir.Value], ir.Value]
+
+
+def export_onnx(
+    folded: FoldedDiT,
+    path: Path,
+    *,
+    layout: Layout = "int4",
+    ranges: Ranges = "token",
+    adaln_bits: AdalnBits = 16,
+) -> None:
+    """Write a quantized DiT as standard QDQ ONNX, checked against the rules of the runtimes.
+
+    Past 2 GB the tensors go to `<path>.data`. Either file is there whole or not at all.
+
+    Args:
+        folded: what to write, in its own float type; latents and output are float32 all the same.
+        path: the file.
+        layout: "int4" stores 4-bit weights as such, "int8" the same numbers as INT8 rows.
+        ranges: of the activations; without effect where activations are float.
+        adaln_bits: of the modulation weights.
+
+    Raises:
+        OnnxExportError: a layout that the weights cannot take, or a graph that breaks a rule.
+        ArtifactError: the file cannot be written.
+    """
+    adaln = quantize_adaln(folded, adaln_bits)
+    parameters = adaln.folded.float_parameters
+
+    def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
+        if module in folded.linears:
+            return lower_linear(
+                graph,
+                x,
+                folded.linears[module],
+                layout=layout,
+                ranges=ranges,
+                activation_bits=folded.activation_bits,
+                splits_output=module.endswith("attn.qkv"),
+            )
+        bias = parameters[f"{module}.bias"]
+        if module in adaln.weights:
+            return lower_weight_only_linear(graph, x, adaln.weights[module], bias)
+        return lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)
+
+    model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
+    lower_placeholders(model, lower)
+    form = {
+        "weight_bits": next(iter(folded.linears.values())).weight.bits,
+        "activation_bits": folded.activation_bits,
+        "adaln_bits": adaln_bits,
+        "layout": layout,
+        "ranges": ranges if folded.activation_bits == 8 else None,
+        "float_type": _float_type(folded.dtype),
+    }
+    describe(model, folded.config, form)
+    save_model(model, path)
+
+
+def export_reference(model: DiT, path: Path) -> None:
+    """Write the float model with the interface of the quantized file.
+
+    Args:
+        model: in the float type to write; left untouched.
+        path: the file; past 2 GB the tensors go to `<path>.data`.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    parameters = model.state_dict()
+    dtype = next(model.parameters()).dtype
+
+    def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
+        weight, bias = parameters[f"{module}.weight"], parameters[f"{module}.bias"]
+        return lower_float_linear(graph, x, weight, bias)
+
+    graph_model = export_skeleton(model.config, parameters, dtype=dtype)
+    lower_placeholders(graph_model, lower)
+    describe(graph_model, model.config, {"float_type": _float_type(dtype)})
+    save_model(graph_model, path)
+
+
+def lower_placeholders(model: ir.Model, lower: Lower) -> None:
+    """Replace every placeholder of a skeleton by what `lower` writes for it, in place."""
+    for node in list(model.graph):
+        if node.domain != PLACEHOLDER_DOMAIN:
+            continue
+        module = node.attributes["module"].as_string()
+        x = node.inputs[0]
+        assert x is not None  # a placeholder has one input
+        replacement = lower(Subgraph(node, module), module, x)
+        node.outputs[0].replace_all_uses_with(replacement)
+        model.graph.remove(node, safe=True)
+    model.graph.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
+
+
+def describe(model: ir.Model, config: DiTConfig, form: dict[str, Any]) -> None:
+    """Make a file self-describing: the model's shape and the form it was written in."""
+    model.producer_name = "ditas-export"
+    model.producer_version = __version__
+    model.metadata_props[CONFIG_KEY] = json.dumps(config.to_dict(), sort_keys=True)
+    model.metadata_props[FORM_KEY] = json.dumps(form, sort_keys=True)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Check a model and write it, with external data when it is too big; atomic.
+
+    Raises:
+        OnnxExportError: the model breaks a rule, or is no valid ONNX.
+        ArtifactError: the file cannot be written.
+    """
+    check_contract(model)
+    _order_initializers(model.graph)
+    data_name = (
+        f"{path.name}.data" if sum(bytes_by_part(model).values()) > LARGEST_INLINE_BYTES else None
+    )
+    with (
+        atomic_path(path) as partial,
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
+        staged = Path(folder) / path.name
+        ir.save(model, staged, external_data=data_name)
+        try:
+            onnx.checker.check_model(str(staged), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise OnnxExportError(f"the exported graph is no valid ONNX: {error}") from error
+        if data_name:
+            (Path(folder) / data_name).replace(path.parent / data_name)
+        staged.replace(partial)
+
+
+def _order_initializers(graph: ir.Graph) -> None:
+    """Put initializers in the order of their first use, so that equal graphs are equal bytes."""
+    ordered: dict[str, ir.Value] = {}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.const_value is not None:
+                ordered.setdefault(str(value.name), value)
+    graph.initializers.clear()
+    graph.initializers.update(ordered)
+
+
+def read_config(path: Path) -> DiTConfig:
+    """Return the shape of the model in a file that this package wrote.
+
+    Raises:
+        OnnxExportError: no ONNX file, or one of another origin.
+    """
+    try:
+        return DiTConfig(**json.loads(_metadata(path)[CONFIG_KEY]))
+    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        raise OnnxExportError(
+            f"{path} does not say which DiT it holds ({error!r}); export it with ditas-export"
+        ) from error
+
+
+def read_form(path: Path) -> dict[str, Any]:
+    """Return how a file was written: bits, layout, ranges, float type.
+
+    Raises:
+        OnnxExportError: no ONNX file, or one of another origin.
+    """
+    try:
+        form: dict[str, Any] = json.loads(_metadata(path)[FORM_KEY])
+    except (KeyError, ValueError) as error:
+        raise OnnxExportError(
+            f"{path} does not say how it was written ({error!r}); export it with ditas-export"
+        ) from error
+    return form
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Return an ONNX file's metadata, its external data left where it is."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        raise OnnxExportError(f"{path} is no readable ONNX file: {error}") from error
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _float_type(dtype: torch.dtype) -> str:
+    """Return "fp32" or "fp16"."""
+    names = {torch.float32: "fp32", torch.float16: "fp16"}
+    if dtype not in names:
+        raise OnnxExportError(f"an ONNX file is written in fp32 or fp16, not {dtype}")
+    return names[dtype]

@@ -1,0 +1,237 @@
+"""The float parts of a DiT as an ONNX graph, with one placeholder node per linear of its blocks.
+
+`torch.onnx.export` sees the model's own forward, but every `nn.Linear` of the blocks and of the
+final layer is an empty shell: the graph gets a node `Linear` of a private domain with the module
+path as its attribute, and no weight is ever copied or traced. `lowering.py` replaces each of these
+nodes; what is left is standard ONNX.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+from torch import Tensor, nn
+
+from ditas_export.dit.model import DiT, DiTConfig
+
+OPSET = 21
+"""The first opset with INT4 and block scales."""
+
+IR_VERSION = 10
+"""The IR version that came with INT4."""
+
+PLACEHOLDER_DOMAIN = "ditas_export.placeholder"
+PLACEHOLDER = "Linear"
+
+INPUT_NAMES = ("latents", "timesteps", "class_labels")
+OUTPUT_NAME = "model_output"
+
+_MODEL = "model"
+"""Attribute under which `_Interface` holds the DiT; taken off every name again."""
+
+
+class _LinearShell(nn.Module):
+    """Stands for a linear while tracing: its output shape and its path, no weight."""
+
+    def __init__(self, path: str, out_features: int) -> None:
+        super().__init__()
+        self.path = path
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor (…, out_features) that only the exporter understands."""
+        return torch.onnx.ops.symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}",
+            (x,),
+            {"module": self.path},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
+
+
+class _Interface(nn.Module):
+    """float32 latents in and out, whatever the network's float type."""
+
+    def __init__(self, model: DiT, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Run the model in its own float type."""
+        out: Tensor = self.model(latents.to(self.dtype), timesteps, class_labels)
+        return out.float()
+
+
+def placeholder_paths(config: DiTConfig) -> tuple[str, ...]:
+    """Return the module paths that become placeholders."""
+    with torch.device("meta"):
+        model = DiT(config)
+    return tuple(path for path, _ in _linears(model))
+
+
+def export_skeleton(
+    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> ir.Model:
+    """Return the graph of a DiT, opset 21, its linears placeholders, names by module path.
+
+    Inputs and output are `latents` (N, C, H, W) float32, `timesteps` (N,) int64, `class_labels`
+    (N,) int64 and `model_output` (N, 2C, H, W) float32, N dynamic.
+
+    Args:
+        config: shape of the model.
+        parameters: checkpoint name -> tensor in `dtype`; those of the embedders are used.
+        dtype: float type of the network.
+    """
+    with torch.device("meta"):
+        model = DiT(config)
+    for path, linear in list(_linears(model)):
+        parent, _, child = path.rpartition(".")
+        shell = _LinearShell(path, linear.out_features)
+        model.get_submodule(parent).add_module(child, shell)
+    kept = {name: parameters[name].detach().cpu() for name, _ in model.named_parameters()}
+    model.load_state_dict(kept, strict=True, assign=True)
+    graph_model = _trace(_Interface(model.eval(), dtype), config)
+    _drop_allowzero(graph_model.graph)
+    _rename(graph_model.graph)
+    _strip_metadata(graph_model)
+    graph_model.ir_version = IR_VERSION
+    return graph_model
+
+
+def _linears(model: DiT) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield path and module of the blocks' and the final layer's linears, in module order."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.startswith(("blocks.", "final_layer.")):
+            yield path, module
+
+
+def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
+    """Export the shell of a model; two images stand for a dynamic batch."""
+    side = config.input_size
+    example = (
+        torch.zeros(2, config.in_channels, side, side),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+    )
+    batch = torch.export.Dim("N", min=1)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            interface,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUT_NAMES,
+            output_names=(OUTPUT_NAME,),
+            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention
+            },
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True always returns one
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks on optional packages and its own internals off the screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Translate attention to MatMul – Softmax – MatMul, the scale on q before the first product.
+
+    This is the form that the builders fuse to one kernel, and in which no half overflows.
+    """
+    head_size = query.shape[-1]
+    factor: Any = op.Constant(value_float=float(head_size) ** -0.5)
+    factor = op.CastLike(factor, query)
+    keys = op.Transpose(key, perm=[0, 1, 3, 2])
+    scores = op.MatMul(op.Mul(query, factor), keys)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _drop_allowzero(graph: ir.Graph) -> None:
+    """Take `allowzero` off every Reshape: no target shape has a zero, and parsers differ on it."""
+    for node in graph:
+        if node.op_type == "Reshape":
+            node.attributes.pop("allowzero", None)
+
+
+def _rename(graph: ir.Graph) -> None:
+    """Name nodes, their outputs and their constants by module path, in graph order."""
+    used: dict[str, int] = {}
+    for node in graph:
+        scope = _scope(node)
+        base = f"{scope}/{node.op_type}" if scope else node.op_type
+        count = used.get(base, 0)
+        used[base] = count + 1
+        node.name = f"{base}_{count}" if count else base
+        for index, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"{node.name}_output_{index}"
+    renamed: set[str] = set()
+    for node in graph:
+        for index, operand in enumerate(node.inputs):
+            if operand is None or not operand.is_initializer() or operand.name in renamed:
+                continue
+            name = str(operand.name)
+            parameter = name.startswith(f"{_MODEL}.")
+            operand.name = (
+                name.removeprefix(f"{_MODEL}.") if parameter else f"{node.name}_constant_{index}"
+            )
+            renamed.add(operand.name)
+
+
+def _scope(node: ir.Node) -> str:
+    """Return the module path that a node comes from; "" for the model itself."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes is None:  # made by the exporter's optimizer
+        producer = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
+        return _scope(producer) if producer else ""
+    modules = ast.literal_eval(scopes)[:-1]
+    return str(modules[-1]).removeprefix(_MODEL).removeprefix(".")
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Remove what says where the graph came from: traces, scopes, producer, inner shapes."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = "DiT"
+    model.producer_name, model.producer_version = None, None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None

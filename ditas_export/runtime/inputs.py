@@ -1,0 +1,52 @@
+"""Checking what a runner is fed, once, before any backend sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ditas_export.dit.model import DiTConfig
+from ditas_export.errors import RunnerError
+
+
+def require_inputs(
+    config: DiTConfig, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the three inputs as arrays in the types of the files' interface.
+
+    Args:
+        config: shape of the model.
+        latents: (N, C, H, W), any float type.
+        timesteps: (N,) of whole numbers.
+        class_labels: (N,) of whole numbers, 0 to `num_classes`.
+
+    Raises:
+        RunnerError: a shape or a label that does not fit the model.
+    """
+    side = config.input_size
+    expected = (latents.shape[0], config.in_channels, side, side)
+    if tuple(latents.shape) != expected:
+        raise RunnerError(
+            f"latents are {tuple(latents.shape)}; the model takes "
+            f"(N, {config.in_channels}, {side}, {side})"
+        )
+    for name, vector in (("timesteps", timesteps), ("class_labels", class_labels)):
+        if tuple(vector.shape) != (latents.shape[0],):
+            raise RunnerError(
+                f"{name} are {tuple(vector.shape)}; with {latents.shape[0]} latents the model "
+                f"takes ({latents.shape[0]},)"
+            )
+    if class_labels.numel() and not 0 <= class_labels.amin() <= class_labels.amax() <= (
+        config.null_class
+    ):
+        raise RunnerError(
+            f"class labels run from {int(class_labels.amin())} to {int(class_labels.amax())}; the "
+            f"model knows 0 to {config.null_class}, the last for no class"
+        )
+    return {
+        "latents": latents.detach().cpu().float().contiguous().numpy(),
+        "timesteps": timesteps.detach().cpu().long().contiguous().numpy(),
+        "class_labels": class_labels.detach().cpu().long().contiguous().numpy(),
+    }

@@ -1,0 +1,63 @@
+"""The reference backend: a PyTorch `DiT`, float or fake-quantized, on CPU or GPU."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.errors import RunnerError
+
+
+class TorchRunner:
+    """Runs a `DiT` without gradients, in the float type of its own parameters.
+
+    The model is moved to `device` and put into evaluation mode, in place. Inputs may lie on any
+    device; outputs come back as float32 on the latents' device.
+    """
+
+    def __init__(self, model: DiT, *, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise RunnerError(
+                f"device {device} was asked for, but this PyTorch ({torch.__version__}) sees no "
+                f"CUDA GPU; use --device cpu, or install a CUDA build of torch"
+            )
+        self.model = model.to(self.device).eval()
+        self.dtype = model.pos_embed.dtype
+
+    @property
+    def config(self) -> DiTConfig:
+        """Shape of the model."""
+        return self.model.config
+
+    @property
+    def description(self) -> str:
+        """Backend, version, device and float type."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"PyTorch {torch.__version__} on {self.device}, {name}"
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Return ε and the learned variance, (N, 2C, H, W) float32; see `Runner`."""
+        output: Tensor = self.model(
+            latents.to(self.device, self.dtype),
+            timesteps.to(self.device),
+            class_labels.to(self.device),
+        )
+        return output.to(latents.device, torch.float32)
+
+    def __enter__(self) -> Self:
+        """Return the runner, ready."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Hold on to nothing but the model, which the caller owns."""

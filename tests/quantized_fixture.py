@@ -1,0 +1,193 @@
+"""Small quantized models made by plain rounding: right for structure, never for quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from ditas_export.calibration.fold import FoldedLinear
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.dit.sites import linear_sites
+from ditas_export.onnx_export.lowering import lower_linear
+from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.quantization.integer import (
+    LowRank,
+    quantize_rows,
+    round_to_blocks,
+    round_to_rows,
+)
+
+TINY = DiTConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=96,
+    depth=2,
+    num_heads=4,
+    num_classes=10,
+)
+"""Head dimension 24, 16 tokens: every shape differs from every other."""
+
+
+def tiny_dit(config: DiTConfig = TINY, *, seed: int = 0) -> DiT:
+    """Return a DiT of plausible random weights, in evaluation mode."""
+    model = DiT(config)
+    randomize(model, seed=seed)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def quantized_tiny_dit(
+    model: DiT,
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    block_size: int = 48,
+    rank: int = 4,
+    seed: int = 0,
+) -> QuantizedDiT:
+    """Round a DiT's linears to nearest, under random smoothing and random low-rank factors."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = model.state_dict()
+    linears = {}
+    for site in linear_sites(model.config.depth):
+        linears[site.name] = _quantize_linear(
+            parameters.pop(f"{site.name}.weight"),
+            parameters.pop(f"{site.name}.bias"),
+            weight_bits=weight_bits,
+            block_size=block_size,
+            rank=rank,
+            generator=generator,
+        )
+    return QuantizedDiT(
+        config=model.config,
+        float_parameters=parameters,
+        linears=linears,
+        activation_bits=activation_bits,
+    )
+
+
+def _quantize_linear(
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    weight_bits: int,
+    block_size: int,
+    rank: int,
+    generator: torch.Generator,
+) -> QuantizedLinear:
+    out_features, in_features = weight.shape
+    smoothing_scale = torch.exp(0.3 * torch.randn(in_features, generator=generator))
+    smoothed = weight * smoothing_scale
+    low_rank = None
+    if rank:
+        right = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        right_codes, right_scale = quantize_rows(right)
+        low_rank = LowRank(
+            left=0.1 * torch.randn(out_features, rank, generator=generator),
+            right_codes=right_codes,
+            right_scale=right_scale,
+        )
+    return QuantizedLinear(
+        weight=(
+            round_to_blocks(smoothed, block_size=block_size)
+            if weight_bits == 4
+            else round_to_rows(smoothed)
+        ),
+        low_rank=low_rank,
+        bias=bias,
+        smoothing_scale=smoothing_scale,
+        alpha=None,
+        step_ranges=torch.tensor([2.0, 4.0]),
+        output_snr_db=float("nan"),
+    )
+
+
+def example_inputs(
+    config: DiTConfig = TINY, *, batch: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents, time steps and class labels, the null class among them."""
+    generator = torch.Generator().manual_seed(seed)
+    side = config.input_size
+    latents = torch.randn(batch, config.in_channels, side, side, generator=generator)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    labels = torch.randint(0, config.num_classes + 1, (batch,), generator=generator)
+    labels[-1] = config.null_class
+    return latents, timesteps, labels
+
+
+def snr_db(reference: Tensor, other: Tensor) -> float:
+    """Return 10·log10(Σ ref² / Σ (other − ref)²)."""
+    noise = (other.double() - reference.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+def folded_linear(
+    in_features: int = 96,
+    out_features: int = 80,
+    *,
+    weight_bits: int = 4,
+    block_size: int = 48,
+    rank: int = 4,
+    multiplies_input: bool = False,
+    static_range: float = 3.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> FoldedLinear:
+    """Return one linear as it ships, in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = _quantize_linear(
+        torch.randn(out_features, in_features, generator=generator) / in_features**0.5,
+        torch.randn(out_features, generator=generator),
+        weight_bits=weight_bits,
+        block_size=block_size,
+        rank=rank,
+        generator=generator,
+    )
+    low_rank = linear.low_rank
+    if low_rank is not None:
+        low_rank = replace(
+            low_rank, left=low_rank.left.to(dtype), right_scale=low_rank.right_scale.to(dtype)
+        )
+    return FoldedLinear(
+        weight=replace(linear.weight, row_scale=linear.weight.row_scale.to(dtype)),
+        low_rank=low_rank,
+        bias=linear.bias.to(dtype),
+        input_multiplier=(
+            linear.smoothing_scale.reciprocal().to(dtype) if multiplies_input else None
+        ),
+        static_range=static_range,
+    )
+
+
+def write_linear(path: Path, linear: FoldedLinear, **settings: Any) -> None:
+    """Write one linear alone: input `x` (N, T, K), output `y` (N, T, out), in its float type."""
+    dtype = ir.DataType.FLOAT if linear.bias.dtype == torch.float32 else ir.DataType.FLOAT16
+    out_features, in_features = linear.weight.codes.shape
+    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(("N", 5, in_features)))
+    anchor = ir.Node("", "Identity", [x], name="anchor")
+    graph = ir.Graph([x], [], nodes=[anchor], name="linear", opset_imports={"": 21})
+    y = lower_linear(Subgraph(anchor, "linear"), x, linear, **settings)
+    graph.remove(anchor)
+    y.name = "y"
+    y.type = ir.TensorType(dtype)
+    y.shape = ir.Shape(("N", 5, out_features))
+    graph.outputs.append(y)
+    ir.save(ir.Model(graph, ir_version=10), path)
+
+
+def run_linear(path: Path, x: Tensor, **entries: str) -> Tensor:
+    """Run what `write_linear` wrote in ONNX Runtime; `entries` are session entries."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 2
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

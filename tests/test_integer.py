@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditas_export.errors import QuantizationError
+from ditas_export.quantization.integer import (
+    MAX_CODE_4BIT,
+    MAX_MULTIPLIER,
+    IntegerWeight,
+    LowRank,
+    initial_row_scale,
+    pack_int4,
+    quantize_rows,
+    round_to_blocks,
+    round_to_rows,
+    unpack_int4,
+)
+
+magnitudes = st.floats(min_value=1e-6, max_value=1e6)
+
+
+def weight_of(rows: int, columns: int, magnitude: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * magnitude
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    blocks=st.integers(1, 5),
+    block_size=st.sampled_from([2, 16, 48]),
+    magnitude=magnitudes,
+    seed=st.integers(0, 1000),
+)
+def test_block_rounding_errs_by_half_a_step_at_most(
+    rows: int, blocks: int, block_size: int, magnitude: float, seed: int
+) -> None:
+    weight = weight_of(rows, blocks * block_size, magnitude, seed)
+    before = weight.clone()
+    rounded = round_to_blocks(weight, block_size=block_size)
+    step = rounded.row_scale[:, None] * rounded.multipliers.repeat_interleave(block_size, 1)
+    # Float32 division and product may each err by an ulp of the weight.
+    slack = 4e-7 * weight.abs() + 1e-5 * step
+    assert ((weight - rounded.dequantize()).abs() <= step / 2 + slack).all()
+    assert rounded.codes.abs().max() <= MAX_CODE_4BIT
+    assert 1 <= rounded.multipliers.min() <= rounded.multipliers.max() <= MAX_MULTIPLIER
+    assert torch.equal(weight, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 70), magnitude=magnitudes)
+def test_row_rounding_errs_by_half_a_step_at_most(
+    rows: int, columns: int, magnitude: float
+) -> None:
+    weight = weight_of(rows, columns, magnitude, 0)
+    codes, scale = quantize_rows(weight)
+    error = (weight - codes.float() * scale[:, None]).abs()
+    assert (error <= scale[:, None] * (0.5 + 1e-4)).all()
+
+
+def test_zero_is_exact_and_a_zero_row_has_scale_one() -> None:
+    weight = weight_of(3, 96, 1.0, 1)
+    weight[1] = 0.0
+    weight[0, 5] = 0.0
+    for rounded in (round_to_blocks(weight, block_size=48), round_to_rows(weight)):
+        assert rounded.row_scale[1] == 1.0
+        assert (rounded.dequantize()[1] == 0).all()
+        assert rounded.dequantize()[0, 5] == 0
+
+
+def test_int8_rows_are_the_products_and_fit_in_int8() -> None:
+    weight = weight_of(8, 96, 1.0, 2)
+    weight[:, 0] *= 100.0  # one block of multiplier 18, the rest small
+    rounded = round_to_blocks(weight, block_size=16)
+    wide = rounded.codes.int() * rounded.multipliers.int().repeat_interleave(16, dim=1)
+    assert wide.abs().max() == 126
+    assert torch.equal(rounded.int8_rows().int(), wide)
+    assert torch.equal(rounded.dequantize(), wide.float() * rounded.row_scale[:, None])
+
+
+def test_the_initial_row_scale_makes_the_largest_weight_126() -> None:
+    weight = weight_of(5, 32, 3.0, 3)
+    scale = initial_row_scale(weight)
+    assert torch.allclose(weight.abs().amax(1) / scale, torch.full((5,), 126.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 6))
+def test_packing_is_lossless(seed: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, 10), generator=generator, dtype=torch.int8)
+    packed = pack_int4(codes)
+    assert packed.numel() == codes.numel() // 2
+    assert torch.equal(unpack_int4(packed, (rows, 10)), codes)
+
+
+def test_packing_puts_the_first_code_in_the_low_half() -> None:
+    assert pack_int4(torch.tensor([1, -1], dtype=torch.int8)).tolist() == [0xF1]
+
+
+def test_packing_refuses_an_odd_count() -> None:
+    with pytest.raises(QuantizationError, match="3 4-bit codes do not fill whole bytes"):
+        pack_int4(torch.zeros(3, dtype=torch.int8))
+
+
+def test_low_rank_is_the_product_of_its_factors() -> None:
+    left = torch.randn(6, 2)
+    codes = torch.randint(-127, 128, (2, 5), dtype=torch.int8)
+    scale = torch.tensor([0.5, 0.25])
+    low_rank = LowRank(left=left, right_codes=codes, right_scale=scale)
+    assert low_rank.rank == 2
+    expected = left @ (codes.float() * scale[:, None])
+    assert torch.equal(low_rank.dequantize(), expected)
+
+
+def valid_parts() -> dict[str, torch.Tensor]:
+    return {
+        "codes": torch.zeros(2, 8, dtype=torch.int8),
+        "multipliers": torch.ones(2, 2, dtype=torch.int8),
+        "row_scale": torch.ones(2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("codes", torch.full((2, 8), 8, dtype=torch.int8), "outside ±7"),
+        ("multipliers", torch.full((2, 2), 19, dtype=torch.int8), "outside 1 … 18"),
+        ("multipliers", torch.ones(2, 3, dtype=torch.int8), "do not fit together"),
+        ("row_scale", torch.tensor([1.0, 0.0]), "finite and positive"),
+        ("row_scale", torch.tensor([1.0, float("nan")]), "finite and positive"),
+    ],
+)
+def test_an_integer_weight_refuses_impossible_parts(
+    part: str, value: torch.Tensor, message: str
+) -> None:
+    parts = valid_parts() | {part: value}
+    with pytest.raises(QuantizationError, match=message):
+        IntegerWeight(**parts, bits=4)
+
+
+def test_other_bit_widths_are_refused() -> None:
+    with pytest.raises(QuantizationError, match="4 or 8, not 6"):
+        IntegerWeight(**valid_parts(), bits=6)
+
+
+def test_not_finite_weights_and_odd_blocks_are_refused() -> None:
+    weight = torch.ones(2, 8)
+    with pytest.raises(QuantizationError, match="does not divide in_features=8"):
+        round_to_blocks(weight, block_size=3)
+    weight[0, 0] = float("inf")
+    with pytest.raises(QuantizationError, match="NaN or infinity"):
+        round_to_blocks(weight, block_size=4)
+    with pytest.raises(QuantizationError, match="NaN or infinity"):
+        quantize_rows(weight)

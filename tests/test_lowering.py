@@ -1,0 +1,186 @@
+"""One linear's QDQ subgraph in ONNX Runtime against the fake-quantized module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_fixture import folded_linear, run_linear, snr_db, write_linear
+from torch import Tensor
+
+from ditas_export.calibration.modules import FakeQuantLinear
+from ditas_export.errors import OnnxExportError
+from ditas_export.quantization.ranges import RANGE_FLOOR
+
+K = 96
+ACCURATE = {"session.qdq_matmulnbits_accuracy_level": "1"}
+HALF_ROUNDING = 1e-3
+"""Two roundings to half precision, 2⁻¹¹ each: what one linear may differ by in float16."""
+
+
+def random_input(seed: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 5, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def input_on_the_grid(module: FakeQuantLinear) -> tuple[Tensor, Tensor]:
+    """Return an input whose INT8 codes are known, far from every rounding tie, and the codes."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(-126, 127, (3, 5, K), generator=generator).float()
+    codes[..., 0] = 127  # the token's maximum, so that r is its range
+    if module.ranges == "token":
+        ranges = 0.1 + torch.rand(3, 5, 1, generator=generator)
+        return (codes / 127 * ranges).to(module.bias.dtype), codes
+    return (codes * module.scale.float()).to(module.bias.dtype), codes
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+@pytest.mark.parametrize("ranges", ["token", "static"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("splits_output", [False, True])
+def test_same_codes_give_the_same_numbers(
+    tmp_path: Path, layout: str, ranges: str, rank: int, splits_output: bool
+) -> None:
+    linear = folded_linear(K, rank=rank)
+    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path,
+        linear,
+        layout=layout,
+        ranges=ranges,
+        activation_bits=8,
+        splits_output=splits_output,
+    )
+    x, codes = input_on_the_grid(module)
+    assert torch.equal(module.codes(x)[0], codes)
+    # Both sum the same integers; float32 rounds the products and sums of either side.
+    assert relative_error(run_linear(path, x), module(x)) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+@pytest.mark.parametrize("ranges", ["token", "static"])
+@pytest.mark.parametrize("multiplies_input", [False, True])
+def test_same_input_gives_the_same_numbers_but_for_ties(
+    tmp_path: Path, layout: str, ranges: str, multiplies_input: bool
+) -> None:
+    linear = folded_linear(K, multiplies_input=multiplies_input)
+    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False
+    )
+    x = random_input()
+    assert snr_db(module(x), run_linear(path, x)) > 70
+
+
+@pytest.mark.parametrize("ranges", ["token", "static"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layouts_agree_bit_for_bit(
+    tmp_path: Path, ranges: str, rank: int, dtype: torch.dtype
+) -> None:
+    linear = folded_linear(K, rank=rank, dtype=dtype)
+    x = random_input(dtype=dtype)
+    outputs = []
+    for layout in ("int4", "int8"):
+        path = tmp_path / f"{layout}.onnx"
+        write_linear(
+            path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=True
+        )
+        outputs.append(run_linear(path, x))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+@pytest.mark.parametrize("ranges", ["token", "static"])
+def test_half_precision_agrees_to_its_rounding(tmp_path: Path, layout: str, ranges: str) -> None:
+    linear = folded_linear(K, dtype=torch.float16)
+    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False
+    )
+    x, codes = input_on_the_grid(module)
+    assert torch.equal(module.codes(x)[0].float(), codes)
+    assert relative_error(run_linear(path, x), module(x)) < HALF_ROUNDING
+    # x / r rounds to half precision near ties: some codes differ by one.
+    x = random_input(dtype=torch.float16)
+    assert snr_db(module(x), run_linear(path, x)) > 45
+
+
+@pytest.mark.parametrize(("bits", "layout"), [(4, "int4"), (4, "int8"), (8, "int8")])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_float_activations(tmp_path: Path, bits: int, layout: str, rank: int) -> None:
+    linear = folded_linear(K, weight_bits=bits, block_size=32, rank=rank)
+    module = FakeQuantLinear(linear, ranges="token", activation_bits=16)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path, linear, layout=layout, ranges="token", activation_bits=16, splits_output=False
+    )
+    x = random_input()
+    assert snr_db(module(x), run_linear(path, x, **ACCURATE)) > 70
+    # By default ONNX Runtime quantizes the activations of weight-only kernels to 8 bits.
+    assert snr_db(module(x), run_linear(path, x)) > 40
+
+
+@pytest.mark.parametrize("ranges", ["token", "static"])
+def test_eight_bit_weights(tmp_path: Path, ranges: str) -> None:
+    linear = folded_linear(K, weight_bits=8)
+    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path, linear, layout="int8", ranges=ranges, activation_bits=8, splits_output=False
+    )
+    x = random_input()
+    assert snr_db(module(x), run_linear(path, x)) > 70
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("magnitude", [0.0, RANGE_FLOOR / 8])
+def test_a_vanishing_token_has_the_floor_as_its_range(
+    tmp_path: Path, dtype: torch.dtype, magnitude: float
+) -> None:
+    linear = folded_linear(K, dtype=dtype)
+    module = FakeQuantLinear(linear, ranges="token", activation_bits=8)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path, linear, layout="int4", ranges="token", activation_bits=8, splits_output=False
+    )
+    x = random_input(dtype=dtype)
+    x[0, 0] = magnitude
+    out, reference = run_linear(path, x), module(x)
+    assert out.isfinite().all()
+    assert torch.allclose(out[0, 0], reference[0, 0], rtol=HALF_ROUNDING, atol=1e-6)
+    if magnitude == 0:
+        assert torch.equal(out[0, 0], linear.bias)
+
+
+def test_eight_bit_weights_have_no_int4_layout(tmp_path: Path) -> None:
+    linear = folded_linear(K, weight_bits=8)
+    with pytest.raises(OnnxExportError, match="use layout int8"):
+        write_linear(
+            tmp_path / "linear.onnx",
+            linear,
+            layout="int4",
+            ranges="token",
+            activation_bits=8,
+            splits_output=False,
+        )
+
+
+def test_a_block_without_a_weight_only_kernel_is_refused(tmp_path: Path) -> None:
+    linear = folded_linear(K, block_size=48)
+    with pytest.raises(OnnxExportError, match="block_size=48 .* 32, 64, 128"):
+        write_linear(
+            tmp_path / "linear.onnx",
+            linear,
+            layout="int4",
+            ranges="token",
+            activation_bits=16,
+            splits_output=False,
+        )

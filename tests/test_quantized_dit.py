@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.quantized_fixture import quantized_tiny_dit, tiny_dit
+
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.errors import ArtifactError
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(4, 4), (4, 0), (8, 0)])
+def test_saving_and_loading_is_bit_exact(tmp_path: Path, bits: int, rank: int) -> None:
+    quantized = replace(
+        quantized_tiny_dit(tiny_dit(), weight_bits=bits, rank=rank),
+        settings={"method": "linear"},
+        provenance={"checkpoint_sha256": "abc"},
+    )
+    path = tmp_path / "model.ditas.safetensors"
+    quantized.save(path)
+    loaded = QuantizedDiT.load(path)
+    assert loaded.config == quantized.config
+    assert loaded.settings == quantized.settings
+    assert loaded.provenance == quantized.provenance
+    assert loaded.weight_bits == bits
+    assert list(loaded.linears) == list(quantized.linears)
+    for name, linear in quantized.linears.items():
+        other = loaded.linears[name]
+        for part in ("codes", "multipliers", "row_scale"):
+            assert torch.equal(getattr(linear.weight, part), getattr(other.weight, part))
+        assert (linear.low_rank is None) == (other.low_rank is None)
+        if linear.low_rank is not None and other.low_rank is not None:
+            for part in ("left", "right_codes", "right_scale"):
+                assert torch.equal(getattr(linear.low_rank, part), getattr(other.low_rank, part))
+        for part in ("bias", "smoothing_scale", "step_ranges"):
+            assert torch.equal(getattr(linear, part), getattr(other, part))
+    for name, tensor in quantized.float_parameters.items():
+        assert torch.equal(tensor, loaded.float_parameters[name])
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    quantized_tiny_dit(tiny_dit()).save(first)
+    quantized_tiny_dit(tiny_dit()).save(second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_four_bit_codes_take_half_a_byte(tmp_path: Path) -> None:
+    four, eight = tmp_path / "four", tmp_path / "eight"
+    quantized_tiny_dit(tiny_dit(), rank=0).save(four)
+    quantized_tiny_dit(tiny_dit(), rank=0, weight_bits=8).save(eight)
+    weights = 2 * 12 * 96 * 96
+    saved = eight.stat().st_size - four.stat().st_size
+    assert 0.4 * weights < saved < 0.5 * weights  # the multipliers take some of it back
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    quantized_tiny_dit(tiny_dit()).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match="no readable"):
+        QuantizedDiT.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ArtifactError, match="but no ditas-export quantized DiT"):
+        QuantizedDiT.load(path)
+    with pytest.raises(ArtifactError, match="no readable"):
+        QuantizedDiT.load(tmp_path / "missing")
+
+
+def test_sites_and_bits_are_checked() -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    linears = dict(quantized.linears)
+    linears.pop("blocks.1.mlp.fc2")
+    with pytest.raises(ArtifactError, match=r"blocks\.1\.mlp\.fc2"):
+        replace(quantized, linears=linears)
+    with pytest.raises(ArtifactError, match="8 or 16, not 4"):
+        replace(quantized, activation_bits=4)

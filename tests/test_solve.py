@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditas_export.calibration.methods import METHODS, method_named
+from ditas_export.calibration.solve import (
+    RIDGE,
+    JointMoments,
+    LinearInputs,
+    LinearSettings,
+    SolvedLinear,
+    corrected_target,
+    round_activations,
+    sample_tokens,
+    search_alpha,
+    solve_linear,
+)
+from ditas_export.errors import CalibrationError
+from ditas_export.quantization.integer import round_to_blocks
+from ditas_export.quantization.rounding import damped, lower_cholesky
+from ditas_export.quantization.smoothing import smoothing_scale
+
+SETTINGS = LinearSettings(
+    method=METHODS["ditas-plus"],
+    weight_bits=4,
+    activation_bits=8,
+    ranges="token",
+    block_size=16,
+    rank=2,
+    alpha_grid=(0.0, 0.25, 0.5, 0.75, 1.0),
+)
+
+
+def problem(seed: int = 0, outlier: float = 30.0) -> tuple[Tensor, Tensor, Tensor, LinearInputs]:
+    """A linear with correlated inputs, one outlier channel, and a quantized stream that drifts."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(12, 48, generator=generator)
+    x_float = torch.randn(600, 12, generator=generator) @ mixing
+    x_float += 0.3 * torch.randn(600, 48, generator=generator)
+    x_float[:, 7] *= outlier
+    drift = torch.randn(48, generator=generator) * 0.1
+    x_quantized = x_float * 1.02 + drift + 0.05 * torch.randn(600, 48, generator=generator)
+    weight = torch.randn(24, 48, generator=generator) / 7
+    weight[:, 7] /= outlier
+    bias = torch.randn(24, generator=generator)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(x_float.split(250), x_quantized.split(250), strict=True)
+
+    maxima = torch.stack([part.abs().amax(0) for part in x_float.split(100)])
+    return weight, bias, maxima, LinearInputs(tokens=600, batches=batches)
+
+
+def all_tokens(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
+    parts = list(inputs.batches())
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def output_error(
+    solved: SolvedLinear, weight: Tensor, bias: Tensor, maxima: Tensor, inputs: LinearInputs
+) -> float:
+    x_float, x_quantized = all_tokens(inputs)
+    x_hat = round_activations(
+        x_quantized / solved.smoothing_scale,
+        activation_bits=8,
+        ranges="token",
+        static_range=0.0,
+    )
+    wanted = x_float @ weight.T + bias
+    got = x_hat @ solved.matrix().T + solved.bias
+    return float((got - wanted).square().sum() / wanted.square().sum())
+
+
+def test_moments_are_the_centred_averages() -> None:
+    _, _, _, inputs = problem()
+    x_float, x_quantized = (part.double() for part in all_tokens(inputs))
+    moments = JointMoments.accumulate(inputs.batches())
+    centred_float = x_float - x_float.mean(0)
+    centred = x_quantized - x_quantized.mean(0)
+    # Float32 products of values up to ~400, summed over 600 tokens.
+    assert torch.allclose(moments.quantized, centred.T @ centred / 600, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(moments.cross, centred_float.T @ centred / 600, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(moments.float_mean, x_float.mean(0), atol=1e-4)
+
+
+def test_the_target_minimises_the_ridge_problem() -> None:
+    """W* against ordinary least squares on the tokens themselves, with λ as extra rows."""
+    weight, _, _, inputs = problem(outlier=1.0)
+    x_float, x_quantized = (part.double() for part in all_tokens(inputs))
+    moments = JointMoments.accumulate([(a.double(), b.double()) for a, b in inputs.batches()])
+    moment = damped(moments.quantized, RIDGE)
+    s = torch.linspace(0.5, 2.0, 48, dtype=torch.float64)
+    got = corrected_target(weight, s, moments, moment, lower_cholesky(moment))
+    ridge = float(moment[0, 0] - moments.quantized[0, 0])
+    anchor = ridge**0.5 * torch.eye(48, dtype=torch.float64)
+    rows = torch.cat([(x_quantized - x_quantized.mean(0)) / 600**0.5, anchor])
+    wanted = torch.cat(
+        [
+            (x_float - x_float.mean(0)) / 600**0.5 @ weight.double().T,
+            anchor @ (weight.double() * s).T,
+        ]
+    )
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_algorithm_1_literally() -> None:
+    """α as the paper searches it: every α, every token, nearest rounding, the float output."""
+    weight, _, maxima, inputs = problem(seed=1)
+    settings = replace(SETTINGS, method=METHODS["tas-search"])
+    x_float, x_quantized = all_tokens(inputs)
+    losses = {}
+    for alpha in settings.alpha_grid:
+        s = smoothing_scale(maxima.amax(0), weight.abs().amax(0), alpha)
+        x = x_quantized / s
+        r = x.abs().amax(1, keepdim=True)
+        x_hat = (x / r * 127).round() / 127 * r
+        w_hat = round_to_blocks(weight * s, block_size=16).dequantize()
+        losses[alpha] = float((x_hat @ w_hat.T - x_float @ weight.T).square().sum())
+    expected = min(losses, key=lambda alpha: losses[alpha])
+    assert search_alpha(weight, maxima.amax(0), maxima, inputs, settings) == expected
+    assert 0.0 < expected < 1.0  # a case in which the search has something to find
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_lever_lowers_the_output_error(seed: int) -> None:
+    """The reason why the methods exist, on the output of one linear with an outlier channel."""
+    weight, bias, maxima, inputs = problem(seed)
+    errors = {}
+    for name in METHODS:
+        settings = replace(SETTINGS, method=METHODS[name])
+        solved = solve_linear(weight, bias, maxima, inputs, settings)
+        errors[name] = output_error(solved, weight, bias, maxima, inputs)
+    assert errors["tas"] < errors["linear"]
+    assert errors["tas-search"] <= errors["tas"] * 1.01  # nearest rounding is not monotone
+    assert errors["ditas"] < errors["tas-search"]
+    assert errors["ditas-plus"] < 0.5 * errors["ditas"]
+
+
+def test_the_bias_absorbs_the_drift_of_the_means() -> None:
+    weight, bias, maxima, inputs = problem()
+    solved = solve_linear(weight, bias, maxima, inputs, SETTINGS)
+    x_float, x_quantized = all_tokens(inputs)
+    x_hat = round_activations(
+        x_quantized / solved.smoothing_scale, activation_bits=8, ranges="token", static_range=0.0
+    )
+    error = x_hat @ solved.matrix().T + solved.bias - x_float @ weight.T - bias
+    assert error.mean(0).abs().max() < 1e-3 * error.std()
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_each_method_gives(name: str, bits: int) -> None:
+    weight, bias, maxima, inputs = problem()
+    before = weight.clone()
+    method = method_named(name)
+    settings = replace(SETTINGS, method=method, weight_bits=bits)
+    solved = solve_linear(weight, bias, maxima, inputs, settings)
+    assert torch.equal(weight, before)
+    assert solved.weight.bits == bits
+    assert solved.weight.row_scale.dtype == torch.float32
+    assert (solved.low_rank is not None) == (method.low_rank != "none")
+    assert (solved.alpha is None) == (method.smoothing == "none")
+    if method.smoothing == "none":
+        assert torch.equal(solved.smoothing_scale, torch.ones(48))
+
+
+def test_smoothquant_looks_at_one_time_step_only() -> None:
+    weight, bias, maxima, inputs = problem()
+    solved = solve_linear(
+        weight, bias, maxima, inputs, replace(SETTINGS, method=METHODS["smoothquant"])
+    )
+    middle = maxima[maxima.shape[0] // 2]
+    assert torch.equal(solved.smoothing_scale, smoothing_scale(middle, weight.abs().amax(0), 0.5))
+
+
+def test_float_activations_pass_unrounded() -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(
+        round_activations(x, activation_bits=16, ranges="token", static_range=1.0), x
+    )
+    static = round_activations(x, activation_bits=8, ranges="static", static_range=2.0)
+    codes = (x / (2.0 / 127)).round().clamp(-128, 127)
+    assert torch.allclose(static, codes * (2.0 / 127))
+
+
+def test_the_token_sample_is_even_and_bounded() -> None:
+    x = torch.arange(10_000.0)[:, None]
+    inputs = LinearInputs(tokens=10_000, batches=lambda: [(x[:333], x[:333]), (x[333:], x[333:])])
+    sample, other = sample_tokens(inputs)
+    assert torch.equal(sample, other)
+    assert torch.equal(sample.flatten(), torch.arange(0.0, 10_000.0, 3.0))
+
+
+def test_an_unknown_method_is_refused_by_name() -> None:
+    with pytest.raises(CalibrationError, match="no method 'best'; pick one of linear,"):
+        method_named("best")
