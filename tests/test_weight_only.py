@@ -101,21 +101,19 @@ def test_nan_is_refused() -> None:
         quantize_weight_only(weight, bits=8, block_size=128)
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.005), (4, 0.12)])
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.12)])
 def test_adaln_weights_are_replaced_by_their_integers(bits: int, bound: float) -> None:
     folded = fold_smoothing(quantized_tiny_dit(tiny_dit()))
     result = quantize_adaln(folded, bits)
     assert list(result.weights) == list(adaln_paths(folded.config.depth))
-    changed = {name for name in folded.float_parameters if name.endswith(".weight")}
     for name, before in folded.float_parameters.items():
         after = result.folded.float_parameters[name]
         path = name.removesuffix(".weight")
-        if path not in result.weights:
+        if path == name or path not in result.weights:
             assert after is before
             continue
-        assert name in changed
         assert torch.equal(after, result.weights[path].dequantize())
-        # Half a step of 127 or 7 levels over a normal block, relative to its values.
+        # A uniform error of one step over √12, the step a 127th or 7th of some 2.5 deviations.
         assert (after - before).norm() < bound * before.norm()
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ditas_export.calibration.methods import FIXED_ALPHA, Method
 from ditas_export.quantization.integer import (
-    MAX_CODE_4BIT,
-    MAX_CODE_8BIT,
     IntegerWeight,
     LowRank,
     round_to_blocks,
@@ -36,10 +34,7 @@ from ditas_export.quantization.rounding import (
     InputMoments,
     compensated_blocks,
     compensated_rows,
-    damped,
-    lower_cholesky,
     quadratic_error,
-    upper_cholesky,
 )
 from ditas_export.quantization.smoothing import channel_maxima, smoothing_scale
 
@@ -221,9 +216,11 @@ def search_alpha(
 ) -> float:
     """Return the α of the grid with the least output error on a sample of tokens.
 
-    Without compensated rounding the error is measured with weights rounded to nearest (DiTAS,
-    Algorithm 1). With it, the error to expect of compensated rounding is computed from moments:
-    what the real target leaves, plus `Δ² / 12` per code through the pivots of H.
+    The error is that of weights rounded to nearest, ‖Q(x_q / s) Q(s · W) − x_f W‖², whatever the
+    rounding that follows: to search with compensated rounding costs more and gains nothing that
+    could be measured on the bundled model.
+
+    Source: DiTAS, Algorithm 1.
     """
     x_float, x_quantized = sample_tokens(inputs)
     weight_max = channel_maxima(weight)
@@ -237,38 +234,9 @@ def search_alpha(
             ranges=settings.ranges,
             static_range=float((step_maxima / smoothing).amax()),
         )
-        if settings.method.compensated_rounding:
-            loss = expected_error(weight, smoothing, x_float, x_hat, settings)
-        else:
-            rounded, _ = _round_once(weight * smoothing, settings)
-            loss = float(((x_hat @ rounded.dequantize().mT - wanted) ** 2).sum())
-        losses.append(loss)
+        rounded = _round_once(weight * smoothing, settings).dequantize()
+        losses.append(float((x_hat @ rounded.mT - wanted).square().sum()))
     return settings.alpha_grid[losses.index(min(losses))]
-
-
-def expected_error(
-    weight: Tensor, smoothing: Tensor, x_float: Tensor, x_hat: Tensor, settings: LinearSettings
-) -> float:
-    """Return the output error to expect of compensated rounding, per token.
-
-    Rounding with compensation leaves `Σ Δ² / 12 · L_jj²` (L the Cholesky factor of the damped
-    moment, Δ the grid's step): the pivots are what remains of a column once the later ones have
-    absorbed what they can.
-    """
-    moments = JointMoments.accumulate([(x_float, x_hat)])
-    moment = damped(moments.quantized, RIDGE)
-    target = corrected_target(weight, smoothing, moments, moment, lower_cholesky(moment)).float()
-    left_over = target @ x_hat.mT - weight @ x_float.mT  # (N, tokens)
-    unavoidable = float((left_over - left_over.mean(dim=1, keepdim=True)).square().sum())
-    if settings.weight_bits == 4:
-        blocks = target.reshape(target.shape[0], -1, settings.block_size)
-        step = blocks.abs().amax(dim=-1) / MAX_CODE_4BIT  # (N, blocks)
-        step = step.repeat_interleave(settings.block_size, dim=1)
-    else:
-        step = (target.abs().amax(dim=1, keepdim=True) / MAX_CODE_8BIT).expand_as(target)
-    pivots = upper_cholesky(moment).diagonal().square()
-    rounding = float((step.square().sum(dim=0) / 12 * pivots).sum())
-    return unavoidable / x_hat.shape[0] + rounding
 
 
 SAMPLE_TOKENS = 4096
@@ -304,18 +272,18 @@ def _quantized_batches(
         )
 
 
-def _round_once(smoothed: Tensor, settings: LinearSettings) -> tuple[IntegerWeight, None]:
+def _round_once(smoothed: Tensor, settings: LinearSettings) -> IntegerWeight:
     """Round W · s to the nearest codes."""
     if settings.weight_bits == 8:
-        return round_to_rows(smoothed), None
-    return round_to_blocks(smoothed, block_size=settings.block_size), None
+        return round_to_rows(smoothed)
+    return round_to_blocks(smoothed, block_size=settings.block_size)
 
 
 def _round_to_weight(
     smoothed: Tensor, settings: LinearSettings
 ) -> tuple[IntegerWeight, LowRank | None]:
     """Round W · s to nearest, with LoRA-AO where the method has it; the best iterate is kept."""
-    rounded, _ = _round_once(smoothed, settings)
+    rounded = _round_once(smoothed, settings)
     if settings.method.low_rank == "none" or settings.rank == 0:
         return rounded, None
     best: tuple[IntegerWeight, LowRank | None] = (rounded, None)
@@ -327,7 +295,7 @@ def _round_to_weight(
         error = float(((smoothed - rounded.dequantize() - addition) ** 2).sum())
         if error < best_error:
             best, best_error = (rounded, factors), error
-        rounded, _ = _round_once(smoothed - addition, settings)
+        rounded = _round_once(smoothed - addition, settings)
     return best
 
 
@@ -338,7 +306,7 @@ def _round_to_target(
 
     def rounding(matrix: Tensor) -> IntegerWeight:
         if not settings.method.compensated_rounding:
-            return _round_once(matrix, settings)[0]
+            return _round_once(matrix, settings)
         if settings.weight_bits == 8:
             return compensated_rows(matrix, moments)
         return compensated_blocks(matrix, moments, block_size=settings.block_size)

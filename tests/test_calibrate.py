@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.quantized_fixture import tiny_dit
+
+from ditas_export.calibration.calibrate import (
+    QuantizationSettings,
+    peak_bytes,
+    quantize_dit,
+)
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.calibration.states import (
+    CalibrationSettings,
+    CalibrationStates,
+    calibration_classes,
+    collect_states,
+)
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.presets import preset_config
+from ditas_export.errors import ArtifactError, CalibrationError, QuantizationError
+
+SETTINGS = QuantizationSettings(rank=2, alpha_grid=(0.4, 0.5))
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    return tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def states(model: DiT) -> CalibrationStates:
+    settings = CalibrationSettings(steps=4, classes=(3, 7))
+    return collect_states(model, settings, checkpoint_sha256="tiny")
+
+
+class Stop(Exception):  # noqa: N818
+    """Stands for Ctrl-C."""
+
+
+def same(first: QuantizedDiT, second: QuantizedDiT) -> bool:
+    return all(
+        torch.equal(linear.weight.codes, second.linears[name].weight.codes)
+        and torch.equal(linear.weight.row_scale, second.linears[name].weight.row_scale)
+        for name, linear in first.linears.items()
+    )
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    model: DiT, states: CalibrationStates, tmp_path: Path
+) -> None:
+    progress = tmp_path / "progress"
+    whole = quantize_dit(model, states, SETTINGS)
+    seen: list[str] = []
+
+    def stop_in_the_second_block(name: str, _: QuantizedLinear) -> None:
+        seen.append(name)
+        if name == "blocks.1.attn.proj":
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize_dit(
+            model, states, SETTINGS, progress_file=progress, on_linear=stop_in_the_second_block
+        )
+    assert progress.is_file()
+    marker = QuantizationSettings(rank=3, alpha_grid=(0.4, 0.5))
+    other = quantize_dit(model, states, marker, progress_file=tmp_path / "other")
+    assert other.linears["blocks.0.attn.qkv"].low_rank is not None
+    resumed = quantize_dit(model, states, SETTINGS, progress_file=progress)
+    assert same(whole, resumed)
+    assert not progress.exists()
+
+
+def test_progress_of_other_settings_or_of_no_known_kind_is_not_taken(
+    model: DiT, states: CalibrationStates, tmp_path: Path
+) -> None:
+    progress = tmp_path / "progress"
+
+    def stop(name: str, _: QuantizedLinear) -> None:
+        if name == "blocks.1.attn.qkv":
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize_dit(model, states, SETTINGS, progress_file=progress, on_linear=stop)
+    plain = QuantizationSettings(method="linear")
+    assert same(
+        quantize_dit(model, states, plain),
+        quantize_dit(model, states, plain, progress_file=progress),
+    )
+    progress.write_bytes(b"no safetensors")
+    assert same(
+        quantize_dit(model, states, plain),
+        quantize_dit(model, states, plain, progress_file=progress),
+    )
+
+
+def test_same_inputs_give_the_same_bytes(
+    model: DiT, states: CalibrationStates, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        quantize_dit(model, states, SETTINGS).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_states_come_back_and_belong_to_their_checkpoint(
+    states: CalibrationStates, tmp_path: Path
+) -> None:
+    path = tmp_path / "states"
+    states.save(path)
+    loaded = CalibrationStates.load(path, checkpoint_sha256="tiny")
+    assert torch.equal(loaded.latents, states.latents)
+    assert torch.equal(loaded.timesteps, states.timesteps)
+    assert loaded.settings == states.settings
+    assert all(torch.equal(loaded.input_maxima[name], states.input_maxima[name])
+               for name in states.input_maxima)  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"calibrated with checkpoint tiny…"):
+        CalibrationStates.load(path, checkpoint_sha256="another")
+
+
+def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_dit(model, states, QuantizationSettings(method="linear"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_defaults_follow_the_model() -> None:
+    large = preset_config("DiT-XL/2")
+    settings = QuantizationSettings()
+    assert settings.rank_for(large) == 32
+    assert settings.block_size_for(1152) == settings.block_size_for(4608) == 48
+    assert settings.block_size_for(1024) == 32
+    assert QuantizationSettings(weight_bits=8).block_size_for(1024) == 1024
+    assert QuantizationSettings(weight_bits=8).rank_for(large) == 0
+    assert QuantizationSettings(method="tas").rank_for(large) == 0
+    assert QuantizationSettings(activation_bits=16).block_size_for(1152) == 32
+    wide = DiTConfig(hidden_size=1024, depth=24)
+    assert "block size 32 for 1024 inputs: 48 does not fit" in settings.notes(wide)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 3}, "weight bits are 4 or 8, not 3"),
+        ({"activation_bits": 4}, "activation bits are 8 or 16, not 4"),
+        ({"rank": -1}, "rank=-1 is negative"),
+        ({"alpha_grid": (0.5, 1.5)}, "give values in"),
+        ({"alpha_grid": ()}, "give values in"),
+        ({"block_size": 20}, "block_size=20 is not allowed with 8-bit"),
+        ({"block_size": 48, "activation_bits": 16}, "block_size=48 is not allowed with 16-bit"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        QuantizationSettings(**settings)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="no method"):
+        QuantizationSettings(method="best")
+
+
+def test_blocks_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(QuantizationError, match=r"does not divide 1024 inputs; pick one of"):
+        QuantizationSettings(block_size=48).block_size_for(1024)
+    with pytest.raises(QuantizationError, match="no allowed block size"):
+        QuantizationSettings().block_size_for(100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 1, "classes": (0,)}, "steps=1"),
+        ({"classes": ()}, "at least one sample"),
+        ({"classes": (0,), "cfg_scale": float("nan")}, "cfg_scale=nan"),
+    ],
+)
+def test_impossible_calibrations_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_not_finite_activations_are_named(model: DiT) -> None:
+    broken = tiny_dit()
+    broken.t_embedder.mlp[2].bias[0] = float("nan")  # type: ignore[index, operator, union-attr]
+    with pytest.raises(CalibrationError, match=r"input of blocks\.0\.attn\.qkv has NaN"):
+        collect_states(broken, CalibrationSettings(steps=2, classes=(0,)), checkpoint_sha256="tiny")
+
+
+def test_classes_cycle_and_memory_is_estimated(model: DiT, states: CalibrationStates) -> None:
+    assert calibration_classes([4, 2], 5) == (4, 2, 4, 2, 4)
+    small, large = (
+        peak_bytes(model.config, states, QuantizationSettings(walk_share=share))
+        for share in (0.25, 1.0)
+    )
+    assert 0 < small < large

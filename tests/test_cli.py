@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.quantized_fixture import TINY, tiny_dit
+from typer.testing import CliRunner
+
+from ditas_export import __version__
+from ditas_export.cli.export import app
+
+QUICK = ["--steps", "2", "--samples", "1", "--method", "linear"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
+    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
+    return path
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"ditas-export {__version__}\n", "")
+
+
+def test_the_table_says_what_matters(checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = run("--model", checkpoint, *QUICK, tmp_path / "out.onnx")
+    assert code == 0
+    flat = " ".join(out.split())
+    for wanted in ("bits per weight, all in", "worst linears", "MatMulIntegerToFloat", "dB"):
+        assert wanted in flat
+    assert "final_layer.linear" in flat
+
+
+def test_json_prints_the_manifest_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = run("--model", checkpoint, *QUICK, "--json", tmp_path / "out.onnx")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "out.json").read_text())
+
+
+def test_quiet_prints_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    code, out, err = run("--model", checkpoint, *QUICK, "--quiet", tmp_path / "out.onnx")
+    assert (code, out.strip(), err.strip()) == (0, "", "")
+
+
+def test_the_command_line_wins_over_the_recipe(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "method: tas\nsteps: 2\nsamples: 1\nrank: auto\nalpha-grid: [0.5]\nranges: static\n"
+    )
+    code, out, _ = run(
+        "--model", checkpoint, "--recipe", recipe, "--method", "linear", "--json",
+        tmp_path / "out.onnx",
+    )  # fmt: skip
+    assert code == 0
+    manifest = json.loads(out)
+    assert manifest["settings"]["method"] == "linear"
+    assert manifest["settings"]["calibration"]["steps"] == 2
+    assert manifest["file"]["ranges"] == "static"
+
+
+def test_a_mismatch_is_exit_code_1(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditas_export.evaluation.verify.MATCH_BOUND_DB", {torch.float32: 500.0})
+    code, _, err = run("--model", checkpoint, *QUICK, "--quiet", tmp_path / "out.onnx")
+    assert code == 1
+    assert "expected at least 500; do not deploy it" in " ".join(err.split())
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("code ran",))
+
+
+def bad_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
+    whole = checkpoint.read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "code.pt").write_bytes(pickle.dumps({"model": _Evil()}))
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
+    odd = dict(tensors)
+    odd["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
+    save_file(odd, folder / "shape.safetensors", metadata={"num_heads": "4"})
+    nan = {name: tensor.clone() for name, tensor in tensors.items()}
+    nan["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(nan, folder / "nan.safetensors", metadata={"num_heads": "4"})
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text("{}")
+    return {
+        "truncated": folder / "truncated.safetensors",
+        "code": folder / "code.pt",
+        "shape": folder / "shape.safetensors",
+        "nan": folder / "nan.safetensors",
+        "half a diffusers folder": folder / "transformer",
+        "missing": folder / "no-such.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "code", "shape", "nan", "half a diffusers folder", "missing"]
+)
+def test_bad_models_are_one_line_and_exit_code_2(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    path = bad_models(models, checkpoint)[kind]
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    code, out, err = run("--model", path, outputs / "out.onnx")
+    assert code == 2
+    assert err.strip().startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert "code ran" not in out + err
+    assert list(outputs.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "no-such"], "no recipe 'no-such': give a YAML file, or one of"),
+        (["--rank", "many"], "rank='many'; give auto"),
+        (["--alpha-grid", "a,b"], "give numbers"),
+        (["--method", "best"], "no method 'best'"),
+        (["--w", "5"], "weight bits are 4 or 8, not 5"),
+        (["--layout", "int5"], "layout"),
+        (["--ranges", "row"], "ranges"),
+        (["--precision", "fp8"], "precision"),
+        (["--adaln", "2"], "adaln"),
+        (["--device", "tpu"], "device"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("--model", checkpoint, *QUICK, *arguments, tmp_path / "out.onnx")
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, message in (
+        ("bits: 4\n", r"unknown options ['bits']"),
+        ("- a\n", "expected option: value lines"),
+        ("a: [\n", "is no YAML"),
+    ):
+        recipe.write_text(text)
+        code, _, err = run("--recipe", recipe, tmp_path / "out.onnx")
+        assert code == 2
+        assert message in " ".join(err.split())

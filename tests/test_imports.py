@@ -1,0 +1,74 @@
+"""`--help` answers at once, every module imports, and imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ditas_export
+
+PACKAGE = Path(ditas_export.__file__).parent
+
+ORDER = (
+    "errors",
+    "artifact_files",
+    "options",
+    "quantization",
+    "dit",
+    "diffusion",
+    "calibration",
+    "onnx_export",
+    "runtime",
+    "engine",
+    "evaluation",
+    "pipeline",
+    "cli",
+)
+"""Rooms, each of which may import those before it."""
+
+EXCEPTIONS = {("calibration", "runtime.torch_runner")}
+
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(ditas_export.__path__, "ditas_export.")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name: str) -> None:
+    if name != "ditas_export.engine.rtx_process":  # the child process: it imports the builder
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+            "ditas_export."
+        ):
+            continue
+        imported = str(node.module).removeprefix("ditas_export.")
+        if (room, imported) not in EXCEPTIONS:
+            assert ORDER.index(imported.split(".")[0]) <= ORDER.index(room), (path, imported)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['ditas-export', '--help']\n"
+        "from ditas_export.cli.export import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'diffusers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--block-size" in done.stdout

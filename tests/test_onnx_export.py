@@ -1,0 +1,235 @@
+"""Whole files: numbers, names, interface, determinism, external data, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from quantized_fixture import TINY, example_inputs, quantized_tiny_dit, snr_db, tiny_dit
+
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.errors import ArtifactError, OnnxExportError
+from ditas_export.onnx_export import export as export_module
+from ditas_export.onnx_export.adaln import quantize_adaln
+from ditas_export.onnx_export.export import (
+    export_onnx,
+    export_reference,
+    read_config,
+    read_form,
+)
+from ditas_export.onnx_export.manifest import bytes_by_part
+from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
+
+MODEL = tiny_dit()
+QUANTIZED = quantized_tiny_dit(MODEL)
+FOLDED = fold_smoothing(QUANTIZED)
+
+
+@pytest.fixture(scope="module")
+def int4_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "int4.onnx"
+    export_onnx(FOLDED, path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_the_file_computes_the_fake_quantized_forward(int4_file: Path, batch: int) -> None:
+    inputs = example_inputs(batch=batch)
+    with OnnxRuntimeRunner(int4_file, threads=2) as runner:
+        out = runner(*inputs)
+    reference = fake_quantized_dit(FOLDED, ranges="token")(*inputs)
+    assert out.shape == (batch, TINY.out_channels, TINY.input_size, TINY.input_size)
+    # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
+    assert snr_db(reference, out) > 50
+
+
+def test_static_ranges_in_half_precision(tmp_path: Path) -> None:
+    folded = fold_smoothing(QUANTIZED, dtype=torch.float16)
+    path = tmp_path / "half.onnx"
+    export_onnx(folded, path, ranges="static")
+    latents, timesteps, labels = example_inputs()
+    with OnnxRuntimeRunner(path, threads=2) as runner:
+        out = runner(latents, timesteps, labels)
+    module = fake_quantized_dit(folded, ranges="static")
+    reference = module(latents.half(), timesteps, labels)
+    assert out.dtype == torch.float32
+    # Every float operation of both sides rounds to 2⁻¹¹, and so do the codes' inputs.
+    assert snr_db(reference, out) > 40
+
+
+@pytest.mark.parametrize("adaln_bits", [8, 4])
+def test_integer_modulation(tmp_path: Path, adaln_bits: int) -> None:
+    path = tmp_path / "adaln.onnx"
+    export_onnx(FOLDED, path, adaln_bits=adaln_bits)
+    inputs = example_inputs()
+    reference = fake_quantized_dit(quantize_adaln(FOLDED, adaln_bits).folded, ranges="token")
+    with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
+        accurate = runner(*inputs)
+    with OnnxRuntimeRunner(path, threads=2) as runner:
+        by_default = runner(*inputs)
+    assert snr_db(reference(*inputs), accurate) > 50  # but for ties, as above
+    # By default the modulation's inputs are 8-bit: its error passes through every block.
+    assert snr_db(reference(*inputs), by_default) > 30
+
+
+def test_weight_only_linears(tmp_path: Path) -> None:
+    folded = fold_smoothing(quantized_tiny_dit(MODEL, activation_bits=16, block_size=32))
+    path = tmp_path / "w4a16.onnx"
+    export_onnx(folded, path)
+    inputs = example_inputs()
+    reference = fake_quantized_dit(folded, ranges="token")(*inputs)
+    with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
+        assert snr_db(reference, runner(*inputs)) > 70
+    with OnnxRuntimeRunner(path, threads=2) as runner:
+        assert snr_db(reference, runner(*inputs)) > 30
+    assert read_form(path)["ranges"] is None
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 100), (torch.float16, 50)])
+def test_the_reference_is_the_float_model(
+    tmp_path: Path, dtype: torch.dtype, bound: float
+) -> None:
+    path = tmp_path / "reference.onnx"
+    export_reference(tiny_dit().to(dtype), path)
+    inputs = example_inputs(batch=3)
+    with OnnxRuntimeRunner(path, threads=2) as runner:
+        assert snr_db(MODEL(*inputs), runner(*inputs)) > bound
+    assert read_form(path) == {"float_type": "fp32" if bound == 100 else "fp16"}
+
+
+def test_the_interface_and_the_description(int4_file: Path) -> None:
+    model = onnx.load(str(int4_file))
+    assert [value.name for value in model.graph.input] == list(INPUT_NAMES)
+    assert [value.name for value in model.graph.output] == [OUTPUT_NAME]
+    assert read_config(int4_file) == TINY
+    assert read_form(int4_file) == {
+        "weight_bits": 4,
+        "activation_bits": 8,
+        "adaln_bits": 16,
+        "layout": "int4",
+        "ranges": "token",
+        "float_type": "fp32",
+    }
+
+
+def test_names_follow_the_modules(int4_file: Path) -> None:
+    model = onnx.load(str(int4_file))
+    modules = {name for name, _ in MODEL.named_modules()} | {"pos_embed"}
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    for name in (*names, *(tensor.name for tensor in model.graph.initializer)):
+        path = name.partition("/")[0]
+        assert path in modules or path.rpartition(".")[0] in modules or "/" not in name, name
+
+
+def test_no_float_weight_of_a_quantized_linear_is_stored(int4_file: Path) -> None:
+    model = ir.load(int4_file)
+    sizes = bytes_by_part(model)
+    codes = sum(linear.weight.codes.numel() for linear in FOLDED.linears.values())
+    assert sizes["codes"] == codes // 2
+    floats = sum(tensor.numel() for tensor in FOLDED.float_parameters.values())
+    biases = sum(linear.bias.numel() for linear in FOLDED.linears.values())
+    left = sum(4 * linear.weight.codes.shape[0] for linear in FOLDED.linears.values())
+    rest = sum(sizes.values()) - sizes["codes"]
+    # What is left over: scales, the INT8 factors, and the graph's small constants.
+    assert rest < 4 * (floats + biases + left) + 40_000
+
+
+def test_the_same_model_gives_the_same_bytes(int4_file: Path, tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; import sys\n"
+        "from quantized_fixture import quantized_tiny_dit, tiny_dit\n"
+        "from ditas_export.calibration.fold import fold_smoothing\n"
+        "from ditas_export.onnx_export.export import export_onnx\n"
+        "export_onnx(fold_smoothing(quantized_tiny_dit(tiny_dit())), Path(sys.argv[1]))\n"
+    )
+    path = tmp_path / "again.onnx"
+    here = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        check=True,
+        env={"PYTHONPATH": f"{here.parent}:{here}", "PYTHONHASHSEED": "7"},
+    )
+    assert path.read_bytes() == int4_file.read_bytes()
+
+
+def test_big_models_keep_their_tensors_beside_them(
+    int4_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "LARGEST_INLINE_BYTES", 100_000)
+    path = tmp_path / "big.onnx"
+    export_onnx(FOLDED, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
+    assert path.stat().st_size < int4_file.stat().st_size / 2
+    outputs = []
+    for file in (path, int4_file):
+        with OnnxRuntimeRunner(file, threads=2) as runner:
+            outputs.append(runner(*example_inputs()))
+    assert torch.equal(*outputs)
+
+
+def test_a_failed_export_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: ir.Model) -> None:
+        raise OnnxExportError("broken rule")
+
+    monkeypatch.setattr(export_module, "check_contract", refuse)
+    with pytest.raises(OnnxExportError, match="broken rule"):
+        export_onnx(FOLDED, tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_invalid_graph_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(graph: ir.Graph) -> None:
+        next(node for node in graph if node.op_type == "Softmax").op_type = "NoSuchOperator"
+
+    monkeypatch.setattr(export_module, "_order_initializers", damage)
+    with pytest.raises(OnnxExportError, match="no valid ONNX"):
+        export_onnx(FOLDED, tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_targets(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a folder"):
+        export_reference(MODEL, tmp_path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        export_reference(MODEL, tmp_path / "no" / "out.onnx")
+
+
+def test_other_float_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OnnxExportError, match="fp32 or fp16, not torch.float64"):
+        export_reference(tiny_dit().double(), tmp_path / "out.onnx")
+
+
+def test_files_of_another_origin_have_no_description(tmp_path: Path) -> None:
+    path = tmp_path / "plain.onnx"
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), str(path))
+    with pytest.raises(OnnxExportError, match="does not say which DiT"):
+        read_config(path)
+    with pytest.raises(OnnxExportError, match="does not say how it was written"):
+        read_form(path)
+    with pytest.raises(OnnxExportError, match="no readable ONNX file"):
+        read_config(tmp_path / "absent.onnx")
+
+
+def test_polygraphy_finds_no_fault(int4_file: Path, tmp_path: Path) -> None:
+    report = tmp_path / "lint.json"
+    command = ["check", "lint", str(int4_file), "-o", str(report), "--providers", "cpu"]
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("polygraphy")), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert '"exception"' not in report.read_text()

@@ -1,0 +1,90 @@
+"""OpenVINO takes the same file and gives the same numbers."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_fixture import TINY, example_inputs, quantized_tiny_dit, snr_db, tiny_dit
+
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
+from ditas_export.runtime.openvino_runner import OpenVinoRunner
+
+pytest.importorskip("openvino", reason="extra [openvino]")
+
+MODEL = tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def reference_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("openvino") / "reference.onnx"
+    export_reference(MODEL, path)
+    return path
+
+
+def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ONNX Runtime and OpenVINO make of a file."""
+    inputs = example_inputs(batch=3)
+    with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
+        expected = runner(*inputs)
+    with OpenVinoRunner(path, threads=2) as runner:
+        assert runner.config == TINY
+        assert "openvino" in runner.description
+        return expected, runner(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranges", "rank"),
+    [("int4", "token", 4), ("int4", "static", 0), ("int8", "token", 0)],
+)
+def test_quantized_files_give_the_same_numbers(
+    tmp_path: Path, layout: str, ranges: str, rank: int
+) -> None:
+    path = tmp_path / "file.onnx"
+    folded = fold_smoothing(quantized_tiny_dit(MODEL, rank=rank))
+    export_onnx(folded, path, layout=layout, ranges=ranges)
+    # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
+    assert snr_db(*both(path)) > 50
+
+
+def test_integer_modulation_gives_the_same_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "file.onnx"
+    export_onnx(fold_smoothing(quantized_tiny_dit(MODEL)), path, adaln_bits=4)
+    assert snr_db(*both(path)) > 50
+
+
+def test_the_float_file_gives_the_same_numbers(reference_file: Path) -> None:
+    # In BF16, which OpenVINO would choose by itself on some processors, this is near 40 dB.
+    assert snr_db(*both(reference_file)) > 100
+
+
+def test_a_closed_runner_is_refused(reference_file: Path) -> None:
+    with OpenVinoRunner(reference_file) as runner:
+        pass
+    with pytest.raises(RunnerError, match="closed"):
+        runner(*example_inputs())
+
+
+def test_a_file_that_openvino_refuses(reference_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(reference_file))
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "NoSuchOp"
+    path = tmp_path / "broken.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(RunnerError, match=r"openvino .* refuses .*broken.onnx"):
+        OpenVinoRunner(path)
+
+
+def test_without_openvino(reference_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(RunnerError, match=r"pip install \"ditas-export\[openvino\]\""):
+        OpenVinoRunner(reference_file)

@@ -1,0 +1,237 @@
+"""The main job, from checkpoint to verified file, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
+
+from ditas_export.artifact_files import sha256_of_file
+from ditas_export.errors import (
+    ArtifactError,
+    CalibrationError,
+    OnnxExportError,
+    QuantizationError,
+)
+from ditas_export.options import ExportOptions
+from ditas_export.pipeline import ExportResult, export, parse_classes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
+    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
+    return path
+
+
+def options(checkpoint: Path, folder: Path, **changes: object) -> ExportOptions:
+    base = ExportOptions(
+        output=folder / "out.onnx",
+        model=str(checkpoint),
+        steps=4,
+        samples=2,
+        rank=2,
+        alpha_grid=(0.4, 0.5),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ExportOptions, ExportResult, list[tuple[str, int, int]]]:
+    folder = tmp_path_factory.mktemp("exported")
+    asked = options(
+        checkpoint,
+        folder,
+        save_calibration=folder / "states.safetensors",
+        save_artifact=folder / "model.ditas.safetensors",
+        reference=folder / "fp32.onnx",
+    )
+    seen: list[tuple[str, int, int]] = []
+    result = export(asked, on_progress=lambda *step: seen.append(step))
+    return asked, result, seen
+
+
+Exported = tuple[ExportOptions, ExportResult, list[tuple[str, int, int]]]
+
+
+def test_all_outputs_are_there_and_nothing_else(exported: Exported) -> None:
+    asked, _, _ = exported
+    names = {path.name for path in asked.output.parent.iterdir()}
+    assert names == {
+        "out.onnx",
+        "out.json",
+        "fp32.onnx",
+        "states.safetensors",
+        "model.ditas.safetensors",
+    }
+
+
+def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
+    asked, result, _ = exported
+    manifest = json.loads(asked.manifest_path.read_text())
+    assert manifest == json.loads(json.dumps(result.manifest))
+    assert result.verification.matches
+    assert manifest["verification"]["matches_fake_quantized_forward"] is True
+    assert len(manifest["verification"]["final_latents_snr_db"]) == 3
+    assert manifest["file"]["sha256"] == sha256_of_file(asked.output)
+    assert manifest["file"]["layout"] == "int4"
+    assert set(manifest["linears"]) == set(result.quantized.linears)
+    assert 4 < manifest["bits_per_weight"] < 8
+    assert sum(manifest["bytes_by_part"].values()) < asked.output.stat().st_size
+    assert manifest["versions"]["onnxruntime"] == onnxruntime.__version__
+    for found, expected in zip(
+        result.verification.final_db, result.verification.fake_quant_final_db, strict=True
+    ):
+        # Rounding ties only; a random model amplifies them more than a trained one.
+        assert abs(found - expected) < 1.0
+
+
+def test_every_stage_reports_its_end(exported: Exported) -> None:
+    _, _, seen = exported
+    last = {stage: (done, total) for stage, done, total in seen}
+    assert list(last) == ["sample", "quantize", "export", "verify"]
+    assert all(done == total for done, total in last.values())
+
+
+def test_the_reference_is_the_float_model(exported: Exported) -> None:
+    asked, _, _ = exported
+    assert asked.reference is not None
+    session = onnxruntime.InferenceSession(str(asked.reference))
+    latents, timesteps, labels = example_inputs(TINY, batch=3)
+    feeds = {
+        "latents": latents.numpy(),
+        "timesteps": timesteps.numpy(),
+        "class_labels": labels.numpy(),
+    }
+    expected = tiny_dit()(latents, timesteps, labels)
+    got = torch.from_numpy(session.run(None, feeds)[0])
+    assert snr_db(expected, got) > 110  # float32
+
+
+def test_the_artifact_exports_again_in_another_form(exported: Exported, tmp_path: Path) -> None:
+    asked, first, _ = exported
+    again = replace(
+        asked,
+        output=tmp_path / "int8.onnx",
+        artifact=asked.save_artifact,
+        layout="int8",
+        save_artifact=None,
+        save_calibration=None,
+        reference=None,
+    )
+    seen: list[str] = []
+    result = export(again, on_progress=lambda stage, *_: seen.append(stage))
+    assert "quantize" not in seen
+    assert "sample" not in seen
+    assert result.manifest["file"]["layout"] == "int8"
+    # The same integers in the same kernels: not one bit differs.
+    assert result.verification.final_db == first.verification.final_db
+
+
+def test_saved_states_give_the_same_file(exported: Exported, tmp_path: Path) -> None:
+    asked, _, _ = exported
+    again = replace(
+        asked,
+        output=tmp_path / "out.onnx",
+        calibration=asked.save_calibration,
+        save_artifact=None,
+        save_calibration=None,
+        reference=None,
+    )
+    export(again)
+    assert again.output.read_bytes() == asked.output.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"ranges": "static"},
+        {"precision": "fp16"},
+        {"adaln": 8},
+        {"adaln": 4},
+        {"a": 16, "block_size": 32},
+        {"w": 8},
+        {"w": 8, "a": 16},
+    ],
+    ids=str,
+)
+def test_other_forms_match_their_own_reference(
+    checkpoint: Path, tmp_path: Path, form: dict[str, object]
+) -> None:
+    result = export(options(checkpoint, tmp_path, method="linear", **form))
+    assert result.verification.matches, result.verification
+
+
+def test_a_stranger_artifact_is_refused(
+    exported: Exported, tmp_path: Path, checkpoint: Path
+) -> None:
+    asked, _, _ = exported
+    other = tmp_path / "other.safetensors"
+    tensors = {name: t.contiguous() for name, t in tiny_dit(seed=1).state_dict().items()}
+    save_file(tensors, other, metadata={"num_heads": "4"})
+    with pytest.raises(ArtifactError, match="was made from checkpoint"):
+        export(options(other, tmp_path, artifact=asked.save_artifact))
+    with pytest.raises(ArtifactError, match="calibrated with checkpoint"):
+        export(options(other, tmp_path, calibration=asked.save_calibration))
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"output": Path("/")}, ArtifactError, "is a folder"),
+        ({"output": Path("/no/such/out.onnx")}, ArtifactError, "does not exist"),
+        ({"classes": "3,x"}, CalibrationError, "write 3,7 or 0-9 or random"),
+        ({"classes": "11"}, CalibrationError, r"names \[11\]; this model has 0 to 9"),
+        ({"block_size": 128}, QuantizationError, "block_size=128 does not divide 96"),
+        ({"w": 8, "layout": "int4"}, OnnxExportError, "int4"),
+        ({"device": "cuda"}, CalibrationError, "no CUDA GPU"),
+    ],
+    ids=str,
+)
+def test_bad_options_fail_before_the_work_and_leave_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    change: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    seen: list[str] = []
+    with pytest.raises(error, match=message):
+        export(
+            options(checkpoint, tmp_path, **change),
+            on_progress=lambda stage, *_: seen.append(stage),
+        )
+    assert seen == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_outputs_of_one_name_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    asked = options(checkpoint, tmp_path, reference=tmp_path / "out.onnx")
+    with pytest.raises(ArtifactError, match="two outputs have one name"):
+        export(asked)
+
+
+def test_classes() -> None:
+    def parsed(text: str) -> tuple[int, ...]:
+        return parse_classes(text, num_classes=10, samples=4, seed=0)
+
+    assert parsed("3,7") == (3, 7, 3, 7)
+    assert parsed("0-9") == (0, 1, 2, 3)
+    assert parsed("8-9, 1") == (8, 9, 1, 8)
+    assert len(set(parsed("random"))) == 4
+    assert parsed("random") == parsed("random")
+    assert parsed("random") != parse_classes("random", num_classes=10, samples=4, seed=1)
+    with pytest.raises(CalibrationError, match="samples=0"):
+        parse_classes("random", num_classes=10, samples=0, seed=0)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.quantized_fixture import example_inputs, snr_db, tiny_dit
+
+from ditas_export.calibration.calibrate import QuantizationSettings, in_features, quantize_dit
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.methods import METHODS, Method
+from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.solve import LinearSettings
+from ditas_export.calibration.states import (
+    CalibrationSettings,
+    CalibrationStates,
+    collect_states,
+    recorded_maxima,
+    walk_states,
+)
+from ditas_export.calibration.walk import WalkStates, walk
+from ditas_export.dit.model import DiT
+from ditas_export.dit.sites import LinearSite, linear_sites
+from ditas_export.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    return tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def states(model: DiT) -> CalibrationStates:
+    settings = CalibrationSettings(steps=6, classes=(3, 7, 1, 4))
+    return collect_states(model, settings, checkpoint_sha256="tiny")
+
+
+def site_settings(method: Method) -> LinearSettings:
+    return LinearSettings(
+        method=method,
+        weight_bits=4,
+        activation_bits=8,
+        ranges="token",
+        block_size=48,
+        rank=2,
+        alpha_grid=(0.3, 0.5),
+    )
+
+
+def test_the_walk_visits_every_linear_once_in_order(model: DiT, states: CalibrationStates) -> None:
+    inputs = walk_states(states, null_class=10, share=0.5)
+    settings = site_settings(METHODS["tas"])
+    found = [
+        site for site, _ in walk(model, inputs, states.input_maxima, lambda _: settings, known={})
+    ]
+    assert found == list(linear_sites(model.config.depth))
+
+
+def test_without_rounding_both_streams_are_the_model(model: DiT, states: CalibrationStates) -> None:
+    """With 16-bit activations and exact 8-bit weights the quantized stream is the float stream.
+
+    Weights are made integers beforehand, so that nothing is lost: any error would be the walk's.
+    """
+    exact = tiny_dit()
+    for site in linear_sites(exact.config.depth):
+        linear = exact.get_submodule(site.name)
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127  # type: ignore[operator, union-attr]
+        linear.weight.copy_((linear.weight / scale).round() * scale)  # type: ignore[operator, union-attr]
+    settings = replace(site_settings(METHODS["linear"]), weight_bits=8, activation_bits=16)
+    inputs = walk_states(states, null_class=10, share=0.5)
+    maxima = states.input_maxima
+    for site, linear in walk(exact, inputs, maxima, lambda _: settings, known={}):
+        assert linear.output_snr_db > 110, site  # float32
+
+
+def test_the_quantized_stream_is_the_exported_model(model: DiT, states: CalibrationStates) -> None:
+    """The last linear's error is measured on the stream: the model assembled must show it too.
+
+    The final hidden states are compared by what they give: the fake-quantized model's output on the
+    walk's inputs against the float model's, for a method that corrects its target and one without.
+    """
+    inputs = walk_states(states, null_class=10, share=1.0)
+    outputs = {}
+    for name in ("linear", "ditas-plus"):
+        quantized = quantize_dit(
+            model, states, QuantizationSettings(method=name, rank=2, alpha_grid=(0.4, 0.5))
+        )
+        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token")
+        outputs[name] = fake(inputs.latents, inputs.timesteps, inputs.class_labels)
+    wanted = model(inputs.latents, inputs.timesteps, inputs.class_labels)
+    assert snr_db(wanted, outputs["ditas-plus"]) > snr_db(wanted, outputs["linear"]) + 3
+
+
+def test_known_linears_are_passed_through(model: DiT, states: CalibrationStates) -> None:
+    inputs = walk_states(states, null_class=10, share=0.5)
+    settings = site_settings(METHODS["ditas-plus"])
+
+    def refuse(_: LinearSite) -> LinearSettings:
+        return settings
+
+    first = {
+        site.name: linear
+        for site, linear in walk(model, inputs, states.input_maxima, refuse, known={})
+    }
+    known = {name: linear for name, linear in first.items() if name.startswith("blocks.0")}
+    second = {
+        site.name: linear
+        for site, linear in walk(model, inputs, states.input_maxima, refuse, known=known)
+    }
+    for name, linear in first.items():
+        assert torch.equal(linear.weight.codes, second[name].weight.codes), name
+        assert torch.equal(linear.bias, second[name].bias), name
+        assert (second[name] is linear) == (name in known)
+
+
+def test_not_finite_outputs_are_named(model: DiT, states: CalibrationStates) -> None:
+    broken = tiny_dit()
+    broken.blocks[1].attn.proj.bias[3] = float("inf")  # type: ignore[union-attr, index, operator]
+    inputs = walk_states(states, null_class=10, share=0.5)
+    settings = site_settings(METHODS["linear"])
+    with pytest.raises(CalibrationError, match=r"blocks\.1\.attn\.proj puts out NaN or infinity"):
+        list(walk(broken, inputs, states.input_maxima, lambda _: settings, known={}))
+
+
+def test_states_are_the_samplers_and_maxima_cover_them(
+    model: DiT, states: CalibrationStates
+) -> None:
+    assert states.latents.shape == (6, 4, 3, 8, 8)
+    assert states.timesteps.tolist() == sorted(states.timesteps.tolist(), reverse=True)
+    for site in linear_sites(2):
+        assert states.input_maxima[site.name].shape == (6, in_features(model.config, site))
+    # Step 2 again, by hand: the recorded maxima are those of the two guidance halves.
+    with recorded_maxima(model) as maxima:
+        x, t = states.latents[2], states.timesteps[2]
+        labels = torch.tensor([3, 7, 1, 4, 10, 10, 10, 10])
+        model(torch.cat([x, x]), t.expand(8), labels)
+    for name, value in maxima.items():
+        assert torch.allclose(value, states.input_maxima[name][2], rtol=1e-5, atol=1e-6), name
+    assert not model.blocks[0].attn.qkv._forward_pre_hooks  # type: ignore[union-attr]
+
+
+def test_the_walks_share_is_even(states: CalibrationStates) -> None:
+    for share, rows in ((1.0, 48), (0.5, 24), (0.25, 12)):
+        inputs = walk_states(states, null_class=10, share=share)
+        assert inputs.latents.shape[0] == rows
+        half = rows // 2
+        assert torch.equal(inputs.latents[:half], inputs.latents[half:])
+        assert (inputs.class_labels[half:] == 10).all()
+        counts = torch.bincount(inputs.class_labels[:half], minlength=10)
+        assert set(counts[[3, 7, 1, 4]].tolist()) <= {rows // 8, rows // 8 + 1, rows // 8 - 1}
+    with pytest.raises(CalibrationError, match=r"pick one in \(0, 1\]"):
+        walk_states(states, null_class=10, share=0.0)
+
+
+def test_unguided_states_have_one_half(model: DiT) -> None:
+    settings = CalibrationSettings(steps=2, classes=(1, 2), cfg_scale=1.0)
+    states = collect_states(model, settings, checkpoint_sha256="tiny")
+    assert walk_states(states, null_class=10, share=1.0).latents.shape[0] == 4
+
+
+def test_walk_states_of_one_row_batch_equal_many(
+    model: DiT, states: CalibrationStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = site_settings(METHODS["tas"])
+    inputs: WalkStates = walk_states(states, null_class=10, share=0.5)
+    results = []
+    for rows in (5, 100):
+        monkeypatch.setattr("ditas_export.calibration.walk.ROWS_PER_BATCH", rows)
+        walked = walk(model, inputs, states.input_maxima, lambda _: settings, known={})
+        results.append(dict((site.name, linear) for site, linear in walked))
+    for name, linear in results[0].items():
+        assert torch.equal(linear.weight.codes, results[1][name].weight.codes)
+        assert abs(linear.output_snr_db - results[1][name].output_snr_db) < 0.01
