@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ditas_export.errors import OnnxExportError
+
 Precision = Literal["fp32", "fp16"]
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "ranges": (None, "token", "static"),
+    "layout": (None, "int4", "int8"),
+    "precision": ("fp32", "fp16"),
+    "adaln": (16, 8, 4),
+}
+"""Options that take one of a few values; None leaves the choice to the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +48,20 @@ class ExportOptions:
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no form of the file has.
+
+        Raises:
+            OnnxExportError: an unknown value, or 8-bit weights in the 4-bit layout.
+        """
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
+        if self.w == 8 and self.layout == "int4" and self.artifact is None:
+            raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
 
     @property
     def manifest_path(self) -> Path:

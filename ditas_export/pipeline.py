@@ -123,6 +123,7 @@ def parse_classes(text: str, *, num_classes: int, samples: int, seed: int) -> tu
 
 def _check_paths(options: ExportOptions) -> None:
     """Refuse outputs that cannot be written, before any work."""
+    require_writable(options.output)
     outputs = [
         options.output,
         options.manifest_path,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from ditas_export.calibration.fold import FoldedLinear
+from ditas_export.calibration.fold import FoldedDiT, FoldedLinear, fold_smoothing
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import linear_sites
-from ditas_export.onnx_export.lowering import lower_linear
+from ditas_export.onnx_export.adaln import AdalnBits
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.lowering import Layout, lower_linear
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.quantization.integer import (
     LowRank,
@@ -23,6 +27,7 @@ from ditas_export.quantization.integer import (
     round_to_blocks,
     round_to_rows,
 )
+from ditas_export.quantization.ranges import Ranges
 
 TINY = DiTConfig(
     input_size=8,
@@ -34,6 +39,9 @@ TINY = DiTConfig(
     num_classes=10,
 )
 """Head dimension 24, 16 tokens: every shape differs from every other."""
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="ditas-export-tests-")
+"""Where exported files live until the tests end."""
 
 
 def tiny_dit(config: DiTConfig = TINY, *, seed: int = 0) -> DiT:
@@ -107,6 +115,51 @@ def _quantize_linear(
         step_ranges=torch.tensor([2.0, 4.0]),
         output_snr_db=float("nan"),
     )
+
+
+def tiny_folded(
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    block_size: int = 48,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> FoldedDiT:
+    """Return the tiny model as it ships."""
+    quantized = quantized_tiny_dit(
+        tiny_dit(),
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        block_size=block_size,
+        rank=rank,
+    )
+    return fold_smoothing(quantized, dtype=dtype)
+
+
+@cache
+def exported(
+    *,
+    layout: Layout = "int4",
+    ranges: Ranges = "token",
+    adaln_bits: AdalnBits = 16,
+    **settings: Any,
+) -> Path:
+    """Return the tiny model exported, once per test run; never write to it.
+
+    `settings` are those of `tiny_folded`.
+    """
+    path = Path(_FOLDER.name) / f"{len(list(Path(_FOLDER.name).iterdir()))}.onnx"
+    folded = tiny_folded(**settings)
+    export_onnx(folded, path, layout=layout, ranges=ranges, adaln_bits=adaln_bits)
+    return path
+
+
+@cache
+def exported_reference(dtype: torch.dtype = torch.float32) -> Path:
+    """Return the tiny float model exported, once per test run; never write to it."""
+    path = Path(_FOLDER.name) / f"reference-{dtype}.onnx"
+    export_reference(tiny_dit().to(dtype), path)
+    return path
 
 
 def example_inputs(

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
-from quantized_fixture import quantized_tiny_dit, tiny_dit
+from quantized_fixture import exported, exported_reference
 
-from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.contract import MAX_LISTED, RULES, check_contract
-from ditas_export.onnx_export.export import export_onnx, export_reference
 
 QKV = "blocks.0.attn.qkv"
 Graph = onnx.GraphProto
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, onnx.ModelProto]:
+def files() -> dict[str, onnx.ModelProto]:
     """One file of each form, without low rank where the form is at its barest."""
-    folder = tmp_path_factory.mktemp("contract")
-    model = tiny_dit()
-    folded = fold_smoothing(quantized_tiny_dit(model))
-    bare = fold_smoothing(quantized_tiny_dit(model, rank=0))
-    weight_only = fold_smoothing(quantized_tiny_dit(model, activation_bits=16, block_size=32))
-    export_onnx(folded, folder / "int4.onnx")
-    export_onnx(bare, folder / "static.onnx", ranges="static", layout="int8")
-    export_onnx(weight_only, folder / "weight_only.onnx", adaln_bits=4)
-    export_reference(model, folder / "reference.onnx")
-    return {path.stem: onnx.load(str(path)) for path in sorted(folder.iterdir())}
+    paths = {
+        "int4": exported(layout="int4", ranges="token", rank=4),
+        "static": exported(layout="int8", ranges="static", rank=0),
+        "weight_only": exported(activation_bits=16, block_size=32, adaln_bits=4),
+        "reference": exported_reference(),
+    }
+    return {name: onnx.load(str(path)) for name, path in paths.items()}
 
 
 def node(graph: Graph, name: str) -> onnx.NodeProto:
@@ -263,9 +257,7 @@ def test_a_long_list_is_cut(files: dict[str, onnx.ModelProto]) -> None:
         check_contract(ir.from_proto(model))
 
 
-def test_an_odd_number_of_codes_is_refused(
-    files: dict[str, onnx.ModelProto], tmp_path: Path
-) -> None:
+def test_an_odd_number_of_codes_is_refused(files: dict[str, onnx.ModelProto]) -> None:
     model = copy.deepcopy(files["int4"])
     tensor = next(t for t in model.graph.initializer if t.name == f"{QKV}/codes")
     del tensor.dims[:]

@@ -7,17 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from quantized_fixture import example_inputs, quantized_tiny_dit, tiny_dit
+from quantized_fixture import example_inputs, exported
 
-from ditas_export.calibration.fold import FoldedDiT, fold_smoothing
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import export_onnx, read_config, read_form
+from ditas_export.onnx_export.export import read_config, read_form
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
-
-
-def folded_dit(dtype: torch.dtype = torch.float32, *, rank: int = 4) -> FoldedDiT:
-    return fold_smoothing(quantized_tiny_dit(tiny_dit(), rank=rank), dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -31,17 +26,14 @@ def folded_dit(dtype: torch.dtype = torch.float32, *, rank: int = 4) -> FoldedDi
 def test_expanding_equals_exporting(
     tmp_path: Path, dtype: torch.dtype, ranges: str, rank: int, adaln_bits: int
 ) -> None:
-    folded = folded_dit(dtype, rank=rank)
-    paths = [tmp_path / f"{name}.onnx" for name in ("int4", "int8", "expanded")]
-    for layout, path in zip(("int4", "int8"), paths[:2], strict=True):
-        export_onnx(folded, path, layout=layout, ranges=ranges, adaln_bits=adaln_bits)
-    expand(paths[0], paths[2])
-    assert paths[2].read_bytes() == paths[1].read_bytes()
+    settings = {"dtype": dtype, "ranges": ranges, "rank": rank, "adaln_bits": adaln_bits}
+    target = tmp_path / "expanded.onnx"
+    expand(exported(layout="int4", **settings), target)
+    assert target.read_bytes() == exported(layout="int8", **settings).read_bytes()
 
 
 def test_the_expanded_file_runs_to_the_same_bits(tmp_path: Path) -> None:
-    source, target = tmp_path / "int4.onnx", tmp_path / "int8.onnx"
-    export_onnx(folded_dit(), source)
+    source, target = exported(layout="int4", ranges="token", rank=4), tmp_path / "int8.onnx"
     expand(source, target)
     outputs = []
     for path in (source, target):
@@ -56,8 +48,7 @@ def test_the_expanded_file_runs_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_nothing_to_expand(tmp_path: Path) -> None:
-    path = tmp_path / "int8.onnx"
-    export_onnx(folded_dit(), path, layout="int8")
+    path = exported(layout="int8", ranges="token", rank=4)
     with pytest.raises(OnnxExportError, match="nothing to expand"):
         expand(path, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()

@@ -71,9 +71,7 @@ def test_same_input_gives_the_same_numbers_but_for_ties(
     linear = folded_linear(K, multiplies_input=multiplies_input)
     module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
     path = tmp_path / "linear.onnx"
-    write_linear(
-        path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False
-    )
+    write_linear(path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False)
     x = random_input()
     assert snr_db(module(x), run_linear(path, x)) > 70
 
@@ -102,9 +100,7 @@ def test_half_precision_agrees_to_its_rounding(tmp_path: Path, layout: str, rang
     linear = folded_linear(K, dtype=torch.float16)
     module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
     path = tmp_path / "linear.onnx"
-    write_linear(
-        path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False
-    )
+    write_linear(path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False)
     x, codes = input_on_the_grid(module)
     assert torch.equal(module.codes(x)[0].float(), codes)
     assert relative_error(run_linear(path, x), module(x)) < HALF_ROUNDING
@@ -133,9 +129,7 @@ def test_eight_bit_weights(tmp_path: Path, ranges: str) -> None:
     linear = folded_linear(K, weight_bits=8)
     module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
     path = tmp_path / "linear.onnx"
-    write_linear(
-        path, linear, layout="int8", ranges=ranges, activation_bits=8, splits_output=False
-    )
+    write_linear(path, linear, layout="int8", ranges=ranges, activation_bits=8, splits_output=False)
     x = random_input()
     assert snr_db(module(x), run_linear(path, x)) > 70
 

@@ -7,18 +7,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from quantized_fixture import TINY, quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, exported
 
-from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.errors import ArtifactError
-from ditas_export.onnx_export.export import export_onnx
 from ditas_export.onnx_export.manifest import PARTS, bytes_by_part, write_manifest
 
 
-def test_every_byte_is_in_one_part(tmp_path: Path) -> None:
-    path = tmp_path / "file.onnx"
-    folded = fold_smoothing(quantized_tiny_dit(tiny_dit(), block_size=48, rank=4))
-    export_onnx(folded, path, adaln_bits=8)
+def test_every_byte_is_in_one_part() -> None:
+    path = exported(adaln_bits=8, block_size=48, rank=4)
     sizes = bytes_by_part(ir.load(path))
     width, depth = TINY.hidden_size, TINY.depth
     weights, outputs, inputs = 12 * width**2, 9 * width, 7 * width  # per block
@@ -31,7 +27,7 @@ def test_every_byte_is_in_one_part(tmp_path: Path) -> None:
     assert sizes["adaln"] == modulation * width + 2 * 4 * modulation  # codes; scales and biases
     assert sizes["embedders"] > 0
     total = path.stat().st_size
-    assert 0 < total - sum(sizes.values()) < 60_000  # the nodes
+    assert 0 < total - sum(sizes.values()) < 80_000  # the nodes
 
 
 def test_a_manifest_is_read_back(tmp_path: Path) -> None:

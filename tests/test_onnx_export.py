@@ -10,9 +10,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, quantized_tiny_dit, snr_db, tiny_dit
+from quantized_fixture import (
+    TINY,
+    example_inputs,
+    exported,
+    exported_reference,
+    snr_db,
+    tiny_dit,
+    tiny_folded,
+)
 
-from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.onnx_export import export as export_module
@@ -28,15 +35,12 @@ from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
 from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
 
 MODEL = tiny_dit()
-QUANTIZED = quantized_tiny_dit(MODEL)
-FOLDED = fold_smoothing(QUANTIZED)
+FOLDED = tiny_folded()
 
 
-@pytest.fixture(scope="module")
-def int4_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("export") / "int4.onnx"
-    export_onnx(FOLDED, path)
-    return path
+@pytest.fixture
+def int4_file() -> Path:
+    return exported(layout="int4", ranges="token", rank=4)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
@@ -50,10 +54,9 @@ def test_the_file_computes_the_fake_quantized_forward(int4_file: Path, batch: in
     assert snr_db(reference, out) > 50
 
 
-def test_static_ranges_in_half_precision(tmp_path: Path) -> None:
-    folded = fold_smoothing(QUANTIZED, dtype=torch.float16)
-    path = tmp_path / "half.onnx"
-    export_onnx(folded, path, ranges="static")
+def test_static_ranges_in_half_precision() -> None:
+    folded = tiny_folded(dtype=torch.float16)
+    path = exported(dtype=torch.float16, layout="int4", ranges="static", rank=4)
     latents, timesteps, labels = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
         out = runner(latents, timesteps, labels)
@@ -65,9 +68,8 @@ def test_static_ranges_in_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adaln_bits", [8, 4])
-def test_integer_modulation(tmp_path: Path, adaln_bits: int) -> None:
-    path = tmp_path / "adaln.onnx"
-    export_onnx(FOLDED, path, adaln_bits=adaln_bits)
+def test_integer_modulation(adaln_bits: int) -> None:
+    path = exported(adaln_bits=adaln_bits, rank=4)
     inputs = example_inputs()
     reference = fake_quantized_dit(quantize_adaln(FOLDED, adaln_bits).folded, ranges="token")
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
@@ -79,10 +81,9 @@ def test_integer_modulation(tmp_path: Path, adaln_bits: int) -> None:
     assert snr_db(reference(*inputs), by_default) > 30
 
 
-def test_weight_only_linears(tmp_path: Path) -> None:
-    folded = fold_smoothing(quantized_tiny_dit(MODEL, activation_bits=16, block_size=32))
-    path = tmp_path / "w4a16.onnx"
-    export_onnx(folded, path)
+def test_weight_only_linears() -> None:
+    settings = {"activation_bits": 16, "block_size": 32}
+    folded, path = tiny_folded(**settings), exported(**settings)
     inputs = example_inputs()
     reference = fake_quantized_dit(folded, ranges="token")(*inputs)
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
@@ -93,11 +94,8 @@ def test_weight_only_linears(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 100), (torch.float16, 50)])
-def test_the_reference_is_the_float_model(
-    tmp_path: Path, dtype: torch.dtype, bound: float
-) -> None:
-    path = tmp_path / "reference.onnx"
-    export_reference(tiny_dit().to(dtype), path)
+def test_the_reference_is_the_float_model(dtype: torch.dtype, bound: float) -> None:
+    path = exported_reference(dtype)
     inputs = example_inputs(batch=3)
     with OnnxRuntimeRunner(path, threads=2) as runner:
         assert snr_db(MODEL(*inputs), runner(*inputs)) > bound
@@ -145,10 +143,9 @@ def test_no_float_weight_of_a_quantized_linear_is_stored(int4_file: Path) -> Non
 def test_the_same_model_gives_the_same_bytes(int4_file: Path, tmp_path: Path) -> None:
     script = (
         "from pathlib import Path; import sys\n"
-        "from quantized_fixture import quantized_tiny_dit, tiny_dit\n"
-        "from ditas_export.calibration.fold import fold_smoothing\n"
+        "from quantized_fixture import tiny_folded\n"
         "from ditas_export.onnx_export.export import export_onnx\n"
-        "export_onnx(fold_smoothing(quantized_tiny_dit(tiny_dit())), Path(sys.argv[1]))\n"
+        "export_onnx(tiny_folded(), Path(sys.argv[1]))\n"
     )
     path = tmp_path / "again.onnx"
     here = Path(__file__).parent
@@ -175,9 +172,7 @@ def test_big_models_keep_their_tensors_beside_them(
     assert torch.equal(*outputs)
 
 
-def test_a_failed_export_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: ir.Model) -> None:
         raise OnnxExportError("broken rule")
 
@@ -187,9 +182,7 @@ def test_a_failed_export_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_invalid_graph_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(graph: ir.Graph) -> None:
         next(node for node in graph if node.op_type == "Softmax").op_type = "NoSuchOperator"
 

@@ -8,16 +8,13 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, quantized_tiny_dit, snr_db, tiny_dit
+from quantized_fixture import TINY, example_inputs, exported, exported_reference, snr_db
 
-from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import OnnxExportError, RunnerError
-from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner, matmul_kernels
 
-MODEL = tiny_dit()
 LINEARS = [site.name for site in linear_sites(TINY.depth)]
 FORMS = [
     (layout, ranges, rank)
@@ -27,29 +24,21 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Path]:
-    """The eight forms of W4A8."""
-    folder = tmp_path_factory.mktemp("files")
-    folded = {rank: fold_smoothing(quantized_tiny_dit(MODEL, rank=rank)) for rank in (0, 4)}
-    paths = {}
-    for layout, ranges, rank in FORMS:
-        path = folder / f"{layout}-{ranges}-{rank}.onnx"
-        export_onnx(folded[rank], path, layout=layout, ranges=ranges)
-        paths[layout, ranges, rank] = path
-    return paths
+@pytest.fixture
+def token_file() -> Path:
+    return exported(layout="int4", ranges="token", rank=4)
 
 
-@pytest.fixture(scope="module")
-def token_file(files: dict[tuple[str, str, int], Path]) -> Path:
-    return files["int4", "token", 4]
+def form_file(form: tuple[str, str, int]) -> Path:
+    layout, ranges, rank = form
+    return exported(layout=layout, ranges=ranges, rank=rank)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
 def test_every_block_linear_runs_the_integer_kernel(
-    files: dict[tuple[str, str, int], Path], form: tuple[str, str, int]
+    form: tuple[str, str, int],
 ) -> None:
-    kernels = matmul_kernels(files[form])
+    kernels = matmul_kernels(form_file(form))
     branches = ["MatMul", "right_MatMul"] if form[2] else ["MatMul"]
     found = {f"{name}/{part}": kernels[f"{name}/{part}"] for name in LINEARS for part in branches}
     assert set(found.values()) == {"MatMulIntegerToFloat"}, found
@@ -57,7 +46,7 @@ def test_every_block_linear_runs_the_integer_kernel(
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
 def test_a_fixed_batch_neither_fails_nor_leaves_the_integer_kernel(
-    files: dict[tuple[str, str, int], Path], form: tuple[str, str, int], tmp_path: Path
+    form: tuple[str, str, int], tmp_path: Path
 ) -> None:
     import onnx
 
@@ -66,7 +55,7 @@ def test_a_fixed_batch_neither_fails_nor_leaves_the_integer_kernel(
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        str(files[form]), options, providers=["CPUExecutionProvider"]
+        str(form_file(form)), options, providers=["CPUExecutionProvider"]
     )
     feed = dict(
         zip(
@@ -75,7 +64,7 @@ def test_a_fixed_batch_neither_fails_nor_leaves_the_integer_kernel(
             strict=True,
         )
     )
-    with OnnxRuntimeRunner(files[form], threads=2) as runner:
+    with OnnxRuntimeRunner(form_file(form), threads=2) as runner:
         dynamic = runner(*example_inputs(batch=2))
     fixed = torch.from_numpy(session.run(None, feed)[0])
     # The same kernels but for the last linear's; a rounding tie may flip where sums differ.
@@ -85,11 +74,9 @@ def test_a_fixed_batch_neither_fails_nor_leaves_the_integer_kernel(
     assert kinds.count("MatMulIntegerToFloat") == len(LINEARS) * (2 if form[2] else 1)
 
 
-def test_plain_sessions_at_default_options_open_the_files(
-    files: dict[tuple[str, str, int], Path],
-) -> None:
-    for path in files.values():
-        onnxruntime.InferenceSession(str(path))
+def test_plain_sessions_at_default_options_open_the_files() -> None:
+    for form in FORMS:
+        onnxruntime.InferenceSession(str(form_file(form)))
 
 
 def test_an_image_does_not_depend_on_its_batch_mates(token_file: Path) -> None:
@@ -108,10 +95,8 @@ def test_the_runner_says_what_it_is(token_file: Path) -> None:
         assert "CPUExecutionProvider" in runner.description
 
 
-def test_a_float_file_runs_float_kernels(tmp_path: Path) -> None:
-    path = tmp_path / "reference.onnx"
-    export_reference(MODEL, path)
-    kernels = matmul_kernels(path)
+def test_a_float_file_runs_float_kernels() -> None:
+    kernels = matmul_kernels(exported_reference())
     assert {kernels[f"{name}/MatMul"] for name in LINEARS} == {"MatMul"}
 
 

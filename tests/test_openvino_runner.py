@@ -7,24 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, quantized_tiny_dit, snr_db, tiny_dit
+from quantized_fixture import TINY, example_inputs, exported, exported_reference, snr_db
 
-from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVinoRunner
 
 pytest.importorskip("openvino", reason="extra [openvino]")
 
-MODEL = tiny_dit()
 
-
-@pytest.fixture(scope="module")
-def reference_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("openvino") / "reference.onnx"
-    export_reference(MODEL, path)
-    return path
+@pytest.fixture
+def reference_file() -> Path:
+    return exported_reference()
 
 
 def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,20 +36,14 @@ def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     ("layout", "ranges", "rank"),
     [("int4", "token", 4), ("int4", "static", 0), ("int8", "token", 0)],
 )
-def test_quantized_files_give_the_same_numbers(
-    tmp_path: Path, layout: str, ranges: str, rank: int
-) -> None:
-    path = tmp_path / "file.onnx"
-    folded = fold_smoothing(quantized_tiny_dit(MODEL, rank=rank))
-    export_onnx(folded, path, layout=layout, ranges=ranges)
+def test_quantized_files_give_the_same_numbers(layout: str, ranges: str, rank: int) -> None:
+    path = exported(layout=layout, ranges=ranges, rank=rank)
     # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
     assert snr_db(*both(path)) > 50
 
 
-def test_integer_modulation_gives_the_same_numbers(tmp_path: Path) -> None:
-    path = tmp_path / "file.onnx"
-    export_onnx(fold_smoothing(quantized_tiny_dit(MODEL)), path, adaln_bits=4)
-    assert snr_db(*both(path)) > 50
+def test_integer_modulation_gives_the_same_numbers() -> None:
+    assert snr_db(*both(exported(adaln_bits=4, rank=4))) > 50
 
 
 def test_the_float_file_gives_the_same_numbers(reference_file: Path) -> None:

@@ -3,51 +3,74 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from quantized_fixture import TINY, quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, exported, exported_reference, quantized_tiny_dit
 
 from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine import build
 from ditas_export.engine.build import BatchRange, build_rtx
 from ditas_export.engine.layers import Kernel, built_linears, engine_layers
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.export import export_onnx
 
 pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 
-MODEL = tiny_dit()
 LINEARS = [site.name for site in linear_sites(TINY.depth)]
+FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FORMS = list(itertools.product(("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (0, 4)))
+HARDEST = ("fp32", "static", "int8", 0)
+"""The form whose qkv the builder multiplies in float unless something guards it."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize("layout", ["int4", "int8"])
-@pytest.mark.parametrize("rank", [0, 4])
-def test_every_linear_is_an_integer_product(
-    tmp_path: Path, dtype: torch.dtype, ranges: str, layout: str, rank: int
-) -> None:
-    path = tmp_path / "file.onnx"
-    folded = fold_smoothing(quantized_tiny_dit(MODEL, rank=rank), dtype=dtype)
-    export_onnx(folded, path, layout=layout, ranges=ranges)
-    linears = built_linears(build_rtx(path).log, LINEARS)
-    assert {name: linear.kernel for name, linear in linears.items()} == dict.fromkeys(
-        LINEARS, Kernel.INTEGER
-    )
+def require_integer_products(path: Path, names: list[str], *, layout: str) -> None:
+    """Build a file; every linear must be an INT8×INT8 GEMM, INT4 kept in layout int4 alone."""
+    linears = built_linears(build_rtx(path).log, names)
+    kernels = {name: linear.kernel for name, linear in linears.items()}
+    assert kernels == dict.fromkeys(names, Kernel.INTEGER)
     assert {linear.keeps_int4 for linear in linears.values()} == {layout == "int4"}
 
 
-def test_the_low_rank_factor_joins_the_integer_product(tmp_path: Path) -> None:
-    path = tmp_path / "file.onnx"
-    export_onnx(fold_smoothing(quantized_tiny_dit(MODEL), dtype=torch.float16), path)
-    layers = engine_layers(build_rtx(path).log)
+@pytest.mark.parametrize("precision", FLOAT_TYPES)
+@pytest.mark.parametrize("ranges", ["token", "static"])
+def test_the_bundled_model_is_all_integer_products(
+    tmp_path: Path, precision: str, ranges: str
+) -> None:
+    model = load_dit("digits").model
+    quantized = quantized_tiny_dit(model, block_size=48, rank=5)
+    path = tmp_path / "digits.onnx"
+    export_onnx(fold_smoothing(quantized, dtype=FLOAT_TYPES[precision]), path, ranges=ranges)
+    names = [site.name for site in linear_sites(model.config.depth)]
+    require_integer_products(path, names, layout="int4")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(
+            form, marks=() if form == HARDEST else pytest.mark.slow, id="-".join(map(str, form))
+        )
+        for form in FORMS
+    ],
+)
+def test_every_form_is_all_integer_products(form: tuple[str, str, str, int]) -> None:
+    precision, ranges, layout, rank = form
+    path = exported(dtype=FLOAT_TYPES[precision], ranges=ranges, layout=layout, rank=rank)
+    require_integer_products(path, LINEARS, layout=layout)
+
+
+def test_the_low_rank_factor_joins_the_integer_product() -> None:
+    layers = engine_layers(build_rtx(exported(layout="int4", ranges="token", rank=4)).log)
     for name in LINEARS:
         (product,) = (
             layer for layer in layers if layer.multiplies and f"{name}/MatMul" in layer.onnx_nodes
@@ -55,26 +78,23 @@ def test_the_low_rank_factor_joins_the_integer_product(tmp_path: Path) -> None:
         assert f"{name}/right_MatMul" in product.onnx_nodes
 
 
-def test_half_precision_attention_is_one_kernel(tmp_path: Path) -> None:
-    path = tmp_path / "file.onnx"
-    export_reference(tiny_dit().half(), path)
-    names = [layer.name for layer in engine_layers(build_rtx(path).log)]
+def test_half_precision_attention_is_one_kernel() -> None:
+    log = build_rtx(exported_reference(torch.float16)).log
+    names = [layer.name for layer in engine_layers(log)]
     assert sum("gemm_mha" in name for name in names) == TINY.depth
 
 
 @pytest.mark.parametrize(("bits", "layout"), [(4, "int4"), (8, "int8")])
-def test_float_activations_read_integer_weights(tmp_path: Path, bits: int, layout: str) -> None:
-    path = tmp_path / "file.onnx"
-    quantized = quantized_tiny_dit(MODEL, weight_bits=bits, activation_bits=16, block_size=32)
-    export_onnx(fold_smoothing(quantized), path, layout=layout, adaln_bits=bits)
+def test_float_activations_read_integer_weights(bits: int, layout: str) -> None:
+    settings = {"weight_bits": bits, "activation_bits": 16, "block_size": 32}
+    path = exported(layout=layout, adaln_bits=bits, **settings)
     linears = built_linears(build_rtx(path).log, LINEARS)
     assert {linear.kernel for linear in linears.values()} == {Kernel.WEIGHT_ONLY}
     assert {linear.keeps_int4 for linear in linears.values()} == {bits == 4}
 
 
 def test_the_float_model_has_float_products(tmp_path: Path) -> None:
-    path, plan = tmp_path / "file.onnx", tmp_path / "file.plan"
-    export_reference(MODEL, path)
+    path, plan = exported_reference(), tmp_path / "file.plan"
     built = build_rtx(path, plan_path=plan, batch=BatchRange(smallest=1, usual=4, largest=4))
     linears = built_linears(built.log, LINEARS)
     assert {linear.kernel for linear in linears.values()} == {Kernel.FLOAT}
@@ -85,9 +105,8 @@ def test_the_float_model_has_float_products(tmp_path: Path) -> None:
 
 
 def edited(path: Path, edit: Any) -> Path:
-    """Export a file and damage it."""
-    export_onnx(fold_smoothing(quantized_tiny_dit(MODEL, rank=0)), path)
-    model = onnx.load(str(path))
+    """Write a damaged copy of a file."""
+    model = onnx.load(str(exported(layout="int4", ranges="token", rank=0)))
     edit(model)
     onnx.save(model, str(path))
     return path
@@ -105,31 +124,24 @@ def test_the_naive_form_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_crash_of_the_builder_is_one_line(tmp_path: Path) -> None:
-    def scalar_ones(model: onnx.ModelProto) -> None:
-        for tensor in model.graph.initializer:
-            if tensor.name.endswith(("/ones", "/weight_zero_point")):
-                array = numpy_helper.to_array(tensor)[0]
-                if tensor.name.endswith("/ones"):
-                    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    def scalar_quantizer(model: onnx.ModelProto) -> None:
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in model.graph.node:
-            if node.name.endswith("/weight_Quantize"):
-                name = f"{node.name}_zero"
-                zero = numpy_helper.from_array(array_of_zero(), name)
-                model.graph.initializer.append(zero)
-                node.input[2] = name
+            if not node.name.endswith("/weight_Quantize"):
+                continue
+            for index in (1, 2):
+                first = numpy_helper.to_array(constants[node.input[index]])[0]
+                name = f"{node.name}_{index}"
+                model.graph.initializer.append(numpy_helper.from_array(np.array(first), name))
+                node.input[index] = name
 
     with pytest.raises(EngineError, match=r"crashed on .* \(signal \d+\)") as caught:
-        build_rtx(edited(tmp_path / "file.onnx", scalar_ones))
+        build_rtx(edited(tmp_path / "file.onnx", scalar_quantizer))
     assert "\n" not in str(caught.value)
 
 
-def array_of_zero() -> Any:
-    return torch.zeros((), dtype=torch.int8).numpy()
-
-
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.onnx"
-    export_reference(MODEL, path)
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported_reference()
     with pytest.raises(EngineError, match="batch sizes 2, 1, 8"):
         BatchRange(smallest=2, usual=1)
     with pytest.raises(EngineError, match=r"did not finish .* within 0.01 s"):
@@ -141,9 +153,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_rtx(path)
 
 
-def test_a_silent_failure_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.onnx"
-    export_reference(MODEL, path)
+def test_a_silent_failure_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported_reference()
     failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="")
     monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(EngineError, match="no reason given"):

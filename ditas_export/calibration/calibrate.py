@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditas_export.artifact_files import load_tensors, save_tensors
-from ditas_export.calibration.methods import ALPHA_GRID, method_named
+from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
 from ditas_export.calibration.quantized_dit import (
     QuantizedDiT,
     QuantizedLinear,
@@ -43,7 +43,7 @@ class QuantizationSettings:
 
     weight_bits: int = 4
     activation_bits: int = 8
-    method: str = "ditas-plus"
+    method: str | Method = "ditas-plus"  # a name, or a recipe of one's own
     rank: int | None = None
     block_size: int | None = None
     ranges: Ranges = "token"
@@ -66,14 +66,20 @@ class QuantizationSettings:
                 f"block_size={self.block_size} is not allowed with {self.activation_bits}-bit "
                 f"activations; pick one of {allowed}"
             )
-        method_named(self.method)
+        if isinstance(self.method, str):
+            method_named(self.method)
+
+    @property
+    def recipe(self) -> Method:
+        """The method's levers."""
+        return method_named(self.method) if isinstance(self.method, str) else self.method
 
     def rank_for(self, config: DiTConfig) -> int:
         """Return the rank of the low-rank branch: as asked, or the paper's share of the width.
 
         8-bit weights have no branch unless one is asked for.
         """
-        if method_named(self.method).low_rank == "none":
+        if self.recipe.low_rank == "none":
             return 0
         if self.rank is not None:
             return self.rank
@@ -119,7 +125,7 @@ class QuantizationSettings:
         return {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
-            "method": self.method,
+            "method": self.recipe.name,
             "rank": self.rank,
             "block_size": self.block_size,
             "ranges": self.ranges,
@@ -160,7 +166,7 @@ def quantize_dit(
     rank = settings.rank_for(config)
     per_site = {
         site: LinearSettings(
-            method=method_named(settings.method),
+            method=settings.recipe,
             weight_bits=settings.weight_bits,
             activation_bits=settings.activation_bits,
             ranges=settings.ranges,
@@ -232,6 +238,7 @@ def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> 
         "checkpoint": states.checkpoint_sha256,
         "calibration": states.settings.to_dict(),
         "quantization": settings.to_dict(),
+        "recipe": asdict(settings.recipe),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

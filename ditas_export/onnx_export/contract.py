@@ -296,10 +296,10 @@ def _bias_rank(model: ir.Model) -> Iterator[Finding]:
         add = _following_add(product)
         if add is None:
             continue
-        ranks = [len(value.shape or ()) for value in add.inputs if value and value.const_value]
-        if min(ranks) < 3:
+        rank = min(bias.ndim for value in add.inputs if (bias := array(value)) is not None)
+        if rank < 3:
             expected = "a bias of shape [1, 1, N], or another operator between"
-            yield _name(add), f"a bias of rank {min(ranks)} right after a MatMul", expected
+            yield _name(add), f"a bias of rank {rank} right after a MatMul", expected
 
 
 def _cut_product(model: ir.Model) -> Iterator[Finding]:

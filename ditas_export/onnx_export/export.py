@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ditas_export import __version__
-from ditas_export.artifact_files import atomic_path
+from ditas_export.artifact_files import atomic_path, require_writable
 from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
@@ -59,9 +59,12 @@ def export_onnx(
         adaln_bits: of the modulation weights.
 
     Raises:
-        OnnxExportError: a layout that the weights cannot take, or a graph that breaks a rule.
+        OnnxExportError: a float type that is neither fp32 nor fp16, a layout that the weights
+            cannot take, or a graph that breaks a rule.
         ArtifactError: the file cannot be written.
     """
+    float_type = _float_type(folded.dtype)
+    require_writable(path)
     adaln = quantize_adaln(folded, adaln_bits)
     parameters = adaln.folded.float_parameters
 
@@ -89,7 +92,7 @@ def export_onnx(
         "adaln_bits": adaln_bits,
         "layout": layout,
         "ranges": ranges if folded.activation_bits == 8 else None,
-        "float_type": _float_type(folded.dtype),
+        "float_type": float_type,
     }
     describe(model, folded.config, form)
     save_model(model, path)
@@ -103,10 +106,13 @@ def export_reference(model: DiT, path: Path) -> None:
         path: the file; past 2 GB the tensors go to `<path>.data`.
 
     Raises:
+        OnnxExportError: a float type that is neither fp32 nor fp16.
         ArtifactError: the file cannot be written.
     """
     parameters = model.state_dict()
-    dtype = next(model.parameters()).dtype
+    dtype = model.pos_embed.dtype
+    float_type = _float_type(dtype)
+    require_writable(path)
 
     def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
         weight, bias = parameters[f"{module}.weight"], parameters[f"{module}.bias"]
@@ -114,7 +120,7 @@ def export_reference(model: DiT, path: Path) -> None:
 
     graph_model = export_skeleton(model.config, parameters, dtype=dtype)
     lower_placeholders(graph_model, lower)
-    describe(graph_model, model.config, {"float_type": _float_type(dtype)})
+    describe(graph_model, model.config, {"float_type": float_type})
     save_model(graph_model, path)
 
 

@@ -1,0 +1,149 @@
+"""Time the exported forms of a DiT-XL/2-width block pair in turns, one live session at a time.
+
+    python scripts/bench_block_pair.py --rounds 7
+
+Random weights, low-rank branch of rank 32 included: right for speed, not for quality. A round
+opens a session, warms it up, times it and closes it before the next form: idle sessions of onnxruntime
+keep their threads spinning. Prints medians and ratios to the float file as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.diffusion.runner import Runner
+from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.dit.sites import linear_sites
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.quantization.integer import LowRank, quantize_rows, round_to_blocks
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+
+BLOCK_PAIR = DiTConfig(hidden_size=1152, depth=2, num_heads=16)
+RANK = 32
+BLOCK_SIZE = 48
+
+
+def quantized_block_pair(model: DiT) -> QuantizedDiT:
+    """Round the linears to nearest and give each random low-rank factors."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = model.state_dict()
+    linears = {}
+    for site in linear_sites(model.config.depth):
+        weight = parameters.pop(f"{site.name}.weight")
+        codes, scale = quantize_rows(torch.randn(RANK, weight.shape[1], generator=generator))
+        linears[site.name] = QuantizedLinear(
+            weight=round_to_blocks(weight, block_size=BLOCK_SIZE),
+            low_rank=LowRank(
+                left=1e-3 * torch.randn(weight.shape[0], RANK, generator=generator),
+                right_codes=codes,
+                right_scale=scale,
+            ),
+            bias=parameters.pop(f"{site.name}.bias"),
+            smoothing_scale=torch.ones(weight.shape[1]),
+            alpha=None,
+            step_ranges=torch.tensor([8.0]),
+            output_snr_db=float("nan"),
+        )
+    return QuantizedDiT(
+        config=model.config, float_parameters=parameters, linears=linears, activation_bits=8
+    )
+
+
+def seconds_per_run(open_runner: Callable[[], Runner], batch: int, runs: int) -> float:
+    """Open a runner, warm it up, and return the median seconds of a forward pass."""
+    inputs = (
+        torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(1)),
+        torch.full((batch,), 500),
+        torch.arange(batch),
+    )
+    with open_runner() as runner:
+        for _ in range(2):
+            runner(*inputs)
+        times = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            runner(*inputs)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def cpu_facts() -> str:
+    """Return the processor's name and the instruction sets that matter here."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line),
+                platform.processor())  # fmt: skip
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+    return f"{name} ({', '.join(flag for flag in wanted if f' {flag} ' in text)})"
+
+
+def main() -> None:
+    """Export the forms, time them in turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=9, help="forward passes per round")
+    parser.add_argument("--batch", type=int, default=2, help="rows, guidance halves included")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--openvino", action="store_true", help="also time the int4 files there")
+    args = parser.parse_args()
+    model = DiT(BLOCK_PAIR)
+    randomize(model, seed=0)
+    folded = fold_smoothing(quantized_block_pair(model))
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"onnxruntime float": Path(folder) / "float.onnx"}
+        export_reference(model, files["onnxruntime float"])
+        for ranges in ("token", "static"):
+            for layout in ("int4", "int8"):
+                path = Path(folder) / f"{layout}-{ranges}.onnx"
+                export_onnx(folded, path, layout=layout, ranges=ranges)
+                files[f"onnxruntime {layout} {ranges}"] = path
+        forms: dict[str, Callable[[], Runner]] = {
+            name: lambda path=path: OnnxRuntimeRunner(path, threads=args.threads)
+            for name, path in files.items()
+        }
+        if args.openvino:
+            from ditas_export.runtime.openvino_runner import OpenVINORunner
+
+            for name in ("float", "int4 token", "int4 static"):
+                path = files[f"onnxruntime {name}"]
+                forms[f"openvino {name}"] = lambda path=path: OpenVINORunner(
+                    path, threads=args.threads
+                )
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for round_index in range(args.rounds):
+            for name, open_runner in forms.items():
+                times[name].append(seconds_per_run(open_runner, args.batch, args.runs))
+            print(f"round {round_index + 1}/{args.rounds}", flush=True)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+    base = times["onnxruntime float"]
+    print(
+        f"\nDiT-XL/2-width block pair, {args.batch} rows of 256 tokens, rank {RANK}, float32 side"
+    )
+    print(f"{cpu_facts()}, {args.threads} threads, python {platform.python_version()}, "
+          f"onnxruntime {metadata.version('onnxruntime')}")  # fmt: skip
+    print("\n| form | median ms | times the float file's speed (min-max of rounds) | MiB |")
+    print("|---|---|---|---|")
+    for name, values in times.items():
+        ratios = [reference / value for reference, value in zip(base, values, strict=True)]
+        size = f"{sizes[name] / 2**20:.1f}" if name in sizes else ""
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"| {name} | {1e3 * statistics.median(values):.1f} | {spread} | {size} |")
+    for ranges in ("token", "static"):
+        pairs = zip(times[f"onnxruntime int4 {ranges}"], times[f"onnxruntime int8 {ranges}"],
+                    strict=True)  # fmt: skip
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"\nint4 / int8 time, {ranges}: {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
