@@ -19,6 +19,7 @@ from ditas_export.calibration.calibrate import (
     quantize_dit,
 )
 from ditas_export.calibration.fold import FoldedDiT, fold_smoothing
+from ditas_export.calibration.methods import ALPHA_GRID
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
@@ -175,7 +176,7 @@ def _quantized(
         rank=options.rank,
         block_size=options.block_size,
         ranges=options.ranges or "token",
-        **({} if options.alpha_grid is None else {"alpha_grid": options.alpha_grid}),
+        alpha_grid=ALPHA_GRID if options.alpha_grid is None else options.alpha_grid,
     )
     config = loaded.model.config
     for note in settings.notes(config):

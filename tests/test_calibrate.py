@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.quantized_fixture import tiny_dit
+from quantized_fixture import tiny_dit
 
 from ditas_export.calibration.calibrate import (
     QuantizationSettings,

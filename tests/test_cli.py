@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_fixture import TINY, tiny_dit
 from safetensors.torch import save_file
-from tests.quantized_fixture import TINY, tiny_dit
 from typer.testing import CliRunner
 
 from ditas_export import __version__

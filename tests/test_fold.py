@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.quantized_fixture import example_inputs, quantized_tiny_dit, tiny_dit
+from quantized_fixture import example_inputs, quantized_tiny_dit, tiny_dit
 from torch import nn
 from torch.nn import functional
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.test_rounding import correlated_moment, random_weight
+from test_rounding import correlated_moment, random_weight
 
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization.low_rank import fit_output_error, fit_weight_error, truncated_svd
 from ditas_export.quantization.rounding import InputMoments, quadratic_error
+
+EVEN = torch.ones(20, dtype=torch.float64)
 
 
 def test_truncated_svd_is_exact_at_full_rank_and_errs_less_with_rank() -> None:
@@ -35,7 +37,9 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
     moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
     values = torch.linalg.svdvals(matrix @ moments.cholesky)
     best = float(values[4:].square().sum())
-    error = quadratic_error(matrix - fit_output_error(matrix, moments, 4).dequantize(), moments)
+    error = quadratic_error(
+        matrix - fit_output_error(matrix, moments, 4, EVEN).dequantize(), moments
+    )
     plain = quadratic_error(matrix - fit_weight_error(matrix, 4).dequantize(), moments)
     # The moment's condition number amplifies the INT8 rounding of the input factor.
     assert best <= error < 1.05 * best
@@ -45,7 +49,7 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
 def test_left_is_solved_for_the_rounded_right() -> None:
     matrix = random_weight(20, 48)
     moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
-    factors = fit_output_error(matrix, moments, 3)
+    factors = fit_output_error(matrix, moments, 3, EVEN)
     error = quadratic_error(matrix - factors.dequantize(), moments)
     for sign in (-1, 1):
         moved = (factors.left * (1 + sign * 1e-3)) @ factors.right()
@@ -56,3 +60,15 @@ def test_ranks_that_do_not_exist_are_refused() -> None:
     for rank in (0, 7):
         with pytest.raises(QuantizationError, match=f"rank={rank} of a 6x9 matrix"):
             truncated_svd(random_weight(6, 9), rank)
+
+
+def test_output_weights_spend_the_rank_where_errors_count() -> None:
+    """Scaling rows up and their weights down is no change at all: the fit is the same."""
+    matrix = random_weight(20, 48)
+    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    scale = torch.ones(20, dtype=torch.float64)
+    scale[3:5] = 50.0
+    plain = fit_output_error(matrix, moments, 4, EVEN)
+    scaled = fit_output_error(matrix * scale[:, None], moments, 4, 1 / scale)
+    expected = plain.dequantize() * scale[:, None]
+    assert torch.allclose(scaled.dequantize(), expected, rtol=1e-6, atol=1e-9)

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
 from safetensors.torch import save_file
-from tests.quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.errors import (

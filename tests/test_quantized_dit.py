@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_fixture import quantized_tiny_dit, tiny_dit
 from safetensors.torch import save_file
-from tests.quantized_fixture import quantized_tiny_dit, tiny_dit
 
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.errors import ArtifactError

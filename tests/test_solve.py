@@ -123,7 +123,9 @@ def test_algorithm_1_literally() -> None:
         w_hat = round_to_blocks(weight * s, block_size=16).dequantize()
         losses[alpha] = float((x_hat @ w_hat.T - x_float @ weight.T).square().sum())
     expected = min(losses, key=lambda alpha: losses[alpha])
-    assert search_alpha(weight, maxima.amax(0), maxima, inputs, settings) == expected
+    assert (
+        search_alpha(weight, maxima.amax(0), maxima, inputs, torch.ones(24), settings) == expected
+    )
     assert 0.0 < expected < 1.0  # a case in which the search has something to find
 
 
@@ -134,7 +136,7 @@ def test_each_lever_lowers_the_output_error(seed: int) -> None:
     errors = {}
     for name in METHODS:
         settings = replace(SETTINGS, method=METHODS[name])
-        solved = solve_linear(weight, bias, maxima, inputs, settings)
+        solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), settings)
         errors[name] = output_error(solved, weight, bias, maxima, inputs)
     assert errors["tas"] < errors["linear"]
     assert errors["tas-search"] <= errors["tas"] * 1.01  # nearest rounding is not monotone
@@ -144,7 +146,7 @@ def test_each_lever_lowers_the_output_error(seed: int) -> None:
 
 def test_the_bias_absorbs_the_drift_of_the_means() -> None:
     weight, bias, maxima, inputs = problem()
-    solved = solve_linear(weight, bias, maxima, inputs, SETTINGS)
+    solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), SETTINGS)
     x_float, x_quantized = all_tokens(inputs)
     x_hat = round_activations(
         x_quantized / solved.smoothing_scale, activation_bits=8, ranges="token", static_range=0.0
@@ -160,7 +162,7 @@ def test_what_each_method_gives(name: str, bits: int) -> None:
     before = weight.clone()
     method = method_named(name)
     settings = replace(SETTINGS, method=method, weight_bits=bits)
-    solved = solve_linear(weight, bias, maxima, inputs, settings)
+    solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), settings)
     assert torch.equal(weight, before)
     assert solved.weight.bits == bits
     assert solved.weight.row_scale.dtype == torch.float32
@@ -173,7 +175,12 @@ def test_what_each_method_gives(name: str, bits: int) -> None:
 def test_smoothquant_looks_at_one_time_step_only() -> None:
     weight, bias, maxima, inputs = problem()
     solved = solve_linear(
-        weight, bias, maxima, inputs, replace(SETTINGS, method=METHODS["smoothquant"])
+        weight,
+        bias,
+        maxima,
+        inputs,
+        torch.ones(24),
+        replace(SETTINGS, method=METHODS["smoothquant"]),
     )
     middle = maxima[maxima.shape[0] // 2]
     assert torch.equal(solved.smoothing_scale, smoothing_scale(middle, weight.abs().amax(0), 0.5))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.quantized_fixture import example_inputs, snr_db, tiny_dit
+from quantized_fixture import snr_db, tiny_dit
 
 from ditas_export.calibration.calibrate import QuantizationSettings, in_features, quantize_dit
 from ditas_export.calibration.fold import fold_smoothing
@@ -167,7 +167,7 @@ def test_walk_states_of_one_row_batch_equal_many(
     for rows in (5, 100):
         monkeypatch.setattr("ditas_export.calibration.walk.ROWS_PER_BATCH", rows)
         walked = walk(model, inputs, states.input_maxima, lambda _: settings, known={})
-        results.append(dict((site.name, linear) for site, linear in walked))
+        results.append({site.name: linear for site, linear in walked})
     for name, linear in results[0].items():
         assert torch.equal(linear.weight.codes, results[1][name].weight.codes)
         assert abs(linear.output_snr_db - results[1][name].output_snr_db) < 0.01

@@ -130,6 +130,7 @@ def solve_linear(
     bias: Tensor,
     step_maxima: Tensor,
     inputs: LinearInputs,
+    output_weights: Tensor,
     settings: LinearSettings,
 ) -> SolvedLinear:
     """Quantize one linear by the method named in `settings`.
@@ -139,10 +140,14 @@ def solve_linear(
         bias: b, (N,) float32.
         step_maxima: (steps, K): largest |x_f| per time step and channel.
         inputs: the two streams' inputs to this linear.
+        output_weights: (N,), > 0: what an error of each output channel counts downstream; used by
+            methods with target correction, whose α and low rank share one error over all channels.
         settings: method, bits, block size, rank.
     """
     method = settings.method
-    weight_max = channel_maxima(weight)
+    if not method.target_correction:
+        output_weights = torch.ones_like(output_weights)
+    weight_max = weight_maxima(weight, method)
     input_max = step_maxima.amax(dim=0)
     if method.smoothing == "one-step":
         input_max = step_maxima[step_maxima.shape[0] // 2]
@@ -151,7 +156,7 @@ def solve_linear(
     if method.smoothing != "none":
         alpha = FIXED_ALPHA
         if method.alpha_search:
-            alpha = search_alpha(weight, input_max, step_maxima, inputs, settings)
+            alpha = search_alpha(weight, input_max, step_maxima, inputs, output_weights, settings)
         smoothing = smoothing_scale(input_max, weight_max, alpha)
     smoothed = weight * smoothing
 
@@ -166,7 +171,7 @@ def solve_linear(
     target = smoothed.double()
     if method.target_correction:
         target = corrected_target(weight, smoothing, moments, factors.moment, factors.cholesky)
-    rounded, low_rank = _round_to_target(target, factors, settings)
+    rounded, low_rank = _round_to_target(target, factors, output_weights.double(), settings)
     solved = SolvedLinear(
         weight=rounded.to(torch.float32),
         low_rank=None if low_rank is None else low_rank.to(torch.float32),
@@ -184,6 +189,19 @@ def solve_linear(
         smoothing_scale=smoothing,
         alpha=alpha,
     )
+
+
+def weight_maxima(weight: Tensor, method: Method) -> Tensor:
+    """Return b, (K,): what smoothing holds against each channel's largest input.
+
+    The largest weight of each input channel (DiTAS, eq. 4); with target correction, the largest
+    relative to its row, for every row has a scale of its own: a row that is large as a whole (V
+    rows with outliers) is no reason to smooth differently.
+    """
+    if method.target_correction:
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        weight = weight / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return channel_maxima(weight)
 
 
 def corrected_target(
@@ -212,6 +230,7 @@ def search_alpha(
     input_max: Tensor,
     step_maxima: Tensor,
     inputs: LinearInputs,
+    output_weights: Tensor,
     settings: LinearSettings,
 ) -> float:
     """Return the α of the grid with the least output error on a sample of tokens.
@@ -223,7 +242,7 @@ def search_alpha(
     Source: DiTAS, Algorithm 1.
     """
     x_float, x_quantized = sample_tokens(inputs)
-    weight_max = channel_maxima(weight)
+    weight_max = weight_maxima(weight, settings.method)
     wanted = x_float @ weight.mT
     losses = []
     for alpha in settings.alpha_grid:
@@ -235,7 +254,8 @@ def search_alpha(
             static_range=float((step_maxima / smoothing).amax()),
         )
         rounded = _round_once(weight * smoothing, settings).dequantize()
-        losses.append(float((x_hat @ rounded.mT - wanted).square().sum()))
+        error = (x_hat @ rounded.mT - wanted) * output_weights
+        losses.append(float(error.square().sum()))
     return settings.alpha_grid[losses.index(min(losses))]
 
 
@@ -300,7 +320,7 @@ def _round_to_weight(
 
 
 def _round_to_target(
-    target: Tensor, moments: InputMoments, settings: LinearSettings
+    target: Tensor, moments: InputMoments, output_weights: Tensor, settings: LinearSettings
 ) -> tuple[IntegerWeight, LowRank | None]:
     """Round the target on the grid, with the low-rank branch alternated; best iterate kept."""
 
@@ -317,9 +337,12 @@ def _round_to_target(
     best: tuple[IntegerWeight, LowRank | None] = (rounded, None)
     best_error = float("inf")
     for _ in range(LOW_RANK_ITERATIONS):
-        factors = fit_output_error(target - rounded.dequantize(), moments, settings.rank)
+        factors = fit_output_error(
+            target - rounded.dequantize(), moments, settings.rank, output_weights
+        )
         addition = factors.dequantize()
-        error = quadratic_error(target - rounded.dequantize() - addition, moments)
+        left_over = (target - rounded.dequantize() - addition) * output_weights[:, None]
+        error = quadratic_error(left_over, moments)
         if error < best_error:
             best, best_error = (rounded, factors), error
         rounded = rounding(target - addition)

@@ -48,6 +48,11 @@ class _Streams:
     quantized: Tensor
 
 
+def rms(x: Tensor) -> Tensor:
+    """Return the root mean square over the first dimension, never zero; a vector gives a scalar."""
+    return x.square().mean(dim=0).sqrt().clamp(min=1e-12)
+
+
 def row_batches(rows: int) -> Iterator[slice]:
     """Yield slices of at most `ROWS_PER_BATCH` rows that cover all rows."""
     for start in range(0, rows, ROWS_PER_BATCH):
@@ -206,8 +211,34 @@ class _BlockWalk:
 
         rows, tokens = self.streams.floats.shape[:2]
         source = LinearInputs(tokens=rows * tokens, batches=batches)
-        solved = solve_linear(linear.weight, linear.bias, maxima, source, settings)
+        weights = self._output_weights(kind, linear, inputs)
+        solved = solve_linear(linear.weight, linear.bias, maxima, source, weights, settings)
         return _WalkedLinear(site, settings, maxima, solved=solved)
+
+    def _output_weights(
+        self,
+        kind: LinearKind,
+        linear: nn.Linear,
+        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Return what an error of each output channel counts downstream, to first order, (N,).
+
+        proj, fc2: the gate that multiplies the channel. fc1: the column of fc2 that reads it. q:
+        the channel of k that it meets, and the reverse; v: the column of proj that reads it; the
+        three are levelled to count the same. Rescaling two sides of a channel against each other,
+        as planted or natural outliers do, then changes nothing.
+        """
+        if kind == "attn.proj":
+            return rms(self.gate_msa)
+        if kind == "mlp.fc2":
+            return rms(self.gate_mlp)
+        if kind == "mlp.fc1":
+            return rms(self.block.mlp.fc2.weight)
+        total = self.streams.floats.shape[0]
+        rows = slice(0, total, -(-total // ROWS_PER_BATCH))
+        q, k, v = rms(linear(inputs(rows)[0]).flatten(0, 1)).chunk(3)
+        reader = rms(self.block.attn.proj.weight)
+        return torch.cat([k / rms(q * k), q / rms(q * k), reader / rms(reader * v)])
 
     def _advance(
         self,

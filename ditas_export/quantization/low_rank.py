@@ -36,18 +36,22 @@ def fit_weight_error(error: Tensor, rank: int) -> LowRank:
     return _with_integer_right(left, right)
 
 
-def fit_output_error(error: Tensor, moments: InputMoments, rank: int) -> LowRank:
-    """Return the factors that minimise tr (error − left @ right) H (error − left @ right)ᵀ.
+def fit_output_error(
+    error: Tensor, moments: InputMoments, rank: int, output_weights: Tensor
+) -> LowRank:
+    """Return the factors that minimise tr D (error − left @ right) H (error − left @ right)ᵀ D.
 
-    The truncated SVD of `error @ L` with L Lᵀ = H gives the optimum; `right` is rounded to INT8 and
-    `left` solved again for the rounded factor: left = error H rightᵀ (right H rightᵀ)⁻¹.
+    The truncated SVD of `D @ error @ L`, D = diag(output_weights) and L Lᵀ = H, gives the optimum;
+    `right` is rounded to INT8 and `left` solved again for the rounded factor, row by row:
+    left = error H rightᵀ (right H rightᵀ)⁻¹.
 
     Args:
         error: (N, K), what codes alone leave of the target.
         moments: of the quantized input.
         rank: 1 … min(N, K).
+        output_weights: (N,), > 0: what an error of each output channel counts.
     """
-    left, whitened = truncated_svd(error @ moments.cholesky, rank)
+    left, whitened = truncated_svd(output_weights[:, None] * (error @ moments.cholesky), rank)
     right = torch.linalg.solve_triangular(moments.cholesky.mT, whitened.mT, upper=True).mT
     factors = _with_integer_right(left, right)
     seen = factors.right().to(error.dtype) @ moments.cholesky  # (rank, K)

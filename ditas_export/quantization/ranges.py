@@ -62,4 +62,5 @@ def fake_quantize_tensor_asymmetric(x: Tensor, *, bits: int = 8) -> Tensor:
     scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
     zero_point = (-low / scale).round()
     codes = ((x / scale).round() + zero_point).clamp(0, 2**bits - 1)
-    return (codes - zero_point) * scale
+    rounded: Tensor = (codes - zero_point) * scale
+    return rounded

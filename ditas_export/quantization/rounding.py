@@ -65,13 +65,14 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
 
 def lower_cholesky(moment: Tensor) -> Tensor:
     """Return L, lower triangular, with L Lᵀ = moment; QuantizationError if there is none."""
-    try:
-        return torch.linalg.cholesky(moment)
-    except torch.linalg.LinAlgError as error:
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if int(info) or not factor.isfinite().all():
         raise QuantizationError(
-            f"the second moment of an input is not positive definite ({error}); "
+            f"the second moment of an input is not positive definite (column {int(info)}); "
             f"check the checkpoint for NaN"
-        ) from error
+        )
+    return factor
 
 
 def upper_cholesky(moment: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""The README's own commands and snippets, as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ditas_export.cli.export import app
+from ditas_export.options import ExportOptions
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def export_commands() -> list[list[str]]:
+    """Return the arguments of every `ditas-export` in the README."""
+    found = []
+    for block in blocks():
+        for line in block.splitlines():
+            for command in line.split("#")[0].split("&&"):
+                words = shlex.split(command)
+                if words[:1] == ["ditas-export"]:
+                    found.append(words[1:])
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the first command of the README, defaults and all, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("readme")
+    arguments = export_commands()[0]
+    assert arguments == ["--w", "4", "--a", "8", "out.onnx"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_first_command_gives_what_the_readme_says(first_command: Path) -> None:
+    manifest = json.loads((first_command / "out.json").read_text())
+    assert manifest["model"]["source"]
+    # 40 dB are the README's figure; seeds and processors move it by about one.
+    assert manifest["verification"]["final_latents_snr_db_mean"] > 36
+    assert manifest["verification"]["matches_fake_quantized_forward"] is True
+    kernels = manifest["verification"]["kernels"]
+    assert kernels["MatMulIntegerToFloat"] == 2 * len(manifest["linears"])  # each with its branch
+
+
+def test_the_onnxruntime_snippet_runs(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first_command)
+    snippet = next(block for block in blocks("python") if "InferenceSession" in block)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert names["model_output"].shape == (2, 2, 16, 16)  # type: ignore[attr-defined]
+
+
+def test_other_commands_name_options_that_exist() -> None:
+    known = {option for parameter in app.registered_commands for option in _flags(parameter)}
+    for arguments in export_commands():
+        for word in arguments:
+            if word.startswith("--"):
+                assert word in known, arguments
+    for block in re.findall(r"`(--[a-z-]+)", README):
+        assert block in known | {"--stronglyTyped", "--onnx", "--saveEngine"}, block
+
+
+def _flags(command: object) -> set[str]:
+    import typer
+
+    parsed = typer.main.get_command(app)
+    return {flag for parameter in parsed.params for flag in parameter.opts}
+
+
+def test_the_python_snippet_names_what_exists() -> None:
+    snippet = next(block for block in blocks("python") if "ExportOptions" in block)
+    compile(snippet, "README.md", "exec")
+    assert ExportOptions(output=Path("out.onnx"), model="digits", w=4, a=8).method == "ditas-plus"
+
+
+def test_files_that_the_readme_links_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "calib").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_fill_options(recipe: Path) -> None:
+    options = {key.replace("-", "_"): value for key, value in yaml.safe_load(
+        recipe.read_text()).items()}  # fmt: skip
+    built = ExportOptions(output=Path("out.onnx"), **options)
+    assert (built.w, built.a, built.steps, built.samples) == (4, 8, 50, 12)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    assert any("pytest" in block for block in blocks())
