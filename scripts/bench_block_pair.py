@@ -3,9 +3,8 @@
     python scripts/bench_block_pair.py --rounds 7
 
 Random weights, low-rank branch of rank 32 included: right for speed, not for quality. A round
-opens a session, warms it up, times it and closes it before the next form: idle sessions of
-onnxruntime
-keep their threads spinning. Prints medians and ratios to the float file as a Markdown table.
+opens a session, warms it up, times it and closes it before the next form: idle sessions keep their
+threads spinning. Prints medians and ratios to the float file as a Markdown table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the bundled model: a small class-conditional DiT on scikit-learn's handwritten digits.
 
-    python scripts/train_digits.py --steps 6000 --output ditas_export/dit/bundled/digits.safetensors
+    python scripts/train_digits.py --steps 5000 --output ditas_export/dit/bundled/digits.safetensors
 
 Loss: the simple noise loss plus the variational bound for the learned variance, mean detached
 (Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021). Writes the
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
+from ditas_export.artifact_files import atomic_path
 from ditas_export.dit.model import DiT, DiTConfig, initialize_adaln_zero
 
 CONFIG = DiTConfig(
@@ -138,7 +138,7 @@ def train(steps: int, batch: int, seed: int, learning_rate: float) -> DiT:
 def main() -> None:
     """Train and write the model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
@@ -146,9 +146,8 @@ def main() -> None:
     args = parser.parse_args()
     model = train(args.steps, args.batch, args.seed, args.learning_rate)
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    partial = args.output.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"num_heads": str(CONFIG.num_heads)})
-    os.replace(partial, args.output)
+    with atomic_path(args.output) as partial:
+        save_file(tensors, partial, metadata={"num_heads": str(CONFIG.num_heads)})
     print(f"wrote {args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 
