@@ -20,6 +20,7 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.calibration.walk import WalkStates, walk
 from ditas_export.dit.model import DiT
+from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.sites import LinearSite, linear_sites
 from ditas_export.errors import CalibrationError
 
@@ -171,3 +172,26 @@ def test_walk_states_of_one_row_batch_equal_many(
     for name, linear in results[0].items():
         assert torch.equal(linear.weight.codes, results[1][name].weight.codes)
         assert abs(linear.output_snr_db - results[1][name].output_snr_db) < 0.01
+
+
+def test_planted_outliers_change_next_to_nothing(model: DiT, states: CalibrationStates) -> None:
+    """`ditas-plus` sees through rescaled channels: the twin computes the same and loses the same.
+
+    Plain rounding loses many times more on the twin, so there is something to see through.
+    """
+    twin = plant_outliers(model, seed=3)
+    twin_states = collect_states(twin, states.settings, checkpoint_sha256="twin")
+    inputs = walk_states(states, null_class=10, share=1.0)
+    arguments = (inputs.latents, inputs.timesteps, inputs.class_labels)
+    wanted = model(*arguments)
+
+    def loss(method: str, subject: DiT, seen: CalibrationStates) -> float:
+        settings = QuantizationSettings(method=method, rank=2, alpha_grid=(0.3, 0.4, 0.5))
+        quantized = quantize_dit(subject, seen, settings)
+        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token")
+        return snr_db(wanted, fake(*arguments))
+
+    assert loss("linear", model, states) > loss("linear", twin, twin_states) + 3
+    # Rounding falls differently, the problem is the same.
+    difference = loss("ditas-plus", model, states) - loss("ditas-plus", twin, twin_states)
+    assert abs(difference) < 1.0
