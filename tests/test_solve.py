@@ -144,9 +144,12 @@ def test_each_lever_lowers_the_output_error(seed: int) -> None:
     assert errors["ditas-plus"] < 0.5 * errors["ditas"]
 
 
-def test_the_bias_absorbs_the_drift_of_the_means() -> None:
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_bias_absorbs_the_drift_of_the_means(corrected: bool) -> None:
     weight, bias, maxima, inputs = problem()
-    solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), SETTINGS)
+    method = replace(METHODS["ditas-plus"], target_correction=corrected)
+    settings = replace(SETTINGS, method=method)
+    solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), settings)
     x_float, x_quantized = all_tokens(inputs)
     x_hat = round_activations(
         x_quantized / solved.smoothing_scale, activation_bits=8, ranges="token", static_range=0.0

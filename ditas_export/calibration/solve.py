@@ -11,7 +11,7 @@ first without rounding, in closed form from second moments (the target), then on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -172,23 +172,17 @@ def solve_linear(
     if method.target_correction:
         target = corrected_target(weight, smoothing, moments, factors.moment, factors.cholesky)
     rounded, low_rank = _round_to_target(target, factors, output_weights.double(), settings)
-    solved = SolvedLinear(
+    weight_only = SolvedLinear(
         weight=rounded.to(torch.float32),
         low_rank=None if low_rank is None else low_rank.to(torch.float32),
         bias=bias,
         smoothing_scale=smoothing,
         alpha=alpha,
     )
-    if not method.target_correction:
-        return solved
-    shift = weight.double() @ moments.float_mean - solved.matrix().double() @ moments.quantized_mean
-    return SolvedLinear(
-        weight=solved.weight,
-        low_rank=solved.low_rank,
-        bias=(bias.double() + shift).float(),
-        smoothing_scale=smoothing,
-        alpha=alpha,
-    )
+    # The moments are centred: what the weights leave of the means is the bias's to mend.
+    wanted_mean = weight.double() @ moments.float_mean
+    shift = wanted_mean - weight_only.matrix().double() @ moments.quantized_mean
+    return replace(weight_only, bias=(bias.double() + shift).float())
 
 
 def weight_maxima(weight: Tensor, method: Method) -> Tensor:
