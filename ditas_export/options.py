@@ -69,6 +69,11 @@ class ExportOptions:
         return self.output.with_suffix(".json")
 
     @property
+    def states_path(self) -> Path:
+        """Where the calibration states are kept until the model is quantized."""
+        return self.output.with_name(f"{self.output.name}.states")
+
+    @property
     def progress_path(self) -> Path:
-        """Where an interrupted calibration is kept until it is taken up again."""
+        """Where the blocks of an interrupted walk are kept until it is taken up again."""
         return self.output.with_name(f"{self.output.name}.progress")

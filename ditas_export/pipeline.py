@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -198,6 +199,7 @@ def _quantized(
     quantized = quantize_dit(
         loaded.model, states, settings, progress_file=options.progress_path, on_linear=count
     )
+    options.states_path.unlink(missing_ok=True)
     loaded.model.to("cpu")
     return quantized
 
@@ -205,7 +207,7 @@ def _quantized(
 def _states(
     options: ExportOptions, loaded: LoadedDiT, on_progress: OnProgress
 ) -> CalibrationStates:
-    """Read the calibration states, or sample them."""
+    """Read the calibration states, take up those of an interrupted run, or sample them."""
     if options.calibration is not None:
         return CalibrationStates.load(options.calibration, checkpoint_sha256=loaded.sha256)
     settings = CalibrationSettings(
@@ -219,6 +221,9 @@ def _states(
         ),
         seed=options.seed,
     )
+    kept = _interrupted_states(options.states_path, settings, loaded.sha256)
+    if kept is not None:
+        return kept
     on_progress("sample", 0, settings.steps)
     states = collect_states(
         loaded.model,
@@ -226,9 +231,23 @@ def _states(
         checkpoint_sha256=loaded.sha256,
         on_step=lambda done, total: on_progress("sample", done, total),
     )
+    states.save(options.states_path)
     if options.save_calibration is not None:
         states.save(options.save_calibration)
     return states
+
+
+def _interrupted_states(
+    path: Path, settings: CalibrationSettings, checkpoint_sha256: str
+) -> CalibrationStates | None:
+    """Return the states that an interrupted run of the same settings left, if any."""
+    if not path.is_file():
+        return None
+    try:
+        states = CalibrationStates.load(path, checkpoint_sha256=checkpoint_sha256)
+    except ArtifactError:
+        return None  # of another run: sampled and written anew
+    return states if states.settings == settings else None
 
 
 def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:

@@ -137,6 +137,28 @@ def test_the_artifact_exports_again_in_another_form(exported: Exported, tmp_path
     assert result.verification.final_db == first.verification.final_db
 
 
+def test_an_interrupted_export_samples_only_once(
+    exported: Exported, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = options(checkpoint, tmp_path)
+    seen: list[tuple[str, int]] = []
+
+    def stop_in_the_walk(stage: str, done: int, _total: int) -> None:
+        seen.append((stage, done))
+        if (stage, done) == ("quantize", 6):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(asked, on_progress=stop_in_the_walk)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out.onnx.states", "out.onnx.progress"}
+    again: list[str] = []
+    export(asked, on_progress=lambda stage, *_: again.append(stage))
+    assert "sample" not in again
+    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.json"}
+    assert asked.output.read_bytes() == exported[0].output.read_bytes()
+
+
 def test_saved_states_give_the_same_file(exported: Exported, tmp_path: Path) -> None:
     asked, _, _ = exported
     again = replace(
