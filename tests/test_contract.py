@@ -56,7 +56,7 @@ def insert_before(graph: Graph, name: str, index: int, op_type: str, *extra: str
 
 def foreign_operator(model: onnx.ModelProto) -> None:
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    node(model.graph, f"{QKV}/Abs").domain = "com.microsoft"
+    node(model.graph, f"{QKV}/Neg").domain = "com.microsoft"
 
 
 def other_opset(model: onnx.ModelProto) -> None:

@@ -25,7 +25,6 @@ from ditas_export.quantization.literal import (
     fake_quantize_input_channels,
     fake_quantize_strided_blocks,
 )
-from ditas_export.runtime.torch_runner import TorchRunner
 
 CONFIG = DiTConfig(
     input_size=8,
@@ -53,7 +52,7 @@ def eq_3(x: np.ndarray, *, bits: int, divisor: int) -> np.ndarray:
     low, high = min(x.min(), 0.0), max(x.max(), 0.0)
     s = (high - low) / divisor if high > low else 1.0
     z = np.rint(-low / s)
-    return np.array([s * (min(max(np.rint(v / s) + z, 0), 2**bits - 1) - z) for v in x])
+    return s * (np.clip(np.rint(x / s) + z, 0, 2**bits - 1) - z)
 
 
 @settings(max_examples=40, deadline=None)
@@ -178,7 +177,7 @@ def states_of(model: DiT) -> CalibrationStates:
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[DiT, CalibrationStates]:
-    model = plant_outliers(random_dit(CONFIG), channels=2)
+    model = plant_outliers(random_dit(CONFIG), channels=2, gain=(100.0, 300.0))
     return model, states_of(model)
 
 
@@ -205,34 +204,42 @@ def float_inputs(model: DiT, states: CalibrationStates, name: str) -> list[Tenso
 def test_algorithm_1_on_the_weight_that_ships(
     planted: tuple[DiT, CalibrationStates], name: str
 ) -> None:
-    """α of every linear of the full recipe against a search that loops as the paper does."""
+    """α of every linear of the full recipe against a search that loops as the paper does.
+
+    With 4-bit activations: these grids round W · s alike for every s, so α moves them alone.
+    """
     model, states = planted
-    quantized = literal_dit(model, states, LITERAL_PRESETS[name], rank=3)
+    quantized = literal_dit(model, states, LITERAL_PRESETS[name], activation_bits=4, rank=3)
     quantize = QUANTIZERS[name == "published"]
-    alphas = []
+    spread = 1.0
     for site in linear_sites(CONFIG.depth):
         linear = model.get_submodule(site.name)
         w_hat = alternate_lora(linear.weight, lambda x: quantize(x, bits=4), rank=3).matrix()
         inputs = float_inputs(model, states, site.name)
         a = torch.stack([x.abs().amax((0, 1)) for x in inputs]).amax(0)
         b = linear.weight.abs().amax(0)
-        best = (float("inf"), torch.empty(0), -1.0)
+        losses, scales = [], []
         for m in range(21):
             alpha = 0.05 * m
             s = a**alpha / b ** (1 - alpha)
             loss = 0.0
             for x in inputs:
-                x_hat = eq_3((x / s).double().numpy().ravel(), bits=8, divisor=255)
-                error = torch.from_numpy(x_hat).reshape(x.shape).float() * s @ w_hat.T
-                loss += float(((error - x @ linear.weight.T) ** 2).sum())
-            best = min(best, (loss, s, alpha), key=lambda entry: entry[0])
-        alphas.append(best[2])
-        got = literal_linear(quantized, site.name)
+                x_hat = eq_3((x / s).numpy().ravel(), bits=4, divisor=15)
+                got = torch.from_numpy(x_hat).reshape(x.shape) * s @ w_hat.T
+                loss += float(((got - x @ linear.weight.T) ** 2).sum())
+            losses.append(loss)
+            scales.append(s)
+        found = literal_linear(quantized, site.name)
         # Float32 powers; neighbouring α differ by percents.
-        assert torch.allclose(got.smoothing_scale, best[1], rtol=1e-4), (site.name, best[2])
-        assert torch.allclose(got.smoothed_weight, w_hat * best[1], rtol=1e-3, atol=1e-5)
-        assert torch.equal(got.bias, linear.bias)
-    assert len(set(alphas)) > 1  # a search that had something to find
+        chosen = [torch.allclose(found.smoothing_scale, s, rtol=1e-4) for s in scales]
+        assert sum(chosen) == 1
+        s, loss = scales[chosen.index(True)], losses[chosen.index(True)]
+        # Two α may be as good but for float32 sums.
+        assert loss <= min(losses) * 1.001
+        spread = max(spread, max(losses) / min(losses))
+        assert torch.allclose(found.smoothed_weight, w_hat * s, rtol=1e-3, atol=1e-5)
+        assert torch.equal(found.bias, linear.bias)
+    assert spread > 1.5  # a search that has something to find
 
 
 @pytest.mark.parametrize("family", ["paper", "published"])
@@ -255,20 +262,28 @@ def test_the_steps_of_the_ablation(planted: tuple[DiT, CalibrationStates], famil
 
 @pytest.mark.parametrize("family", ["paper", "published"])
 def test_each_lever_helps_on_outliers(planted: tuple[DiT, CalibrationStates], family: str) -> None:
-    """The order of the paper's Table 4, as single-step SNR of a model with planted outliers."""
+    """The order of the paper's Table 4, as mean SNR of the linears' outputs on the float inputs."""
     model, states = planted
-    inputs = (states.latents[1], states.timesteps[1].expand(3), torch.tensor([1, 5, 7]))
-    wanted = TorchRunner(model)(*inputs)
-    found = []
-    for step in ("-linear", "-tas", "-tas-search", ""):
-        quantized = literal_dit(model, states, LITERAL_PRESETS[family + step], rank=8)
-        found.append(snr_db(wanted, TorchRunner(quantized)(*inputs)))
-    linear, tas, search, full = found
-    assert linear + 3 < tas
-    assert tas < search + 1
+    names = [site.name for site in linear_sites(CONFIG.depth)]
+    inputs = {name: float_inputs(model, states, name)[1] for name in names}
+
+    def mean_snr(preset: str, weight_bits: int = 4) -> float:
+        quantized = literal_dit(
+            model, states, LITERAL_PRESETS[preset], weight_bits=weight_bits, rank=8
+        )
+        found = [
+            snr_db(model.get_submodule(name)(x), quantized.get_submodule(name)(x))
+            for name, x in inputs.items()
+        ]
+        return sum(found) / len(found)
+
+    linear, tas, search, full = (
+        mean_snr(family + step) for step in ("-linear", "-tas", "-tas-search", "")
+    )
+    assert linear + 6 < tas
+    assert tas < search + 0.1
     assert search + 1 < full
-    wide = literal_dit(model, states, LITERAL_PRESETS[family], weight_bits=8, rank=8)
-    assert snr_db(wanted, TorchRunner(wide)(*inputs)) > full + 3
+    assert full + 6 < mean_snr(family, weight_bits=8)
 
 
 def test_the_default_rank_is_the_papers_share(planted: tuple[DiT, CalibrationStates]) -> None:

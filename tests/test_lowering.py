@@ -169,7 +169,7 @@ def test_eight_bit_weights_have_no_int4_layout(tmp_path: Path) -> None:
 
 def test_a_block_without_a_weight_only_kernel_is_refused(tmp_path: Path) -> None:
     linear = folded_linear(K, block_size=48)
-    with pytest.raises(OnnxExportError, match="block_size=48 .* 32, 64, 128"):
+    with pytest.raises(OnnxExportError, match=r"block_size=48 .* 32, 64, 128"):
         write_linear(
             tmp_path / "linear.onnx",
             linear,

@@ -200,7 +200,7 @@ def test_unwritable_targets(tmp_path: Path) -> None:
 
 
 def test_other_float_types_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OnnxExportError, match="fp32 or fp16, not torch.float64"):
+    with pytest.raises(OnnxExportError, match=r"fp32 or fp16, not torch\.float64"):
         export_reference(tiny_dit().double(), tmp_path / "out.onnx")
 
 

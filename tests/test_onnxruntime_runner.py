@@ -119,7 +119,7 @@ def test_inputs_that_do_not_fit_are_named(token_file: Path) -> None:
 
 
 def test_a_provider_that_is_not_there(token_file: Path) -> None:
-    with pytest.raises(RunnerError, match="has no NoSuchProvider; it has .*CPU"):
+    with pytest.raises(RunnerError, match=r"has no NoSuchProvider; it has .*CPU"):
         OnnxRuntimeRunner(token_file, providers=("NoSuchProvider",))
 
 

@@ -11,7 +11,7 @@ from quantized_fixture import TINY, example_inputs, exported, exported_reference
 
 from ditas_export.errors import RunnerError
 from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
-from ditas_export.runtime.openvino_runner import OpenVinoRunner
+from ditas_export.runtime.openvino_runner import OpenVINORunner
 
 pytest.importorskip("openvino", reason="extra [openvino]")
 
@@ -26,7 +26,7 @@ def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = example_inputs(batch=3)
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
         expected = runner(*inputs)
-    with OpenVinoRunner(path, threads=2) as runner:
+    with OpenVINORunner(path, threads=2) as runner:
         assert runner.config == TINY
         assert "openvino" in runner.description
         return expected, runner(*inputs)
@@ -52,7 +52,7 @@ def test_the_float_file_gives_the_same_numbers(reference_file: Path) -> None:
 
 
 def test_a_closed_runner_is_refused(reference_file: Path) -> None:
-    with OpenVinoRunner(reference_file) as runner:
+    with OpenVINORunner(reference_file) as runner:
         pass
     with pytest.raises(RunnerError, match="closed"):
         runner(*example_inputs())
@@ -66,7 +66,7 @@ def test_a_file_that_openvino_refuses(reference_file: Path, tmp_path: Path) -> N
     path = tmp_path / "broken.onnx"
     onnx.save(model, str(path))
     with pytest.raises(RunnerError, match=r"openvino .* refuses .*broken.onnx"):
-        OpenVinoRunner(path)
+        OpenVINORunner(path)
 
 
 def test_without_openvino(reference_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,4 +75,4 @@ def test_without_openvino(reference_file: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(RunnerError, match=r"pip install \"ditas-export\[openvino\]\""):
-        OpenVinoRunner(reference_file)
+        OpenVINORunner(reference_file)

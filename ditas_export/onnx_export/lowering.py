@@ -98,12 +98,12 @@ def lower_weight_only_linear(
 
 
 def _token_ranges(graph: Subgraph, x: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """Write r = max(max|x|, 2⁻¹⁴) per token, (…, 1)."""
-    largest = graph.node(
-        "ReduceMax", [graph.node("Abs", [x]), graph.axes("last_axis", [-1])], keepdims=1
-    )
+    """Write r = max(max x, −min x, 2⁻¹⁴) per token, (…, 1): no pass that writes |x|."""
+    axis = graph.axes("last_axis", [-1])
+    highest = graph.node("ReduceMax", [x, axis], keepdims=1)
+    lowest = graph.node("ReduceMin", [x, axis], keepdims=1)
     floor = graph.scalar("range_floor", RANGE_FLOOR, dtype)
-    return graph.node("Max", [largest, floor], name="Range")
+    return graph.node("Max", [highest, graph.node("Neg", [lowest]), floor], name="Range")
 
 
 def _integer_product(

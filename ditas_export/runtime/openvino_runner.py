@@ -18,7 +18,7 @@ from ditas_export.runtime.inputs import require_inputs
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
 
-class OpenVinoRunner:
+class OpenVINORunner:
     """Runs an exported file until it is closed.
 
     OpenVINO may compute in BF16 where the processor can; float32 is asked for here, so that the
