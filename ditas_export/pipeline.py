@@ -186,7 +186,11 @@ def _quantized(
     loaded.model.to(device)
     states = _states(options, loaded, on_progress)
     peak = peak_bytes(config, states, settings)
-    say(f"calibration on {device}: about {peak / 2**20:,.0f} MiB beside the model")
+    share = settings.share_for(states, config)
+    say(
+        f"calibration on {device}: {share:.0%} of {states.latents[:, :, 0, 0, 0].numel()} states, "
+        f"about {peak / 2**20:,.0f} MiB beside the model"
+    )
     total = 4 * config.depth
     on_progress("quantize", 0, total)
     done = 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ditas_export.calibration.states import (
     CalibrationStates,
     calibration_classes,
     collect_states,
+    walk_states,
 )
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
@@ -123,6 +125,22 @@ def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantize_dit(model, states, QuantizationSettings(method="linear"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_small_models_walk_with_more_states(model: DiT, states: CalibrationStates) -> None:
+    assert QuantizationSettings().share_for(states, model.config) == 1.0
+    assert QuantizationSettings(walk_share=0.1).share_for(states, model.config) == 0.1
+    many = replace(states, latents=torch.zeros(50, 12, 1, 1, 1))
+    digits = replace(model.config, input_size=16)  # 64 tokens
+    assert QuantizationSettings().share_for(many, digits) == 32_768 / (50 * 12 * 2 * 64)
+    large = preset_config("DiT-XL/2")
+    assert QuantizationSettings().share_for(many, large) == 0.25
+    kept = walk_states(
+        replace(many, timesteps=torch.arange(50), settings=CalibrationSettings(classes=(1,) * 12)),
+        null_class=10,
+        share=QuantizationSettings().share_for(many, digits),
+    )
+    assert kept.latents.shape[0] * digits.num_tokens >= 32_768
 
 
 def test_defaults_follow_the_model() -> None:

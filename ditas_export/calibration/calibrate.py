@@ -33,6 +33,12 @@ BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
 
 DEFAULT_BLOCK_SIZE = 48
+WALK_SHARE = 0.25
+"""Share of the states that the walk sees, where that gives enough tokens."""
+
+MIN_WALK_TOKENS = 32_768
+"""Small models walk with more than a quarter: moments take tokens, not states."""
+
 WIDTH_PER_RANK = 36
 """`rank auto` is the paper's share, 32 of 1152."""
 
@@ -48,7 +54,7 @@ class QuantizationSettings:
     block_size: int | None = None
     ranges: Ranges = "token"
     alpha_grid: tuple[float, ...] = ALPHA_GRID
-    walk_share: float = 0.25
+    walk_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no method or kernel takes."""
@@ -108,6 +114,18 @@ class QuantizationSettings:
             )
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
+
+    def share_for(self, states: CalibrationStates, config: DiTConfig) -> float:
+        """Return the share of the states that the walk sees: as asked, or a quarter.
+
+        A quarter is raised, up to all, to what gives 32 768 tokens with both guidance halves.
+        """
+        if self.walk_share is not None:
+            return self.walk_share
+        steps, samples = states.latents.shape[:2]
+        halves = 1 if states.settings.cfg_scale == 1.0 else 2
+        tokens = steps * samples * halves * config.num_tokens
+        return min(1.0, max(WALK_SHARE, MIN_WALK_TOKENS / tokens))
 
     def notes(self, config: DiTConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
@@ -176,7 +194,8 @@ def quantize_dit(
         )
         for site in sites
     }
-    inputs = walk_states(states, null_class=config.null_class, share=settings.walk_share)
+    share = settings.share_for(states, config)
+    inputs = walk_states(states, null_class=config.null_class, share=share)
     key = _progress_key(states, settings)
     known = _read_progress(progress_file, key, sites)
     linears: dict[str, QuantizedLinear] = {}
@@ -222,9 +241,8 @@ def peak_bytes(config: DiTConfig, states: CalibrationStates, settings: Quantizat
 
     Four streams of hidden states, fc2's inputs of a batch, and the moments of the widest linear.
     """
-    rows = walk_states(
-        states, null_class=config.null_class, share=settings.walk_share
-    ).latents.shape[0]
+    share = settings.share_for(states, config)
+    rows = walk_states(states, null_class=config.null_class, share=share).latents.shape[0]
     stream = rows * config.num_tokens * config.hidden_size * 4
     batch = ROWS_PER_BATCH * config.num_tokens * config.mlp_hidden_size * 4
     moments = config.mlp_hidden_size**2 * 8

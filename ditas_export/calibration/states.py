@@ -186,7 +186,7 @@ def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> 
     if not 0 < share <= 1:
         raise CalibrationError(f"the walk's share of states is {share}; pick one in (0, 1]")
     steps, samples = states.latents.shape[:2]
-    period = max(1, round(1 / share))
+    period = max(1, int(1 / share))
     chosen = [
         (step, sample)
         for step in range(steps)
