@@ -73,13 +73,6 @@ class _Interface(nn.Module):
         return out.float()
 
 
-def placeholder_paths(config: DiTConfig) -> tuple[str, ...]:
-    """Return the module paths that become placeholders."""
-    with torch.device("meta"):
-        model = DiT(config)
-    return tuple(path for path, _ in _linears(model))
-
-
 def export_skeleton(
     config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype
 ) -> ir.Model:
