@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -58,7 +59,8 @@ def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
     try:
         yield
     except DitasExportError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        console.print(message, highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         console.print(f"interrupted. {on_interrupt}", highlight=False, soft_wrap=True)
