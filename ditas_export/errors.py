@@ -35,3 +35,11 @@ class EngineError(DitasExportError):
 
 class VerificationError(DitasExportError):
     """An exported file does not compute what was calibrated."""
+
+
+class DistributedError(DitasExportError):
+    """Ranks that cannot start together, or one that the others have lost."""
+
+
+class CancelledError(DitasExportError):
+    """Sampling was stopped by its caller, between two steps."""

@@ -10,6 +10,9 @@ from ditas_export.errors import OnnxExportError
 
 Precision = Literal["fp32", "fp16"]
 
+VAE_FILE = "vae_decoder.onnx"
+"""The VAE's decoder, beside the model that makes its latents."""
+
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "ranges": (None, "token", "static"),
@@ -48,6 +51,7 @@ class ExportOptions:
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no form of the file has.
@@ -67,6 +71,11 @@ class ExportOptions:
     def manifest_path(self) -> Path:
         """The manifest lies beside the file: out.onnx, out.json."""
         return self.output.with_suffix(".json")
+
+    @property
+    def vae_path(self) -> Path | None:
+        """The VAE's decoder lies beside the file, if one is asked for."""
+        return None if self.vae is None else self.output.with_name(VAE_FILE)
 
     @property
     def states_path(self) -> Path:

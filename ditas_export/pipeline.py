@@ -26,16 +26,22 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
-    calibration_classes,
     collect_states,
 )
+from ditas_export.diffusion.classes import parse_classes
+from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
-from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
 from ditas_export.onnx_export.adaln import adaln_paths, quantize_adaln
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.lowering import Layout
 from ditas_export.onnx_export.manifest import bytes_by_part, write_manifest
+from ditas_export.onnx_export.vae import (
+    export_vae_decoder,
+    load_latent_decoder,
+    require_same_channels,
+)
 from ditas_export.options import ExportOptions, Precision
 from ditas_export.quantization.ranges import Ranges
 
@@ -62,6 +68,7 @@ class ExportResult:
 def export(
     options: ExportOptions,
     *,
+    ranks: Ranks = SINGLE,
     on_progress: OnProgress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
@@ -69,16 +76,26 @@ def export(
 
     Args:
         options: what to do.
+        ranks: the processes that share the calibration; rank 0 alone writes and verifies.
         on_progress: called as stages advance.
         say: called with one-line facts that a user wants to see as they come up.
 
     Raises:
         DitasExportError: bad input, found before the long work starts wherever it can be.
     """
-    _check_paths(options)
-    loaded = load_dit(options.model, num_heads=options.num_heads)
+    ranks.first(lambda: _check_paths(options))
+    loaded = _load(options, ranks)
+    ranks.first(lambda: _check_vae(options, loaded))
     say(f"model: {loaded.source}")
-    quantized = _quantized(options, loaded, on_progress, say)
+    quantized = _quantized(options, loaded, ranks, on_progress, say)
+    verification, manifest = ranks.first(lambda: _write(options, loaded, quantized, on_progress))
+    return ExportResult(quantized=quantized, verification=verification, manifest=manifest)
+
+
+def _write(
+    options: ExportOptions, loaded: LoadedDiT, quantized: QuantizedDiT, on_progress: OnProgress
+) -> tuple[Verification, dict[str, Any]]:
+    """Write every file that was asked for; return the proof and the manifest."""
     if options.save_artifact is not None:
         quantized.save(options.save_artifact)
     layout = _layout(options, quantized)
@@ -88,39 +105,13 @@ def export(
     export_onnx(folded, options.output, layout=layout, ranges=ranges, adaln_bits=options.adaln)
     if options.reference is not None:
         export_reference(loaded.model, options.reference)
+    if options.vae is not None and options.vae_path is not None:
+        export_vae_decoder(options.vae, options.vae_path)
     on_progress("export", 1, 1)
     verification = _verify(options, loaded, folded, ranges, on_progress)
     manifest = _manifest(options, loaded, quantized, layout, ranges, verification)
     write_manifest(options.manifest_path, manifest)
-    return ExportResult(quantized=quantized, verification=verification, manifest=manifest)
-
-
-def parse_classes(text: str, *, num_classes: int, samples: int, seed: int) -> tuple[int, ...]:
-    """Return one class per sample from `3,7`, `0-9` or `random`.
-
-    `random` draws without repetition, and starts over where the model has fewer classes.
-
-    Raises:
-        CalibrationError: no such form, or a class that the model does not have.
-    """
-    if samples < 1:
-        raise CalibrationError(f"samples={samples}; calibration needs at least one")
-    if text == "random":
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(num_classes, generator=generator)[:samples]
-        return calibration_classes(order.tolist(), samples)
-    named: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise CalibrationError(f"classes={text!r}; write 3,7 or 0-9 or random")
-        named.extend(range(int(first), int(last or first) + 1))
-    odd = [label for label in named if label >= num_classes]
-    if odd or not named:
-        raise CalibrationError(
-            f"classes={text!r} names {odd or 'none'}; this model has 0 to {num_classes - 1}"
-        )
-    return calibration_classes(named, samples)
+    return verification, manifest
 
 
 def _check_paths(options: ExportOptions) -> None:
@@ -132,6 +123,7 @@ def _check_paths(options: ExportOptions) -> None:
         options.save_calibration,
         options.save_artifact,
         options.reference,
+        options.vae_path,
     ]
     written = [path for path in outputs if path is not None]
     for path in written:
@@ -140,6 +132,21 @@ def _check_paths(options: ExportOptions) -> None:
         raise ArtifactError(f"two outputs have one name: {', '.join(map(str, written))}")
     if options.artifact is not None and options.calibration is not None:
         raise ArtifactError("--artifact needs no --calibration: it is quantized already")
+
+
+def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
+    """Return the model, the same on every rank."""
+    loaded = ranks.together(lambda: load_dit(options.model, num_heads=options.num_heads))
+    if len(set(ranks.gather(loaded.sha256))) > 1:
+        raise CheckpointError(f"{options.model} is not the same checkpoint on every rank")
+    return loaded
+
+
+def _check_vae(options: ExportOptions, loaded: LoadedDiT) -> None:
+    """Refuse a VAE that cannot be loaded or takes other latents, before any work."""
+    if options.vae is not None:
+        taken = load_latent_decoder(options.vae).shape.in_channels
+        require_same_channels(options.vae, made=loaded.model.config.in_channels, taken=taken)
 
 
 def _device(options: ExportOptions) -> torch.device:
@@ -157,19 +164,14 @@ def _device(options: ExportOptions) -> torch.device:
 def _quantized(
     options: ExportOptions,
     loaded: LoadedDiT,
+    ranks: Ranks,
     on_progress: OnProgress,
     say: Callable[[str], None],
 ) -> QuantizedDiT:
     """Read the quantized model, or calibrate and quantize."""
-    if options.artifact is not None:
-        quantized = QuantizedDiT.load(options.artifact)
-        made_from = quantized.provenance.get("checkpoint_sha256")
-        if made_from != loaded.sha256:
-            raise ArtifactError(
-                f"{options.artifact} was made from checkpoint {str(made_from)[:12]}…, the model "
-                f"is {loaded.sha256[:12]}… ({loaded.source}); pass its own with --model"
-            )
-        return quantized
+    artifact = options.artifact
+    if artifact is not None:
+        return ranks.together(lambda: _kept_artifact(artifact, loaded))
     settings = QuantizationSettings(
         weight_bits=options.w,
         activation_bits=options.a,
@@ -184,8 +186,8 @@ def _quantized(
         say(note)
     device = _device(options)
     loaded.model.to(device)
-    states = _states(options, loaded, on_progress)
-    peak = peak_bytes(config, states, settings)
+    states = _states(options, loaded, ranks, on_progress)
+    peak = peak_bytes(config, states, settings, ranks)
     share = settings.share_for(states, config)
     say(
         f"calibration on {device}: {share:.0%} of {states.latents[:, :, 0, 0, 0].numel()} states, "
@@ -201,44 +203,67 @@ def _quantized(
         on_progress("quantize", done, total)
 
     quantized = quantize_dit(
-        loaded.model, states, settings, progress_file=options.progress_path, on_linear=count
+        loaded.model,
+        states,
+        settings,
+        progress_file=options.progress_path,
+        ranks=ranks,
+        on_linear=count,
     )
-    options.states_path.unlink(missing_ok=True)
+    ranks.first(lambda: options.states_path.unlink(missing_ok=True))
     loaded.model.to("cpu")
     return quantized
 
 
+def _kept_artifact(path: Path, loaded: LoadedDiT) -> QuantizedDiT:
+    """Read a quantized model, refusing that of another checkpoint."""
+    quantized = QuantizedDiT.load(path)
+    made_from = quantized.provenance.get("checkpoint_sha256")
+    if made_from != loaded.sha256:
+        raise ArtifactError(
+            f"{path} was made from checkpoint {str(made_from)[:12]}…, the model "
+            f"is {loaded.sha256[:12]}… ({loaded.source}); pass its own with --model"
+        )
+    return quantized
+
+
 def _states(
-    options: ExportOptions, loaded: LoadedDiT, on_progress: OnProgress
+    options: ExportOptions, loaded: LoadedDiT, ranks: Ranks, on_progress: OnProgress
 ) -> CalibrationStates:
     """Read the calibration states, take up those of an interrupted run, or sample them."""
-    if options.calibration is not None:
-        return CalibrationStates.load(options.calibration, checkpoint_sha256=loaded.sha256)
+    path = options.calibration
+    if path is not None:
+        return ranks.first(lambda: CalibrationStates.load(path, checkpoint_sha256=loaded.sha256))
     settings = CalibrationSettings(
         steps=options.steps,
         cfg_scale=options.cfg_scale,
         classes=parse_classes(
             options.classes,
             num_classes=loaded.model.config.num_classes,
-            samples=options.samples,
+            count=options.samples,
             seed=options.seed,
         ),
         seed=options.seed,
     )
-    kept = _interrupted_states(options.states_path, settings, loaded.sha256)
+    kept = ranks.first(lambda: _interrupted_states(options.states_path, settings, loaded.sha256))
     if kept is not None:
         return kept
-    on_progress("sample", 0, settings.steps)
     states = collect_states(
         loaded.model,
         settings,
         checkpoint_sha256=loaded.sha256,
+        ranks=ranks,
         on_step=lambda done, total: on_progress("sample", done, total),
     )
+    ranks.first(lambda: _save_states(options, states))
+    return states
+
+
+def _save_states(options: ExportOptions, states: CalibrationStates) -> None:
+    """Keep the states until the model is quantized, and for good if asked."""
     states.save(options.states_path)
     if options.save_calibration is not None:
         states.save(options.save_calibration)
-    return states
 
 
 def _interrupted_states(
@@ -273,7 +298,7 @@ def _verify(
     classes = parse_classes(
         "random",
         num_classes=loaded.model.config.num_classes,
-        samples=VERIFICATION_IMAGES,
+        count=VERIFICATION_IMAGES,
         seed=options.seed + VERIFICATION_SEED_OFFSET,
     )
     first = options.seed + VERIFICATION_SEED_OFFSET
@@ -331,12 +356,24 @@ def _manifest(
             "precision": options.precision,
             "adaln_bits": options.adaln,
         },
+        "vae_decoder": _vae_entry(options),
         "settings": dict(quantized.settings),
         "bytes_by_part": sizes,
         "bits_per_weight": bits_per_weight(sizes, quantized),
         "float_linears": _float_linears(loaded.model.config.depth, options.adaln),
         "linears": linears,
         "verification": verification.to_dict(),
+    }
+
+
+def _vae_entry(options: ExportOptions) -> dict[str, str] | None:
+    """Return what `out.json` says of the VAE's decoder, None where there is none."""
+    if options.vae is None or options.vae_path is None:
+        return None
+    return {
+        "name": options.vae_path.name,
+        "sha256": sha256_of_file(options.vae_path),
+        "source": options.vae,
     }
 
 

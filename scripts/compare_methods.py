@@ -39,10 +39,11 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
-    calibration_classes,
     collect_states,
+    sample_batches,
 )
 from ditas_export.cli.console import clean_errors
+from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import sample
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
 from ditas_export.dit.model import DiT
@@ -266,11 +267,17 @@ def pick_models(loaded: LoadedDiT, wanted: str) -> dict[str, DiT]:
     return {name: makers[name]() for name in makers if name in wanted.split(",")}
 
 
+def classes_in_turn(model: DiT, count: int) -> tuple[int, ...]:
+    """Return one class per image: every class of the model in turn."""
+    known = model.config.num_classes
+    return parse_classes(f"0-{known - 1}", num_classes=known, count=count, seed=0)
+
+
 def prepare(
     name: str, model: DiT, sha256: str, protocol: Protocol, *, on_step: Callable[[], None]
 ) -> Subject:
     """Sample a model's calibration states and its reference latents."""
-    classes = calibration_classes(range(model.config.num_classes), CALIBRATION_SAMPLES)
+    classes = classes_in_turn(model, CALIBRATION_SAMPLES)
     states = [
         collect_states(
             model,
@@ -293,7 +300,7 @@ def final_latents(
     model: DiT, protocol: Protocol, *, on_step: Callable[[], None] = lambda: None
 ) -> Iterable[Tensor]:
     """Yield what a model samples from each evaluation seed."""
-    classes = calibration_classes(range(model.config.num_classes), protocol.images_per_seed)
+    classes = classes_in_turn(model, protocol.images_per_seed)
     for seed in range(protocol.evaluation_seeds):
         yield sample(
             TorchRunner(model),
@@ -340,7 +347,9 @@ def compare(
     with Progress(*columns, console=console) as progress:
         for name, model in models.items():
             steps = (
-                protocol.calibration_seeds * protocol.calibration_steps
+                protocol.calibration_seeds
+                * protocol.calibration_steps
+                * len(sample_batches(CALIBRATION_SAMPLES))
                 + protocol.evaluation_seeds * protocol.evaluation_steps
             )
             sampling = progress.add_task(f"{name}: sampling with the float model", total=steps)

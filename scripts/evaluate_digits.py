@@ -1,33 +1,46 @@
-"""Sample the bundled model, let a held-out classifier judge it, and draw a grid of samples.
+"""Sample digits from models in turns, let a held-out classifier judge them, and draw them.
 
-    python scripts/evaluate_digits.py --picture docs/images/digits.png
+    python scripts/evaluate_digits.py digits --picture docs/images/digits.png
+    python scripts/evaluate_digits.py fp32.onnx out.onnx --picture docs/images/float_above_w4a8.png
 
-The classifier is a support-vector machine trained on the training split of `train_digits.py`; its
-accuracy on the held-out split is printed first, and bounds what the agreement can mean.
+Models are what `ditas-sample` takes. All sample the same noise; a batch of one, then the same batch
+of the next, one live session at a time, so that their speeds compare. The classifier is a
+support-vector machine trained on the training split of `train_digits.py`; its accuracy on the
+held-out split is printed first, and bounds what the agreement can mean. One model is drawn as eight
+rows of the ten digits, several as rows of digits under each other, first model on top.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import statistics
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.svm import SVC
 from torch import Tensor
-from torch.nn import functional
 from train_digits import digit_images
 
-from ditas_export.diffusion.runner import Runner
-from ditas_export.diffusion.sampling import sample
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, load_dit
-from ditas_export.runtime.torch_runner import TorchRunner
+from ditas_export.generation.pixels import grid, to_pixels, write_png
+from ditas_export.generation.sampler import Sampler, SamplingSettings
+from ditas_export.runtime.open_runner import open_runner
 
 CLASSES = 10
-GRID_ROWS = 8
-PIXEL_SIZE = 3
-"""Screen pixels per image pixel in the picture, each way."""
+PICTURE_ROWS = 8
+
+
+@dataclass(kw_only=True)
+class Judged:
+    """What one model made, batch by batch."""
+
+    runtime: str = ""
+    sha256: str = ""
+    images: list[Tensor] = field(default_factory=list)
+    images_per_second: list[float] = field(default_factory=list)
 
 
 def train_classifier() -> tuple[SVC, float]:
@@ -38,56 +51,79 @@ def train_classifier() -> tuple[SVC, float]:
     return classifier, float(accuracy)
 
 
-def sample_digits(runner: Runner, *, count: int, steps: int, cfg_scale: float, seed: int) -> Tensor:
-    """Return `count` images (M, 1, 16, 16) in [-1, 1], of the classes 0 to 9 in turn."""
-    classes = [index % CLASSES for index in range(count)]
-    images = sample(runner, classes=classes, steps=steps, cfg_scale=cfg_scale, seed=seed)
-    return images.clamp(-1, 1)
+def sample_in_turns(
+    models: list[str], settings: SamplingSettings, *, runtime: str, threads: int
+) -> dict[str, Judged]:
+    """Sample every batch with every model before the next batch."""
+    found = {model: Judged() for model in models}
+    batches = -(-len(settings.classes) // settings.batch)
+    for batch in range(batches):
+        for model, judged in found.items():
+            opened = open_runner(model, runtime=runtime, threads=threads)
+            with opened.runner as runner:
+                sampler = Sampler(runner, settings)
+                judged.runtime, judged.sha256 = runner.description, opened.sha256
+                Sampler(runner, replace(settings, steps=2)).run(batch)  # the first run allocates
+                start = time.perf_counter()
+                made = sampler.run(batch).latents
+                judged.images_per_second.append(len(made) / (time.perf_counter() - start))
+                judged.images.append(made)
+        print(f"batch {batch + 1}/{batches}", flush=True)
+    return found
 
 
-def draw_grid(images: Tensor, path: Path) -> None:
-    """Write a PNG of the first images, ten to a row, one class to a column."""
-    rows = min(GRID_ROWS, len(images) // CLASSES)
-    framed = functional.pad(images[: rows * CLASSES, 0], (1, 1, 1, 1), value=-1.0)
-    side = framed.shape[-1]
-    cells = framed.reshape(rows, CLASSES, side, side)
-    sheet = cells.permute(0, 2, 1, 3).reshape(rows * side, CLASSES * side)
-    pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.kron(pixels, np.ones((PIXEL_SIZE, PIXEL_SIZE), np.uint8))).save(
-        path, optimize=True
-    )
+def agreement(classifier: SVC, images: Tensor) -> Tensor:
+    """Return for each image, digits 0 to 9 in turn, whether the classifier sees its digit."""
+    pixels = images.clamp(-1, 1).flatten(1).numpy()
+    predicted: Tensor = torch.from_numpy(classifier.predict(pixels))
+    return predicted == torch.arange(len(images)) % CLASSES
+
+
+def picture(judged: list[Tensor]) -> np.ndarray:
+    """Return the first rows of digits of every model, first model on top."""
+    rows = PICTURE_ROWS if len(judged) == 1 else 1
+    shown = [image for images in judged for image in to_pixels(images[: rows * CLASSES])]
+    return grid(shown, columns=CLASSES)
 
 
 def main() -> None:
     """Sample, judge, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", default=BUNDLED_MODEL)
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--num", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runtime", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="write a grid of samples here (PNG)")
     args = parser.parse_args()
 
     classifier, accuracy = train_classifier()
     print(f"classifier: {accuracy:.1%} right on held-out images")
-    loaded = load_dit(args.model)
-    print(f"model: {loaded.source}, sha256 {loaded.sha256}")
-    with TorchRunner(loaded.model) as runner:
-        images = sample_digits(
-            runner, count=args.num, steps=args.steps, cfg_scale=args.cfg_scale, seed=args.seed
-        )
-    predicted = torch.from_numpy(classifier.predict(images.flatten(1).numpy()))
-    agrees = predicted == torch.arange(len(images)) % CLASSES
-    print(
-        f"agreement: {agrees.float().mean():.1%} of {len(images)} samples "
-        f"(seed {args.seed}, {args.steps} DDPM steps, CFG {args.cfg_scale})"
+    settings = SamplingSettings(
+        classes=tuple(index % CLASSES for index in range(args.num)),
+        steps=args.steps,
+        cfg_scale=args.cfg_scale,
+        seed=args.seed,
+        batch=args.batch,
     )
-    by_class = [agrees[digit::CLASSES].float().mean() for digit in range(CLASSES)]
-    print("by class: " + "  ".join(f"{digit}: {part:.0%}" for digit, part in enumerate(by_class)))
+    found = sample_in_turns(args.models, settings, runtime=args.runtime, threads=args.threads)
+    print(
+        f"{args.num} samples, seed {args.seed}, {args.steps} DDPM steps, CFG {args.cfg_scale}, "
+        f"batches of {args.batch}; {platform.machine()}, {args.threads} threads"
+    )
+    for model, judged in found.items():
+        agrees = agreement(classifier, torch.cat(judged.images))
+        speed = statistics.median(judged.images_per_second)
+        print(f"{model} (sha256 {judged.sha256[:12]}…), {judged.runtime}")
+        print(f"  agreement {agrees.float().mean():.1%}, {speed:.2f} images/s")
+        parts = [agrees[digit::CLASSES].float().mean() for digit in range(CLASSES)]
+        print("  by class " + "  ".join(f"{digit}: {part:.0%}" for digit, part in enumerate(parts)))
     if args.picture:
-        draw_grid(images, args.picture)
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(args.picture, picture([torch.cat(judged.images) for judged in found.values()]))
         print(f"wrote {args.picture}: {args.picture.stat().st_size / 1e3:.1f} kB")
 
 

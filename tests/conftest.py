@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 
@@ -28,3 +32,27 @@ def random_dit(config: DiTConfig = TINY, *, seed: int = 0) -> DiT:
 def tiny_dit() -> DiT:
     """A randomised DiT: 4 channels of 8×8, width 48, 2 blocks, 4 heads, 10 classes."""
     return random_dit()
+
+
+def random_vae(*, seed: int = 0, **changes: Any) -> Any:
+    """Return a random `AutoencoderKL`: 4 latent channels, 4 pixels per latent pixel."""
+    from diffusers import AutoencoderKL
+
+    options = {
+        "block_out_channels": (16, 16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+    }
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(**{**options, **changes}).eval()
+    return vae.requires_grad_(requires_grad=False)
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `random_vae()`; never write to it."""
+    folder = tmp_path_factory.mktemp("vae")
+    random_vae().save_pretrained(folder)
+    return folder

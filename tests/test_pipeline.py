@@ -18,9 +18,10 @@ from ditas_export.errors import (
     CalibrationError,
     OnnxExportError,
     QuantizationError,
+    RunnerError,
 )
 from ditas_export.options import ExportOptions
-from ditas_export.pipeline import ExportResult, export, parse_classes
+from ditas_export.pipeline import ExportResult, export
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +213,8 @@ def test_a_stranger_artifact_is_refused(
     [
         ({"output": Path("/")}, ArtifactError, "is a folder"),
         ({"output": Path("/no/such/out.onnx")}, ArtifactError, "does not exist"),
-        ({"classes": "3,x"}, CalibrationError, "write 3,7 or 0-9 or random"),
-        ({"classes": "11"}, CalibrationError, r"names \[11\]; this model has 0 to 9"),
+        ({"classes": "3,x"}, RunnerError, "write 3,7 or 0-9 or random"),
+        ({"classes": "11"}, RunnerError, r"names class 11; this model has 0 to 9"),
         ({"block_size": 128}, QuantizationError, "block_size=128 does not divide 96"),
         ({"w": 8, "layout": "int4"}, OnnxExportError, "int4"),
         ({"device": "cuda"}, CalibrationError, "no CUDA GPU"),
@@ -243,17 +244,3 @@ def test_two_outputs_of_one_name_are_refused(checkpoint: Path, tmp_path: Path) -
     asked = options(checkpoint, tmp_path, reference=tmp_path / "out.onnx")
     with pytest.raises(ArtifactError, match="two outputs have one name"):
         export(asked)
-
-
-def test_classes() -> None:
-    def parsed(text: str) -> tuple[int, ...]:
-        return parse_classes(text, num_classes=10, samples=4, seed=0)
-
-    assert parsed("3,7") == (3, 7, 3, 7)
-    assert parsed("0-9") == (0, 1, 2, 3)
-    assert parsed("8-9, 1") == (8, 9, 1, 8)
-    assert len(set(parsed("random"))) == 4
-    assert parsed("random") == parsed("random")
-    assert parsed("random") != parse_classes("random", num_classes=10, samples=4, seed=1)
-    with pytest.raises(CalibrationError, match="samples=0"):
-        parse_classes("random", num_classes=10, samples=0, seed=0)

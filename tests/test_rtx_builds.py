@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ from quantized_fixture import TINY, exported, exported_reference, quantized_tiny
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.sites import linear_sites
-from ditas_export.engine import build
-from ditas_export.engine.build import BatchRange, build_rtx
-from ditas_export.engine.layers import Kernel, built_linears, engine_layers
+from ditas_export.engine import child
+from ditas_export.engine.build import build_engine
+from ditas_export.engine.layers import (
+    BuiltLinear,
+    EngineLayer,
+    Kernel,
+    built_linears,
+    engine_layers,
+)
+from ditas_export.engine.options import BatchRange, BuildOptions
+from ditas_export.engine.products import RTX
+from ditas_export.engine.report import layer_report
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import export_onnx
+from ditas_export.onnx_export.export import export_onnx, read_config, read_form
 
 pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 
@@ -33,9 +42,23 @@ HARDEST = ("fp32", "static", "int8", 0)
 """The form whose qkv the builder multiplies in float unless something guards it."""
 
 
+def build_log(path: Path, **settings: Any) -> str:
+    """Build a file for the builder's log alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build_engine(path, Path(folder) / "plan", product=RTX, **settings).log
+
+
+def layers_of(path: Path) -> list[EngineLayer]:
+    return engine_layers(build_log(path))
+
+
+def linears_of(path: Path, names: list[str] = LINEARS) -> dict[str, BuiltLinear]:
+    return built_linears(layers_of(path), names)
+
+
 def require_integer_products(path: Path, names: list[str], *, layout: str) -> None:
     """Build a file; every linear must be an INT8×INT8 GEMM, INT4 kept in layout int4 alone."""
-    linears = built_linears(build_rtx(path).log, names)
+    linears = linears_of(path, names)
     kernels = {name: linear.kernel for name, linear in linears.items()}
     assert kernels == dict.fromkeys(names, Kernel.INTEGER)
     assert {linear.keeps_int4 for linear in linears.values()} == {layout == "int4"}
@@ -70,7 +93,7 @@ def test_every_form_is_all_integer_products(form: tuple[str, str, str, int]) -> 
 
 
 def test_the_low_rank_factor_joins_the_integer_product() -> None:
-    layers = engine_layers(build_rtx(exported(layout="int4", ranges="token", rank=4)).log)
+    layers = layers_of(exported(layout="int4", ranges="token", rank=4))
     for name in LINEARS:
         (product,) = (
             layer for layer in layers if layer.multiplies and f"{name}/MatMul" in layer.onnx_nodes
@@ -79,29 +102,36 @@ def test_the_low_rank_factor_joins_the_integer_product() -> None:
 
 
 def test_half_precision_attention_is_one_kernel() -> None:
-    log = build_rtx(exported_reference(torch.float16)).log
+    path = exported_reference(torch.float16)
+    log = build_log(path)
     names = [layer.name for layer in engine_layers(log)]
     assert sum("gemm_mha" in name for name in names) == TINY.depth
+    report = layer_report(engine_layers(log), read_config(path), read_form(path))
+    assert [block.has_fused_attention for block in report.blocks] == [True] * TINY.depth
 
 
 @pytest.mark.parametrize(("bits", "layout"), [(4, "int4"), (8, "int8")])
 def test_float_activations_read_integer_weights(bits: int, layout: str) -> None:
     settings = {"weight_bits": bits, "activation_bits": 16, "block_size": 32}
     path = exported(layout=layout, adaln_bits=bits, **settings)
-    linears = built_linears(build_rtx(path).log, LINEARS)
-    assert {linear.kernel for linear in linears.values()} == {Kernel.WEIGHT_ONLY}
-    assert {linear.keeps_int4 for linear in linears.values()} == {bits == 4}
+    report = layer_report(layers_of(path), read_config(path), read_form(path))
+    adaln = [f"blocks.{block}.adaLN_modulation.1" for block in range(TINY.depth)]
+    assert set(report.linears) == {*LINEARS, *adaln}
+    assert {linear.kernel for linear in report.linears.values()} == {Kernel.WEIGHT_ONLY}
+    assert {linear.keeps_int4 for linear in report.linears.values()} == {bits == 4}
+    assert not report.lost
 
 
 def test_the_float_model_has_float_products(tmp_path: Path) -> None:
     path, plan = exported_reference(), tmp_path / "file.plan"
-    built = build_rtx(path, plan_path=plan, batch=BatchRange(smallest=1, usual=4, largest=4))
-    linears = built_linears(built.log, LINEARS)
+    options = BuildOptions(batch=BatchRange(smallest=1, usual=4, largest=4))
+    built = build_engine(path, plan, product=RTX, options=options)
+    linears = built_linears(engine_layers(built.log), LINEARS)
     assert {linear.kernel for linear in linears.values()} == {Kernel.FLOAT}
     assert plan.stat().st_size == built.size_bytes
     assert built.version
     with pytest.raises(EngineError, match=r"multiplies blocks\.9\.mlp\.fc1"):
-        built_linears(built.log, ["blocks.9.mlp.fc1"])
+        built_linears(engine_layers(built.log), ["blocks.9.mlp.fc1"])
 
 
 def edited(path: Path, edit: Any) -> Path:
@@ -119,7 +149,7 @@ def test_the_naive_form_is_refused_in_one_line(tmp_path: Path) -> None:
                 node.input[1] = "blocks.0.attn.qkv/weight_Transpose_output_0"
 
     with pytest.raises(EngineError, match="could not build") as caught:
-        build_rtx(edited(tmp_path / "file.onnx", straight))
+        build_log(edited(tmp_path / "file.onnx", straight))
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +166,7 @@ def test_a_crash_of_the_builder_is_one_line(tmp_path: Path) -> None:
                 node.input[index] = name
 
     with pytest.raises(EngineError, match=r"crashed on .* \(signal \d+\)") as caught:
-        build_rtx(edited(tmp_path / "file.onnx", scalar_quantizer))
+        build_log(edited(tmp_path / "file.onnx", scalar_quantizer))
     assert "\n" not in str(caught.value)
 
 
@@ -145,17 +175,36 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="batch sizes 2, 1, 8"):
         BatchRange(smallest=2, usual=1)
     with pytest.raises(EngineError, match=r"did not finish .* within 0.01 s"):
-        build_rtx(path, timeout_s=0.01)
+        build_log(path, timeout_s=0.01)
     with pytest.raises(EngineError, match="lists no layers"):
         engine_layers("VERBOSE nothing of interest")
+    unknown = BuildOptions(compute_capabilities=("8.9", "9.0"))
+    with pytest.raises(EngineError, match=r"compute capability 9\.0; only 7\.5, 8\.0, .* 12\.1$"):
+        build_log(path, options=unknown)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install \"ditas-export\[rtx\]\""):
-        build_rtx(path)
+        build_log(path)
+
+
+def test_options_reach_the_builder() -> None:
+    path = exported(layout="int4", ranges="token", rank=4)
+    build_log(path, options=BuildOptions(compute_capabilities=("8.9", "12.0"), opt_level=1))
+    with pytest.raises(EngineError, match="sm75"):
+        build_log(path, options=BuildOptions(compute_capabilities=("7.5",)))
+    with pytest.raises(EngineError, match="workspace"):
+        build_log(path, options=BuildOptions(workspace_gib=0.001))
+
+
+def test_cancelling_stops_the_builder(tmp_path: Path) -> None:
+    def interrupt(phase: str, done: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(exported(), tmp_path / "plan", product=RTX, on_progress=interrupt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_silent_failure_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = exported_reference()
-    failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="")
-    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(child.sys, "executable", "false")
     with pytest.raises(EngineError, match="no reason given"):
-        build_rtx(path)
+        build_log(exported_reference())

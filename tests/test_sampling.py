@@ -17,7 +17,7 @@ from reference.published_ddpm import PublishedDDPM, guided, respaced_timesteps
 from torch import Tensor
 
 from ditas_export.diffusion.sampling import (
-    Sampler,
+    SamplerName,
     image_generator,
     initial_noise,
     make_scheduler,
@@ -106,7 +106,7 @@ def test_every_setting_of_the_scheduler_matters(
 ) -> None:
     """The oracle tells a sampler with one setting changed from the published one."""
 
-    def altered(sampler: Sampler, steps: int) -> Any:
+    def altered(sampler: SamplerName, steps: int) -> Any:
         scheduler = make_scheduler(sampler, steps)
         other = type(scheduler).from_config(scheduler.config, **change)
         other.set_timesteps(steps)
@@ -151,7 +151,7 @@ def test_the_fourth_channel_is_guided_only_on_request() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_an_image_depends_on_its_index_not_on_its_batch_mates(
-    sampler: Sampler, tiny_dit: DiT
+    sampler: SamplerName, tiny_dit: DiT
 ) -> None:
     with TorchRunner(tiny_dit) as runner:
         together = sample(runner, classes=[1, 2, 3], steps=10, sampler=sampler, seed=4)
@@ -187,7 +187,7 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_deterministic_samplers_recover_the_image_of_an_ideal_model(sampler: Sampler) -> None:
+def test_deterministic_samplers_recover_the_image_of_an_ideal_model(sampler: SamplerName) -> None:
     """With the exact ε of a single image, every sampler must end on that image."""
     target = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

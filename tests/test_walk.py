@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantized_fixture import snr_db, tiny_dit
 
-from ditas_export.calibration.calibrate import QuantizationSettings, in_features, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.methods import METHODS, Method
 from ditas_export.calibration.modules import fake_quantized_dit
@@ -19,10 +19,12 @@ from ditas_export.calibration.states import (
     walk_states,
 )
 from ditas_export.calibration.walk import WalkStates, walk
+from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
 from ditas_export.dit.outliers import plant_outliers
-from ditas_export.dit.sites import LinearSite, linear_sites
+from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import CalibrationError
+from ditas_export.runtime.torch_runner import TorchRunner
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,9 @@ def test_states_are_the_samplers_and_maxima_cover_them(
     assert states.timesteps.tolist() == sorted(states.timesteps.tolist(), reverse=True)
     for site in linear_sites(2):
         assert states.input_maxima[site.name].shape == (6, in_features(model.config, site))
+    # Batches are the sampler's affair: the noise of an image is that of its index in the whole set.
+    first = next(trajectory(TorchRunner(model), classes=(3, 7, 1, 4), steps=6))
+    assert torch.equal(states.latents[0], first.latents)
     # Step 2 again, by hand: the recorded maxima are those of the two guidance halves.
     with recorded_maxima(model) as maxima:
         x, t = states.latents[2], states.timesteps[2]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from ditas_export.calibration.quantized_dit import (
 )
 from ditas_export.calibration.solve import LinearSettings
 from ditas_export.calibration.states import CalibrationStates, walk_states
-from ditas_export.calibration.walk import ROWS_PER_BATCH, WalkStates, walk
+from ditas_export.calibration.walk import ROWS_PER_BATCH, WalkStates, rank_rows, walk
+from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import LinearSite, linear_sites
+from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.quantization.ranges import Ranges
 
@@ -36,8 +38,8 @@ DEFAULT_BLOCK_SIZE = 48
 WALK_SHARE = 0.25
 """Share of the states that the walk sees, where that gives enough tokens."""
 
-MIN_WALK_TOKENS = 32_768
-"""Small models walk with more than a quarter: moments take tokens, not states."""
+MIN_WALK_TOKENS = 65_536
+"""Small models and short calibrations walk with more: moments take tokens, not states."""
 
 WIDTH_PER_RANK = 36
 """`rank auto` is the paper's share, 32 of 1152."""
@@ -118,7 +120,7 @@ class QuantizationSettings:
     def share_for(self, states: CalibrationStates, config: DiTConfig) -> float:
         """Return the share of the states that the walk sees: as asked, or a quarter.
 
-        A quarter is raised, up to all, to what gives 32 768 tokens with both guidance halves.
+        A quarter is raised, up to all, to what gives 65 536 tokens with both guidance halves.
         """
         if self.walk_share is not None:
             return self.walk_share
@@ -152,20 +154,16 @@ class QuantizationSettings:
         }
 
 
-def in_features(config: DiTConfig, site: LinearSite) -> int:
-    """Return K of a site's linear."""
-    return config.mlp_hidden_size if site.kind == "mlp.fc2" else config.hidden_size
-
-
 def quantize_dit(
     model: DiT,
     states: CalibrationStates,
     settings: QuantizationSettings,
     *,
     progress_file: Path | None = None,
+    ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
 ) -> QuantizedDiT:
-    """Quantize every block linear of a DiT.
+    """Quantize every block linear of a DiT; the same result on every rank.
 
     Args:
         model: float32 DiT; left untouched. The walk runs on its device.
@@ -173,11 +171,14 @@ def quantize_dit(
         settings: method, bits, block size, rank.
         progress_file: written after every block and removed at the end; if it is there and was
             made with the same model, states and settings, the blocks in it are not solved again.
+            Rank 0 alone reads and writes it.
+        ranks: the processes that share the work.
         on_linear: called with each finished linear, in walk order.
 
     Raises:
         QuantizationError: a rank or block size that does not fit the model.
-        CalibrationError: an output that is not finite.
+        CalibrationError: an output that is not finite, or more ranks than batches of states.
+        ArtifactError: the progress file cannot be written.
     """
     config, device = model.config, model.pos_embed.device
     sites = linear_sites(config.depth)
@@ -197,7 +198,7 @@ def quantize_dit(
     share = settings.share_for(states, config)
     inputs = walk_states(states, null_class=config.null_class, share=share)
     key = _progress_key(states, settings)
-    known = _read_progress(progress_file, key, sites)
+    known = ranks.first(lambda: _read_progress(progress_file, key, sites))
     linears: dict[str, QuantizedLinear] = {}
     solved = walk(
         model,
@@ -209,15 +210,16 @@ def quantize_dit(
         {name: maxima.to(device) for name, maxima in states.input_maxima.items()},
         per_site.__getitem__,
         known=known,
+        ranks=ranks,
     )
     for site, linear in solved:
         linears[site.name] = linear
         if on_linear is not None:
             on_linear(site.name, linear)
         if progress_file is not None and site.kind == "mlp.fc2" and len(linears) > len(known):
-            _write_progress(progress_file, key, linears)
+            ranks.first(partial(_write_progress, progress_file, key, linears))
     if progress_file is not None:
-        progress_file.unlink(missing_ok=True)
+        ranks.first(partial(progress_file.unlink, missing_ok=True))
     quantized_weights = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     return QuantizedDiT(
         config=config,
@@ -236,13 +238,22 @@ def quantize_dit(
     )
 
 
-def peak_bytes(config: DiTConfig, states: CalibrationStates, settings: QuantizationSettings) -> int:
-    """Return the bytes that the walk will hold beside the model, to a first approximation.
+def peak_bytes(
+    config: DiTConfig,
+    states: CalibrationStates,
+    settings: QuantizationSettings,
+    ranks: Ranks = SINGLE,
+) -> int:
+    """Return the bytes that the walk of this rank will hold beside the model, roughly.
 
     Four streams of hidden states, fc2's inputs of a batch, and the moments of the widest linear.
+
+    Raises:
+        CalibrationError: more ranks than batches of states.
     """
     share = settings.share_for(states, config)
-    rows = walk_states(states, null_class=config.null_class, share=share).latents.shape[0]
+    total = walk_states(states, null_class=config.null_class, share=share).latents.shape[0]
+    rows = len(range(total)[rank_rows(total, ranks)])
     stream = rows * config.num_tokens * config.hidden_size * 4
     batch = ROWS_PER_BATCH * config.num_tokens * config.mlp_hidden_size * 4
     moments = config.mlp_hidden_size**2 * 8

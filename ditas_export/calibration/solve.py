@@ -6,17 +6,21 @@ x̂ = Q(x_q / s) what the quantized linear reads. Everything minimises
     ‖Ŵ x̂ + b̂ − (W x_f + b)‖²,    Ŵ = codes · multipliers · row_scale + left @ right,
 
 first without rounding, in closed form from second moments (the target), then on the grid.
+
+Ranks share the tokens: what is summed over tokens is summed over ranks, and rank 0 solves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ditas_export.calibration.methods import FIXED_ALPHA, Method
+from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.quantization.integer import (
     IntegerWeight,
     LowRank,
@@ -49,8 +53,10 @@ LOW_RANK_ITERATIONS = 10
 class LinearInputs:
     """Where a linear's inputs come from; they are computed again at every pass."""
 
-    tokens: int
+    tokens: int  # of all ranks
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]  # (x_f, x_q), each (some tokens, K)
+    first_token: int = 0  # of this rank's batches
+    ranks: Ranks = SINGLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +80,22 @@ class SolvedLinear:
     low_rank: LowRank | None
     bias: Tensor  # (N,) float32
     smoothing_scale: Tensor  # (K,) float32
-    alpha: float | None
+    alpha: float | None = None
 
     def matrix(self) -> Tensor:
         """Return Ŵ, (N, K) float32."""
         weight = self.weight.dequantize()
         return weight if self.low_rank is None else weight + self.low_rank.dequantize()
+
+    def to(self, device: torch.device | str) -> SolvedLinear:
+        """Return the linear on another device."""
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            low_rank=None if self.low_rank is None else self.low_rank.to(device),
+            bias=self.bias.to(device),
+            smoothing_scale=self.smoothing_scale.to(device),
+        )
 
 
 def round_activations(
@@ -104,8 +120,10 @@ class JointMoments:
     float_mean: Tensor  # (K,) float64
 
     @classmethod
-    def accumulate(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> JointMoments:
-        """Average over batches of (x_f, x̂), each (tokens, K) float32; at least one."""
+    def accumulate(
+        cls, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = SINGLE
+    ) -> JointMoments:
+        """Average over all ranks' batches of (x_f, x̂), each (tokens, K) float32; at least one."""
         sums: list[Tensor] = []
         count = 0
         for x_float, x_hat in batches:
@@ -116,7 +134,10 @@ class JointMoments:
             else:
                 sums = [term.double() for term in terms]
             count += x_hat.shape[0]
-        quantized, cross, quantized_mean, float_mean = (total / count for total in sums)
+        tokens = int(ranks.sum_(torch.tensor(count)))
+        quantized, cross, quantized_mean, float_mean = (
+            ranks.sum_(total) / tokens for total in sums
+        )
         return cls(
             quantized=quantized - torch.outer(quantized_mean, quantized_mean),
             cross=cross - torch.outer(float_mean, quantized_mean),
@@ -133,7 +154,7 @@ def solve_linear(
     output_weights: Tensor,
     settings: LinearSettings,
 ) -> SolvedLinear:
-    """Quantize one linear by the method named in `settings`.
+    """Quantize one linear by the method named in `settings`; the same result on every rank.
 
     Args:
         weight: W, (N, K) float32.
@@ -143,33 +164,69 @@ def solve_linear(
         output_weights: (N,), > 0: what an error of each output channel counts downstream; used by
             methods with target correction, whose α and low rank share one error over all channels.
         settings: method, bits, block size, rank.
+
+    Returns:
+        The linear, on the CPU.
+
+    Raises:
+        QuantizationError: a second moment that is not positive definite, as with NaN.
     """
     method = settings.method
     if not method.target_correction:
         output_weights = torch.ones_like(output_weights)
+    smoothing, alpha = _choose_smoothing(weight, step_maxima, inputs, output_weights, settings)
+    if method.compensated_rounding or method.target_correction:
+        batches = _quantized_batches(inputs, smoothing, step_maxima, settings)
+        moments = JointMoments.accumulate(batches, inputs.ranks)
+        solve = partial(
+            _solve_by_moments, weight, bias, smoothing, moments, output_weights, settings
+        )
+    else:
+        solve = partial(_solve_by_weight, weight, bias, smoothing, settings)
+    return replace(inputs.ranks.first(lambda: solve().to("cpu")), alpha=alpha)
+
+
+def _choose_smoothing(
+    weight: Tensor,
+    step_maxima: Tensor,
+    inputs: LinearInputs,
+    output_weights: Tensor,
+    settings: LinearSettings,
+) -> tuple[Tensor, float | None]:
+    """Return s, (K,), and its α; ones and None without smoothing."""
+    method = settings.method
     weight_max = weight_maxima(weight, method)
+    if method.smoothing == "none":
+        return torch.ones_like(weight_max), None
     input_max = step_maxima.amax(dim=0)
     if method.smoothing == "one-step":
         input_max = step_maxima[step_maxima.shape[0] // 2]
-    alpha = None
-    smoothing = torch.ones_like(weight_max)
-    if method.smoothing != "none":
-        alpha = FIXED_ALPHA
-        if method.alpha_search:
-            alpha = search_alpha(weight, input_max, step_maxima, inputs, output_weights, settings)
-        smoothing = smoothing_scale(input_max, weight_max, alpha)
-    smoothed = weight * smoothing
+    alpha = FIXED_ALPHA
+    if method.alpha_search:
+        alpha = search_alpha(weight, input_max, step_maxima, inputs, output_weights, settings)
+    return smoothing_scale(input_max, weight_max, alpha), alpha
 
-    if not (method.compensated_rounding or method.target_correction):
-        rounded, low_rank = _round_to_weight(smoothed, settings)
-        return SolvedLinear(
-            weight=rounded, low_rank=low_rank, bias=bias, smoothing_scale=smoothing, alpha=alpha
-        )
 
-    moments = JointMoments.accumulate(_quantized_batches(inputs, smoothing, step_maxima, settings))
+def _solve_by_weight(
+    weight: Tensor, bias: Tensor, smoothing: Tensor, settings: LinearSettings
+) -> SolvedLinear:
+    """Round W · s for its own sake."""
+    rounded, low_rank = _round_to_weight(weight * smoothing, settings)
+    return SolvedLinear(weight=rounded, low_rank=low_rank, bias=bias, smoothing_scale=smoothing)
+
+
+def _solve_by_moments(
+    weight: Tensor,
+    bias: Tensor,
+    smoothing: Tensor,
+    moments: JointMoments,
+    output_weights: Tensor,
+    settings: LinearSettings,
+) -> SolvedLinear:
+    """Round the best real weight, or W · s, for the least output error."""
     factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
-    target = smoothed.double()
-    if method.target_correction:
+    target = (weight * smoothing).double()
+    if settings.method.target_correction:
         target = corrected_target(weight, smoothing, moments, factors.moment, factors.cholesky)
     rounded, low_rank = _round_to_target(target, factors, output_weights.double(), settings)
     weight_only = SolvedLinear(
@@ -177,7 +234,6 @@ def solve_linear(
         low_rank=None if low_rank is None else low_rank.to(torch.float32),
         bias=bias,
         smoothing_scale=smoothing,
-        alpha=alpha,
     )
     # The moments are centred: what the weights leave of the means is the bias's to mend.
     wanted_mean = weight.double() @ moments.float_mean
@@ -249,7 +305,8 @@ def search_alpha(
         )
         rounded = _round_once(weight * smoothing, settings).dequantize()
         error = (x_hat @ rounded.mT - wanted) * output_weights
-        losses.append(float(error.square().sum()))
+        losses.append(float(error.square().sum(dtype=torch.float64)))
+    losses = inputs.ranks.sum_(torch.tensor(losses, dtype=torch.float64)).tolist()
     return settings.alpha_grid[losses.index(min(losses))]
 
 
@@ -258,9 +315,9 @@ SAMPLE_TOKENS = 4096
 
 
 def sample_tokens(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
-    """Return an even sample of up to 4096 tokens of both streams, (tokens, K) each."""
+    """Return this rank's part of an even sample of up to 4096 tokens, (tokens, K) per stream."""
     stride = -(-inputs.tokens // SAMPLE_TOKENS)
-    floats, quantized, offset = [], [], 0
+    floats, quantized, offset = [], [], inputs.first_token
     for x_float, x_quantized in inputs.batches():
         start = -offset % stride
         floats.append(x_float[start::stride].clone())

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.walk import WalkStates
-from ditas_export.diffusion.sampling import trajectory
+from ditas_export.diffusion.sampling import make_scheduler, trajectory
+from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT
-from ditas_export.dit.sites import linear_sites
+from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.errors import ArtifactError, CalibrationError
 from ditas_export.runtime.torch_runner import TorchRunner
 
 STATES_FORMAT = "ditas-export calibration states 1"
+
+SAMPLES_PER_BATCH = 2
+"""Samples that go through the model at once, however many ranks share them: the same numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,51 +104,95 @@ def collect_states(
     settings: CalibrationSettings,
     *,
     checkpoint_sha256: str,
+    ranks: Ranks = SINGLE,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationStates:
-    """Sample with the float model once and return what calibration needs of it.
+    """Sample with the float model once and return what calibration needs of it, on every rank.
 
     Args:
         model: float32 DiT, on the device that computes.
         settings: steps, guidance, classes, seed.
         checkpoint_sha256: of the model's checkpoint.
-        on_step: called with (steps done, steps in all).
+        ranks: the processes that share the samples; how many makes no difference to the result.
+        on_step: called with (steps done, steps in all) of this rank's batches.
 
     Raises:
         CalibrationError: an activation is not finite.
     """
-    latents, timesteps, step_maxima = [], [], []
-    with recorded_maxima(model) as maxima:
-        for step in trajectory(
-            TorchRunner(model),
-            classes=settings.classes,
-            steps=settings.steps,
-            cfg_scale=settings.cfg_scale,
-            seed=settings.seed,
-        ):
-            latents.append(step.latents.cpu())
-            timesteps.append(step.timestep)
-            step_maxima.append({name: value.cpu() for name, value in maxima.items()})
-            maxima.clear()
-            if on_step is not None:
-                on_step(len(timesteps), settings.steps)
-    stacked = {
-        site.name: torch.stack([maxima[site.name] for maxima in step_maxima])
+    batches = sample_batches(len(settings.classes))
+    latents, maxima = ranks.together(
+        lambda: _sampled(model, settings, ranks.mine(batches), on_step or (lambda *_: None))
+    )
+    shares = [iter(share) for share in ranks.gather(latents)]
+    ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
+    return CalibrationStates(
+        latents=torch.cat(ordered, dim=1),
+        timesteps=make_scheduler("ddpm", settings.steps).timesteps,
+        input_maxima={name: ranks.maximum_(value).cpu() for name, value in maxima.items()},
+        settings=settings,
+        checkpoint_sha256=checkpoint_sha256,
+    )
+
+
+def sample_batches(samples: int) -> list[range]:
+    """Return the samples of each batch, by index."""
+    return [
+        range(start, min(start + SAMPLES_PER_BATCH, samples))
+        for start in range(0, samples, SAMPLES_PER_BATCH)
+    ]
+
+
+def _sampled(
+    model: DiT,
+    settings: CalibrationSettings,
+    batches: Sequence[range],
+    on_step: Callable[[int, int], None],
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return every batch's latents, (steps, batch, C, H, W) each, and the maxima over all batches.
+
+    The maxima are site name -> (steps, K) on the model's device; zeros without a batch.
+
+    Raises:
+        CalibrationError: an activation is not finite.
+    """
+    device = model.pos_embed.device
+    runner = TorchRunner(model, device=device)
+    maxima = {
+        site.name: torch.zeros(settings.steps, in_features(model.config, site), device=device)
         for site in linear_sites(model.config.depth)
     }
-    for name, value in stacked.items():
+    latents: list[Tensor] = []
+    with recorded_maxima(model) as recorded:
+        for batch in batches:
+            seen = []
+            for step in trajectory(
+                runner,
+                classes=[settings.classes[index] for index in batch],
+                steps=settings.steps,
+                cfg_scale=settings.cfg_scale,
+                seed=settings.seed,
+                image_indices=batch,
+            ):
+                seen.append(step.latents)
+                for name, largest in recorded.items():
+                    so_far = maxima[name][step.index]
+                    torch.maximum(so_far, largest, out=so_far)
+                recorded.clear()
+                done = len(latents) * settings.steps + step.index + 1
+                on_step(done, len(batches) * settings.steps)
+            latents.append(torch.stack(seen))
+    _require_finite(maxima)
+    return latents, maxima
+
+
+def _require_finite(maxima: Mapping[str, Tensor]) -> None:
+    """Raise CalibrationError if any input had NaN or infinity."""
+    for name, value in maxima.items():
         if not value.isfinite().all():
             raise CalibrationError(
                 f"the input of {name} has NaN or infinity while the float model samples; "
                 f"check the checkpoint, or --num-heads"
             )
-    return CalibrationStates(
-        latents=torch.stack(latents),
-        timesteps=torch.tensor(timesteps),
-        input_maxima=stacked,
-        settings=settings,
-        checkpoint_sha256=checkpoint_sha256,
-    )
 
 
 @contextmanager
@@ -205,8 +253,3 @@ def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> 
         timesteps=torch.cat([timesteps, timesteps]),
         class_labels=torch.cat([labels, torch.full_like(labels, null_class)]),
     )
-
-
-def calibration_classes(classes: Sequence[int], samples: int) -> tuple[int, ...]:
-    """Return one class per sample, cycling through `classes` where there are fewer."""
-    return tuple(classes[index % len(classes)] for index in range(samples))

@@ -4,6 +4,9 @@ The float stream passes through the float model, the quantized stream through ev
 so far; each linear is solved against the float stream's output. Methods without target correction
 walk with the float stream on both sides. Only hidden states are kept, (rows, T, D) per stream, and
 the attention outputs of the current block: memory does not grow with depth.
+
+Ranks share the rows in whole batches, and sums over batches are in float64: how many ranks there
+are moves last bits only.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ditas_export.calibration.solve import (
     round_activations,
     solve_linear,
 )
+from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTBlock, modulate
 from ditas_export.dit.sites import LinearKind, LinearSite
 from ditas_export.errors import CalibrationError
@@ -42,21 +46,52 @@ class WalkStates:
 
 @dataclass(slots=True)
 class _Streams:
-    """Hidden states of both streams, (rows, T, D) each; one tensor where both are the same."""
+    """This rank's hidden states of both streams, (rows, T, D) each."""
 
     floats: Tensor
     quantized: Tensor
 
 
-def rms(x: Tensor) -> Tensor:
-    """Return the root mean square over the first dimension, never zero; a vector gives a scalar."""
-    return x.square().mean(dim=0).sqrt().clamp(min=1e-12)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """Which rows are this rank's."""
+
+    ranks: Ranks
+    first: int
+    total: int  # rows of all ranks
+
+
+def rms(x: Tensor, ranks: Ranks = SINGLE) -> Tensor:
+    """Return the root mean square over the first dimension, never zero; a vector gives a scalar.
+
+    With ranks, over the first dimension of all of theirs.
+    """
+    total = ranks.sum_(x.square().sum(dim=0, dtype=torch.float64))
+    count = int(ranks.sum_(torch.tensor(x.shape[0])))
+    return (total / count).sqrt().clamp(min=1e-12).to(x.dtype)
 
 
 def row_batches(rows: int) -> Iterator[slice]:
     """Yield slices of at most `ROWS_PER_BATCH` rows that cover all rows."""
     for start in range(0, rows, ROWS_PER_BATCH):
         yield slice(start, min(start + ROWS_PER_BATCH, rows))
+
+
+def rank_rows(rows: int, ranks: Ranks) -> slice:
+    """Return this rank's rows: whole batches, shared as evenly as can be.
+
+    Raises:
+        CalibrationError: more ranks than batches.
+    """
+    batches = list(row_batches(rows))
+    if len(batches) < ranks.world_size:
+        raise CalibrationError(
+            f"{ranks.world_size} processes for {rows} rows of calibration states; "
+            f"launch at most {len(batches)}, or take more samples or steps"
+        )
+    first = len(batches) * ranks.rank // ranks.world_size
+    last = len(batches) * (ranks.rank + 1) // ranks.world_size - 1
+    return slice(batches[first].start, batches[last].stop)
 
 
 SettingsOf = Callable[[LinearSite], LinearSettings]
@@ -69,8 +104,9 @@ def walk(
     settings_of: SettingsOf,
     *,
     known: Mapping[str, QuantizedLinear],
+    ranks: Ranks = SINGLE,
 ) -> Iterator[tuple[LinearSite, QuantizedLinear]]:
-    """Yield every linear of the model, quantized, in walk order.
+    """Yield every linear of the model, quantized, in walk order; the same on every rank.
 
     Args:
         model: float32, on the device that computes; left untouched.
@@ -78,21 +114,28 @@ def walk(
         step_maxima: site name -> (steps, K), largest |x| per time step and channel.
         settings_of: how to quantize a site.
         known: linears solved by an earlier, interrupted walk: passed through, not solved again.
+        ranks: the processes that share the rows.
 
     Raises:
-        CalibrationError: a linear's output is not finite.
+        CalibrationError: a linear's output is not finite, or more ranks than batches of rows.
     """
     with torch.no_grad():
-        rows = states.latents.shape[0]
+        total = states.latents.shape[0]
+        mine = rank_rows(total, ranks)
+        share = _Share(ranks=ranks, first=mine.start, total=total)
+        latents, timesteps = states.latents[mine], states.timesteps[mine]
+        class_labels = states.class_labels[mine]
         embedded = [
-            model.embed(states.latents[batch], states.timesteps[batch], states.class_labels[batch])
-            for batch in row_batches(rows)
+            model.embed(latents[batch], timesteps[batch], class_labels[batch])
+            for batch in row_batches(latents.shape[0])
         ]
         hidden = torch.cat([part[0] for part in embedded])
         conditioning = torch.cat([part[1] for part in embedded])
         streams = _Streams(floats=hidden, quantized=hidden.clone())
         for index, block in enumerate(model.blocks):
-            walker = _BlockWalk(block, index, conditioning, streams, step_maxima, settings_of)
+            walker = _BlockWalk(
+                block, index, conditioning, streams, share, step_maxima, settings_of
+            )
             yield from walker.run(known)
 
 
@@ -105,6 +148,7 @@ class _BlockWalk:
         index: int,
         conditioning: Tensor,
         streams: _Streams,
+        share: _Share,
         step_maxima: Mapping[str, Tensor],
         settings_of: SettingsOf,
     ) -> None:
@@ -112,6 +156,7 @@ class _BlockWalk:
         self.block = block
         self.index = index
         self.streams = streams
+        self.share = share
         self.step_maxima = step_maxima
         self.settings_of = settings_of
         (
@@ -209,8 +254,13 @@ class _BlockWalk:
                 x_float, x_quantized = inputs(rows)
                 yield x_float.flatten(0, 1), x_quantized.flatten(0, 1)
 
-        rows, tokens = self.streams.floats.shape[:2]
-        source = LinearInputs(tokens=rows * tokens, batches=batches)
+        row_tokens = self.streams.floats.shape[1]
+        source = LinearInputs(
+            tokens=self.share.total * row_tokens,
+            batches=batches,
+            first_token=self.share.first * row_tokens,
+            ranks=self.share.ranks,
+        )
         weights = self._output_weights(kind, linear, inputs)
         solved = solve_linear(linear.weight, linear.bias, maxima, source, weights, settings)
         return _WalkedLinear(site, settings, maxima, solved=solved)
@@ -228,15 +278,16 @@ class _BlockWalk:
         three are levelled to count the same. Rescaling two sides of a channel against each other,
         as planted or natural outliers do, then changes nothing.
         """
+        ranks = self.share.ranks
         if kind == "attn.proj":
-            return rms(self.gate_msa)
+            return rms(self.gate_msa, ranks)
         if kind == "mlp.fc2":
-            return rms(self.gate_mlp)
+            return rms(self.gate_mlp, ranks)
         if kind == "mlp.fc1":
             return rms(self.block.mlp.fc2.weight)
-        total = self.streams.floats.shape[0]
-        rows = slice(0, total, -(-total // ROWS_PER_BATCH))
-        q, k, v = rms(linear(inputs(rows)[0]).flatten(0, 1)).chunk(3)
+        stride = -(-self.share.total // ROWS_PER_BATCH)
+        rows = slice(-self.share.first % stride, None, stride)
+        q, k, v = rms(linear(inputs(rows)[0]).flatten(0, 1), ranks).chunk(3)
         reader = rms(self.block.attn.proj.weight)
         return torch.cat([k / rms(q * k), q / rms(q * k), reader / rms(reader * v)])
 
@@ -256,6 +307,7 @@ class _BlockWalk:
             if not walked.settings.method.target_correction:
                 y_quantized = y_float
             consume(rows, y_float, y_quantized)
+        walked.reduce(self.share.ranks)
         walked.require_finite()
 
 
@@ -280,9 +332,9 @@ class _WalkedLinear:
         device = maxima.device
         self.smoothing = source.smoothing_scale.to(device)
         self.step_ranges = (maxima / self.smoothing).amax(dim=1)
-        self.matrix = source.weight.dequantize().to(device)
+        self.matrix = source.weight.to(device).dequantize()
         if source.low_rank is not None:
-            self.matrix = self.matrix + source.low_rank.dequantize().to(device)
+            self.matrix = self.matrix + source.low_rank.to(device).dequantize()
         self.bias = source.bias.to(device)
         self.signal = 0.0
         self.noise = 0.0
@@ -302,6 +354,11 @@ class _WalkedLinear:
         self.signal += float((y_float.double() ** 2).sum())
         self.noise += float(((y_quantized - y_float).double() ** 2).sum())
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Add up the accounts of all ranks."""
+        totals = ranks.sum_(torch.tensor([self.signal, self.noise], dtype=torch.float64))
+        self.signal, self.noise = totals.tolist()
+
     def require_finite(self) -> None:
         """Raise CalibrationError if any output had NaN or infinity."""
         if not torch.tensor(self.signal + self.noise).isfinite():
@@ -315,12 +372,11 @@ class _WalkedLinear:
         if self.known is not None:
             return self.known
         ratio = self.signal / max(self.noise, 1e-300)
-        weight, low_rank = self.solved.weight, self.solved.low_rank
         return QuantizedLinear(
-            weight=weight.to("cpu"),
-            low_rank=None if low_rank is None else low_rank.to("cpu"),
-            bias=self.bias.cpu(),
-            smoothing_scale=self.smoothing.cpu(),
+            weight=self.solved.weight,
+            low_rank=self.solved.low_rank,
+            bias=self.solved.bias,
+            smoothing_scale=self.solved.smoothing_scale,
             alpha=self.solved.alpha,
             step_ranges=self.step_ranges.cpu(),
             output_snr_db=float(10 * torch.log10(torch.tensor(ratio, dtype=torch.float64))),

@@ -21,6 +21,7 @@ from ditas_export.errors import DitasExportError
 
 EXIT_MISMATCH = 1
 EXIT_BAD_INPUT = 2
+EXIT_NOT_INTEGER = 3
 EXIT_INTERRUPTED = 130
 
 STAGE_NAMES = {

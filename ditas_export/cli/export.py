@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,36 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ditas_export import __version__
 from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
+from ditas_export.cli.flags import defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
 from ditas_export.options import ExportOptions
 
 if TYPE_CHECKING:
+    from ditas_export.distributed import Ranks
     from ditas_export.pipeline import ExportResult
 
-_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(ExportOptions)
-    if field.default is not dataclasses.MISSING
-}
-
-
-def _option(text: str, name: str, *, metavar: str | None = None, shown: str | None = None) -> Any:
-    """Return a typer option that shows the default it has in `ExportOptions`."""
-    default = shown or _DEFAULTS[name]
-    suffix = f" (default: {default})" if default is not None else ""
-    flag = "-" * 2 + name.replace("_", "-")
-    return typer.Option(flag, help=f"{text}{suffix}", metavar=metavar, show_default=False)
-
-
-def _print_version(asked: bool) -> None:
-    """Print the version and stop, if asked."""
-    if asked:
-        typer.echo(f"ditas-export {__version__}")
-        raise typer.Exit
-
+_DEFAULTS = defaults_of(ExportOptions)
+_option = flags_of(ExportOptions)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -126,6 +107,15 @@ def export(
         Path | None,
         _option("Also write the float model.", "reference", metavar="FP32.onnx"),
     ] = None,
+    vae: Annotated[
+        str | None,
+        _option(
+            "Also write this VAE's decoder, vae_decoder.onnx beside the model: a diffusers folder "
+            "or a hub id.",
+            "vae",
+            metavar="ID|PATH",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -136,12 +126,7 @@ def export(
         bool, typer.Option("--json", help="Print the manifest as JSON, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
+    version: Annotated[bool, version_flag("ditas-export")] = False,
 ) -> None:
     """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
 
@@ -151,21 +136,31 @@ def export(
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
         options = _merge(output, recipe, given)
-        result = _run(options, show=not (quiet or as_json))
-        if as_json:
-            typer.echo(json.dumps(result.manifest, indent=2))
-        elif not quiet:
-            from ditas_export.cli.summary import print_summary
+        from ditas_export.distributed import launched_ranks
 
-            print_summary(Console(), result, options)
+        with launched_ranks(options.device) as ranks:
+            result = _run(options, ranks, show=ranks.is_first and not (quiet or as_json))
+        if ranks.is_first:
+            _report(result, options, as_json=as_json, quiet=quiet)
         if not result.verification.matches:
-            found, bound = result.verification.match_db, result.verification.match_bound_db
-            Console(stderr=True).print(
-                f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
-                f"{found:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
-                soft_wrap=True,
-            )
             raise typer.Exit(EXIT_MISMATCH)
+
+
+def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quiet: bool) -> None:
+    """Print what was measured, and an error if the file is not what was calibrated."""
+    if as_json:
+        typer.echo(json.dumps(result.manifest, indent=2))
+    elif not quiet:
+        from ditas_export.cli.summary import print_summary
+
+        print_summary(Console(), result, options)
+    if not result.verification.matches:
+        found, bound = result.verification.match_db, result.verification.match_bound_db
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
+            f"{found:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
+            soft_wrap=True,
+        )
 
 
 def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> ExportOptions:
@@ -201,7 +196,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise CalibrationError(f"alpha-grid={text!r}; give numbers, as 0,0.25,0.5") from None
 
 
-def _run(options: ExportOptions, *, show: bool) -> ExportResult:
+def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:
     """Do the job with progress bars."""
     console = Console(stderr=True)
     from ditas_export.pipeline import export as run_export
@@ -212,7 +207,7 @@ def _run(options: ExportOptions, *, show: bool) -> ExportResult:
             if show:
                 console.print(text, highlight=False, soft_wrap=True)
 
-        return run_export(options, on_progress=advance, say=say)
+        return run_export(options, ranks=ranks, on_progress=advance, say=say)
 
 
 def main() -> None:

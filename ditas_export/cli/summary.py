@@ -40,6 +40,8 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
         "worst linears",
         ", ".join(f"{name} {linear.output_snr_db:.1f} dB" for name, linear in worst[:WORST]),
     )
+    if options.vae_path is not None:
+        table.add_row("VAE decoder", str(options.vae_path))
     table.add_row("manifest", str(options.manifest_path))
     console.print(table)
 

@@ -30,7 +30,7 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
 
-Sampler = Literal["ddpm", "ddim", "dpm++"]
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
 """Schedulers to choose from."""
 
 OnStep = Callable[[int, int, Tensor], None]
@@ -39,7 +39,7 @@ OnStep = Callable[[int, int, Tensor], None]
 TRAIN_TIMESTEPS = 1000
 """Length of the schedule that every published DiT was trained on."""
 
-MAX_STEPS: dict[Sampler, int] = {"ddpm": 1000, "ddim": 1000, "dpm++": 500}
+MAX_STEPS: dict[SamplerName, int] = {"ddpm": 1000, "ddim": 1000, "dpm++": 500}
 """Most steps per sampler; past 500, dpm++ would visit time steps twice and divide by zero."""
 
 _GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, odd: i -> i * it is a bijection modulo 2^32
@@ -64,7 +64,7 @@ def sample(
     steps: int = 50,
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
-    sampler: Sampler = "ddpm",
+    sampler: SamplerName = "ddpm",
     seed: int = 0,
     image_indices: Sequence[int] | None = None,
     on_step: OnStep | None = None,
@@ -111,7 +111,7 @@ def trajectory(
     steps: int = 50,
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
-    sampler: Sampler = "ddpm",
+    sampler: SamplerName = "ddpm",
     seed: int = 0,
     image_indices: Sequence[int] | None = None,
 ) -> Iterator[Step]:
@@ -158,7 +158,7 @@ def trajectory(
     return walk()
 
 
-def make_scheduler(sampler: Sampler, steps: int) -> Any:
+def make_scheduler(sampler: SamplerName, steps: int) -> Any:
     """Return a diffusers scheduler whose time steps are set.
 
     `ddim` takes leading time steps and a count that divides 1000: diffusers strides by
@@ -167,7 +167,7 @@ def make_scheduler(sampler: Sampler, steps: int) -> Any:
     Raises:
         RunnerError: an unknown sampler, or a number of steps that it cannot take.
     """
-    if sampler not in get_args(Sampler):
+    if sampler not in get_args(SamplerName):
         raise RunnerError(f"unknown sampler {sampler!r}; choose one of {', '.join(MAX_STEPS)}")
     if not 2 <= steps <= MAX_STEPS[sampler]:
         raise RunnerError(f"{sampler} takes 2 to {MAX_STEPS[sampler]} steps, not {steps}")
@@ -181,7 +181,7 @@ def make_scheduler(sampler: Sampler, steps: int) -> Any:
     return scheduler
 
 
-def _new_scheduler(sampler: Sampler) -> Any:
+def _new_scheduler(sampler: SamplerName) -> Any:
     """Return an unset scheduler for a model trained like DiT; imports diffusers."""
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 

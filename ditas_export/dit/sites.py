@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ditas_export.dit.model import DiTConfig
+
 LinearKind = Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 LINEAR_KINDS: tuple[LinearKind, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -45,6 +47,11 @@ def block_sites(block: int) -> tuple[LinearSite, ...]:
 def linear_sites(depth: int) -> tuple[LinearSite, ...]:
     """Return every site of a DiT with `depth` blocks, in walk order."""
     return tuple(site for block in range(depth) for site in block_sites(block))
+
+
+def in_features(config: DiTConfig, site: LinearSite) -> int:
+    """Return K of a site's linear."""
+    return config.mlp_hidden_size if site.kind == "mlp.fc2" else config.hidden_size
 
 
 def adaln_rows(chunk: str, hidden_size: int) -> slice:

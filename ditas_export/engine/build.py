@@ -1,42 +1,26 @@
-"""Building an engine with TensorRT for RTX, in a process of its own.
+"""Building an engine with TensorRT or TensorRT for RTX, one code path for both.
 
-The builder compiles ahead of time on the CPU: no GPU and no driver are needed. It is native code
-that can crash on a graph, so it runs in a child process, and a crash becomes one clear error.
+TensorRT for RTX compiles ahead of time on the CPU: no GPU and no driver are needed. TensorRT builds
+for the GPU at hand. Either is native code that can crash on a graph, so it runs in a child process,
+and a crash becomes one clear error.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
+import contextlib
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.dit.model import DiTConfig
-from ditas_export.errors import EngineError
+from ditas_export.engine.child import OnProgress, run_builder
+from ditas_export.engine.options import BatchRange, BuildOptions
+from ditas_export.engine.products import Product
 from ditas_export.onnx_export.export import read_config
-
-INSTALL = 'run: pip install "ditas-export[rtx]"'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRange:
-    """Batch sizes that an engine takes, and the one that it is tuned for."""
-
-    smallest: int = 1
-    usual: int = 2
-    largest: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse a range that is not one."""
-        if not 1 <= self.smallest <= self.usual <= self.largest:
-            raise EngineError(
-                f"batch sizes {self.smallest}, {self.usual}, {self.largest}: give the smallest, "
-                f"the usual and the largest, from 1 up"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,48 +32,65 @@ class BuiltEngine:
     log: str
 
 
-def build_rtx(
+def build_engine(
     onnx_path: Path,
+    plan_path: Path,
     *,
-    plan_path: Path | None = None,
-    batch: BatchRange | None = None,
-    timeout_s: float = 3600.0,
+    product: Product,
+    options: BuildOptions | None = None,
+    on_progress: OnProgress | None = None,
+    timeout_s: float = 24 * 3600.0,
 ) -> BuiltEngine:
-    """Build an exported file with TensorRT for RTX and return the builder's log.
+    """Build an exported file and return the builder's log. The plan is there whole or not at all.
+
+    The network is strongly typed: the file decides every precision.
 
     Args:
         onnx_path: written by `export_onnx` or `export_reference`.
-        plan_path: where to keep the engine, or None to build for the log alone.
-        batch: batch sizes of the engine.
+        plan_path: where to write the engine.
+        product: what to build with.
+        options: batch sizes, and how to build.
+        on_progress: called with every step that the builder tells.
         timeout_s: seconds after which the builder is given up.
 
     Raises:
-        EngineError: the builder is not installed, refuses the graph, crashes or takes too long.
+        EngineError: the product is not installed, lacks an option, refuses the graph, crashes or
+            takes too long.
         OnnxExportError: the file does not say which DiT it holds.
+        ArtifactError: the plan or the timing cache cannot be written.
     """
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        raise EngineError(f"TensorRT for RTX is not installed; {INSTALL}")
-    shapes = input_shapes(read_config(onnx_path), batch or BatchRange())
-    with tempfile.TemporaryDirectory() as folder:
-        plan, log, result = (Path(folder) / name for name in ("plan", "log", "result.json"))
-        request: dict[str, object] = {
+    options = options or BuildOptions()
+    product.require_options(options)
+    product.require_installed()
+    shapes = input_shapes(read_config(onnx_path), options.batch)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        atomic_path(plan_path) as plan,
+        _timing_cache(options.timing_cache) as timings,
+    ):
+        log, result = Path(folder) / "log", Path(folder) / "result.json"
+        request: dict[str, Any] = {
+            "title": product.title,
+            "module": product.module,
+            "oldest": product.oldest,
             "onnx": str(onnx_path),
             "plan": str(plan),
             "log": str(log),
             "result": str(result),
             "shapes": shapes,
+            "workspace_bytes": options.workspace_bytes,
+            "opt_level": options.opt_level,
+            "compute_capabilities": options.compute_capabilities,
+            "timing_cache": timings,
+            "version_compatible": options.version_compatible,
+            "refit": options.refit,
         }
-        _run_builder(request, onnx_path, timeout_s)
-        facts = json.loads(result.read_text(encoding="utf-8"))
-        built = BuiltEngine(
+        facts = run_builder(request, on_progress=on_progress, timeout_s=timeout_s)
+        return BuiltEngine(
             size_bytes=plan.stat().st_size,
             version=facts["version"],
             log=log.read_text(encoding="utf-8"),
         )
-        if plan_path is not None:
-            with atomic_path(plan_path) as partial:
-                partial.write_bytes(plan.read_bytes())
-    return built
 
 
 def input_shapes(config: DiTConfig, batch: BatchRange) -> dict[str, list[list[int]]]:
@@ -103,23 +104,13 @@ def input_shapes(config: DiTConfig, batch: BatchRange) -> dict[str, list[list[in
     }
 
 
-def _run_builder(request: dict[str, object], onnx_path: Path, timeout_s: float) -> None:
-    """Run the child process; EngineError unless it left an engine."""
-    script = Path(__file__).with_name("rtx_process.py")
-    command = [sys.executable, "-P", str(script), json.dumps(request)]
-    try:
-        child = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(
-            f"TensorRT for RTX did not finish {onnx_path} within {timeout_s:g} s"
-        ) from error
-    if child.returncode < 0:
-        raise EngineError(
-            f"TensorRT for RTX crashed on {onnx_path} (signal {-child.returncode}); the graph has "
-            f"a form that its builder cannot take"
-        )
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or ["no reason given"]
-        raise EngineError(f"TensorRT for RTX could not build {onnx_path}: {lines[-1]}")
+@contextlib.contextmanager
+def _timing_cache(path: Path | None) -> Iterator[str | None]:
+    """Yield a copy of a timing cache for the builder to read and write; it replaces `path`."""
+    if path is None:
+        yield None
+        return
+    with atomic_path(path) as partial:
+        if path.exists():
+            shutil.copyfile(path, partial)
+        yield str(partial)

@@ -147,13 +147,23 @@ def describe(model: ir.Model, config: DiTConfig, form: dict[str, Any]) -> None:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Check a model and write it, with external data when it is too big; atomic.
+    """Check a DiT's graph against the rules of the runtimes and write it; see `write_model`.
 
     Raises:
         OnnxExportError: the model breaks a rule, or is no valid ONNX.
         ArtifactError: the file cannot be written.
     """
     check_contract(model)
+    write_model(model, path)
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write any valid graph, with external data when it is too big; atomic.
+
+    Raises:
+        OnnxExportError: the model is no valid ONNX.
+        ArtifactError: the file cannot be written.
+    """
     _order_initializers(model.graph)
     data_name = (
         f"{path.name}.data" if sum(bytes_by_part(model).values()) > LARGEST_INLINE_BYTES else None
@@ -191,7 +201,7 @@ def read_config(path: Path) -> DiTConfig:
         OnnxExportError: no ONNX file, or one of another origin.
     """
     try:
-        return DiTConfig(**json.loads(_metadata(path)[CONFIG_KEY]))
+        return DiTConfig(**json.loads(file_metadata(path)[CONFIG_KEY]))
     except (KeyError, TypeError, ValueError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error!r}); export it with ditas-export"
@@ -205,7 +215,7 @@ def read_form(path: Path) -> dict[str, Any]:
         OnnxExportError: no ONNX file, or one of another origin.
     """
     try:
-        form: dict[str, Any] = json.loads(_metadata(path)[FORM_KEY])
+        form: dict[str, Any] = json.loads(file_metadata(path)[FORM_KEY])
     except (KeyError, ValueError) as error:
         raise OnnxExportError(
             f"{path} does not say how it was written ({error!r}); export it with ditas-export"
@@ -213,8 +223,12 @@ def read_form(path: Path) -> dict[str, Any]:
     return form
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """Return an ONNX file's metadata, its external data left where it is."""
+def file_metadata(path: Path) -> dict[str, str]:
+    """Return an ONNX file's metadata, its external data left where it is.
+
+    Raises:
+        OnnxExportError: no readable ONNX file.
+    """
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable home

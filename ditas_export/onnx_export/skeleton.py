@@ -97,7 +97,7 @@ def export_skeleton(
     graph_model = _trace(_Interface(model.eval(), dtype), config)
     _drop_allowzero(graph_model.graph)
     _rename(graph_model.graph)
-    _strip_metadata(graph_model)
+    strip_metadata(graph_model)
     graph_model.ir_version = IR_VERSION
     return graph_model
 
@@ -118,7 +118,7 @@ def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
         torch.zeros(2, dtype=torch.int64),
     )
     batch = torch.export.Dim("N", min=1)
-    with _quiet_exporter():
+    with quiet_exporter():
         program = torch.onnx.export(
             interface,
             example,
@@ -137,7 +137,7 @@ def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's remarks on optional packages and its own internals off the screen."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -214,7 +214,7 @@ def _scope(node: ir.Node) -> str:
     return str(modules[-1]).removeprefix(_MODEL).removeprefix(".")
 
 
-def _strip_metadata(model: ir.Model) -> None:
+def strip_metadata(model: ir.Model) -> None:
     """Remove what says where the graph came from: traces, scopes, producer, inner shapes."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

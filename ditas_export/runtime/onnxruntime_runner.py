@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import read_config
-from ditas_export.runtime.inputs import require_inputs
+from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.optimized_cache import optimized_model
 
 CPU = ("CPUExecutionProvider",)
+CUDA = ("CUDAExecutionProvider", *CPU)
+TENSORRT = ("TensorrtExecutionProvider", *CUDA)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Session entry under which weight-only linears keep float activations; by default they do not."""
 
+_PRODUCTS = ("MatMul", "QLinearMatMul", "Gemm", "FusedMatMul")
 
-class OnnxRuntimeRunner:
+
+class OnnxRuntimeRunner(ExportedFileRunner):
     """Runs an exported file; the session lives until the runner is closed.
 
     Args:
         path: written by `export_onnx` or `export_reference`.
         threads: of one operator; None leaves the choice to ONNX Runtime.
         providers: execution providers, in order of preference.
+        device_id: GPU of the providers that have one.
         session_entries: session configuration entries, such as `ACCURATE_WEIGHT_ONLY`.
+        cache: folder that keeps the optimized model, so that the next start need not optimize;
+            None optimizes at every start. For the CPU provider alone: others compile for
+            themselves.
 
     Raises:
         RunnerError: ONNX Runtime is missing, has no such provider, or refuses the file.
@@ -43,47 +51,39 @@ class OnnxRuntimeRunner:
         *,
         threads: int | None = None,
         providers: Sequence[str] = CPU,
+        device_id: int = 0,
         session_entries: Mapping[str, str] | None = None,
+        cache: Path | None = None,
     ) -> None:
-        self._config = read_config(path)
-        options = _options(threads, session_entries or {})
-        self._session: Any = _open(path, options, providers)
+        super().__init__(path)
+        entries = dict(session_entries or {})
+        self._kernels: Counter[str] | None = None
+        if cache is not None and tuple(providers) == CPU:
+            facts = {
+                "onnxruntime": _onnxruntime().__version__,
+                "entries": entries,
+                "machine": [platform.machine(), platform.processor(), _processor_flags()],
+            }
+            path = optimized_model(
+                path, cache, facts, lambda target: _optimize(path, target, entries)
+            )
+            self._kernels = Counter(_product_kernels(path).values())
+        options = session_options(threads, entries)
+        if self._kernels is not None:
+            options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = open_session(path, options, providers, device_id)
         self._providers = ", ".join(self._session.get_providers())
 
     @property
-    def config(self) -> DiTConfig:
-        """Shape of the model behind the runner."""
-        return self._config
-
-    @property
     def description(self) -> str:
-        """Backend, version and execution providers."""
-        return f"onnxruntime {_onnxruntime().__version__} ({self._providers})"
+        """Backend, version, execution providers, and the kernels of products where known."""
+        kernels = "".join(f"; {count} {kind}" for kind, count in (self._kernels or {}).items())
+        return f"onnxruntime {_onnxruntime().__version__} ({self._providers}{kernels})"
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and the learned variance, (N, 2C, H, W) float32.
-
-        Raises:
-            RunnerError: inputs that do not fit the model, or a closed runner.
-        """
-        if self._session is None:
-            raise RunnerError("this runner is closed; open the file again")
-        feed = require_inputs(self._config, latents, timesteps, class_labels)
+    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run the session."""
         (output,) = self._session.run(None, feed)
-        return torch.from_numpy(output)
-
-    def __enter__(self) -> Self:
-        """Return the runner, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the session; its threads spin after a run, so do not keep idle ones."""
-        self._session = None
+        return np.asarray(output)
 
 
 def matmul_kernels(path: Path) -> dict[str, str]:
@@ -95,21 +95,31 @@ def matmul_kernels(path: Path) -> dict[str, str]:
     Raises:
         RunnerError: ONNX Runtime is missing or refuses the file.
     """
-    import onnx
-
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = _options(None, {})
-        options.optimized_model_filepath = str(optimized)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", "optimized.data"
-        )
-        _open(path, options, CPU)
-        graph = onnx.load(str(optimized), load_external_data=False).graph
+        _optimize(path, optimized, {})
+        return _product_kernels(optimized)
+
+
+def _optimize(path: Path, target: Path, session_entries: Mapping[str, str]) -> None:
+    """Write the graph that ONNX Runtime's CPU provider makes of a file."""
+    options = session_options(None, session_entries)
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{target.stem}.data"
+    )
+    open_session(path, options, CPU)
+
+
+def _product_kernels(optimized: Path) -> dict[str, str]:
+    """Return the operator of every matrix product in an optimized graph."""
+    import onnx
+
+    graph = onnx.load(str(optimized), load_external_data=False).graph
     return {
         _original_name(node.name): node.op_type
         for node in graph.node
-        if node.op_type.startswith(("MatMul", "QLinearMatMul", "Gemm", "FusedMatMul"))
+        if node.op_type.startswith(_PRODUCTS)
     }
 
 
@@ -119,7 +129,16 @@ def _original_name(name: str) -> str:
     return f"{path}/{rest.partition('/')[0]}"
 
 
-def _options(threads: int | None, session_entries: Mapping[str, str]) -> Any:
+def _processor_flags() -> str:
+    """Return what decides which kernels fit the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def session_options(threads: int | None, session_entries: Mapping[str, str]) -> Any:
     """Return session options that keep ONNX Runtime's warnings off the screen."""
     options = _onnxruntime().SessionOptions()
     options.log_severity_level = 3
@@ -130,19 +149,27 @@ def _options(threads: int | None, session_entries: Mapping[str, str]) -> Any:
     return options
 
 
-def _open(path: Path, options: Any, providers: Sequence[str]) -> Any:
+def open_session(path: Path, options: Any, providers: Sequence[str], device_id: int = 0) -> Any:
     """Open a session, or say why ONNX Runtime would not."""
     runtime = _onnxruntime()
     if absent := [name for name in providers if name not in runtime.get_available_providers()]:
         raise RunnerError(
             f"this onnxruntime has no {', '.join(absent)}; it has "
-            f"{', '.join(runtime.get_available_providers())}"
+            f"{', '.join(runtime.get_available_providers())}; for a GPU: "
+            f"pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
+    placed = [name if name in CPU else (name, {"device_id": device_id}) for name in providers]
     try:
-        return runtime.InferenceSession(str(path), options, providers=list(providers))
+        session = runtime.InferenceSession(str(path), options, providers=placed)
     except Exception as error:  # onnxruntime's exceptions share no base but this
         reason = str(error).strip().splitlines()[0]
         raise RunnerError(f"onnxruntime {runtime.__version__} refuses {path}: {reason}") from error
+    if providers[0] not in session.get_providers():
+        raise RunnerError(
+            f"onnxruntime {runtime.__version__} has {providers[0]} but could not start it on this "
+            f"machine; check the GPU driver and the CUDA libraries, or use --device cpu"
+        )
+    return session
 
 
 def _onnxruntime() -> ModuleType:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import read_config
-from ditas_export.runtime.inputs import require_inputs
+from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
 
-class OpenVINORunner:
+class OpenVINORunner(ExportedFileRunner):
     """Runs an exported file until it is closed.
 
     OpenVINO may compute in BF16 where the processor can; float32 is asked for here, so that the
@@ -35,44 +32,19 @@ class OpenVINORunner:
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, precision: str = "f32") -> None:
-        self._config = read_config(path)
-        self._version, self._model = _compile(path, threads, precision)
+        super().__init__(path)
+        self._version, self._session = _compile(path, threads, precision)
         self._precision = precision
-
-    @property
-    def config(self) -> DiTConfig:
-        """Shape of the model behind the runner."""
-        return self._config
 
     @property
     def description(self) -> str:
         """Backend, version, device and float precision."""
         return f"openvino {self._version} (CPU, {self._precision})"
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and the learned variance, (N, 2C, H, W) float32.
-
-        Raises:
-            RunnerError: inputs that do not fit the model, or a closed runner.
-        """
-        if self._model is None:
-            raise RunnerError("this runner is closed; open the file again")
-        feed = require_inputs(self._config, latents, timesteps, class_labels)
-        (output,) = self._model(feed).values()
-        return torch.from_numpy(output.copy())
-
-    def __enter__(self) -> Self:
-        """Return the runner, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Free the compiled model."""
-        self._model = None
+    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run the compiled model; its output buffer is used again, so it is copied."""
+        (output,) = self._session(feed).values()
+        return np.array(output)
 
 
 def _compile(path: Path, threads: int | None, precision: str) -> tuple[str, Any]:

@@ -1,0 +1,92 @@
+"""What `ditas-build --dry-run` prints; needs neither product."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import typer
+
+from ditas_export.cli.build_settings import BuildSettings
+from ditas_export.engine.build import input_shapes
+from ditas_export.engine.make import json_options, needs_expansion
+from ditas_export.engine.options import BuildOptions
+from ditas_export.engine.products import OPTION_NAMES, Product, candidates
+from ditas_export.engine.trtexec import command_line
+from ditas_export.errors import EngineError
+from ditas_export.onnx_export.export import read_config
+
+
+def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
+    """Print the command line of every program that the backend stands for.
+
+    Raises:
+        EngineError: the file has to be expanded first, or no program has the options.
+        OnnxExportError: the file does not say which DiT it holds.
+    """
+    if needs_expansion(model, settings.layout):
+        raise EngineError(
+            f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
+            f"ditas-export --layout int8, or build without --trtexec"
+        )
+    refusals = []
+    for product in candidates(settings.backend):
+        try:
+            words = command_line(model, plan, product=product, options=settings.options)
+        except EngineError as error:
+            refusals.append(str(error))
+            continue
+        typer.echo(shlex.join(words))
+    if len(refusals) == len(candidates(settings.backend)):
+        raise EngineError("; ".join(refusals))
+    for refusal in refusals:
+        typer.echo(f"# {refusal}")
+
+
+def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: bool) -> None:
+    """Print what would be built, with what.
+
+    Raises:
+        EngineError: no product that the backend stands for has the options.
+        OnnxExportError: the file does not say which DiT it holds.
+    """
+    products = candidates(settings.backend)
+    _require_possible(products, settings.options)
+    intent = {
+        "model": str(model),
+        "expands": needs_expansion(model, settings.layout),
+        "plan": str(plan),
+        "backends": {product.name: _presence(product) for product in products},
+        "shapes": input_shapes(read_config(model), settings.options.batch),
+        "options": json_options(settings.options),
+    }
+    if as_json:
+        typer.echo(json.dumps(intent, indent=2))
+        return
+    typer.echo(f"{model}{' (expanded to int8)' if intent['expands'] else ''} -> {plan}")
+    for product in products:
+        typer.echo(f"  {product.title}: {_presence(product)}")
+    for name, shapes in input_shapes(read_config(model), settings.options.batch).items():
+        typer.echo(f"  {name}: {' | '.join('x'.join(map(str, shape)) for shape in shapes)}")
+    for name, value in json_options(settings.options).items():
+        if name != "batch" and value not in (None, False, []):
+            typer.echo(f"  {OPTION_NAMES[name]}: {value}")
+
+
+def _require_possible(products: tuple[Product, ...], options: BuildOptions) -> None:
+    """Raise EngineError unless the product that would build, or any if none is here, can."""
+    refusals = []
+    for product in [product for product in products if product.is_installed][:1] or products:
+        try:
+            product.require_options(options)
+        except EngineError as error:
+            refusals.append(str(error))
+        else:
+            return
+    raise EngineError("; ".join(refusals))
+
+
+def _presence(product: Product) -> str:
+    """Return whether a product is here, and if not, what brings it."""
+    return "installed" if product.is_installed else f"not installed; {product.install}"

@@ -1,0 +1,152 @@
+"""`ditas-sample`: a model in any backend, a folder of images out; alone or under torchrun."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ditas_export.cli.console import clean_errors
+from ditas_export.cli.flags import defaults_of, flags_of, version_flag
+from ditas_export.generation.options import SampleOptions
+
+if TYPE_CHECKING:
+    from ditas_export.distributed import Ranks
+    from ditas_export.generation.job import SampleReport
+
+_DEFAULTS = defaults_of(SampleOptions)
+_option = flags_of(SampleOptions)
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="An exported .onnx, a quantized model, a checkpoint, or digits (bundled).",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write to.")
+    ],
+    num_heads: Annotated[
+        int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
+    ] = None,
+    classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
+    num: Annotated[
+        int | None,
+        _option("Images to make.", "num", shown="one per class named, 8 for random"),
+    ] = None,
+    steps: Annotated[int | None, _option("Denoising steps.", "steps")] = None,
+    sampler: Annotated[str | None, _option("ddpm, ddim or dpm++.", "sampler")] = None,
+    cfg_scale: Annotated[float | None, _option("Guidance scale; 1 for none.", "cfg_scale")] = None,
+    cfg_channels: Annotated[
+        str | None, _option("Channels that guidance acts on: 3 or all.", "cfg_channels")
+    ] = None,
+    seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
+    batch: Annotated[int | None, _option("Images that are sampled at once.", "batch")] = None,
+    runtime: Annotated[
+        str | None, _option("auto, onnxruntime, openvino, torch or tensorrt.", "runtime")
+    ] = None,
+    device: Annotated[str | None, _option("cpu or cuda.", "device")] = None,
+    threads: Annotated[
+        int | None, _option("Threads of the backend.", "threads", shown="its own choice")
+    ] = None,
+    vae: Annotated[
+        str | None,
+        _option(
+            "VAE of latent models: a hub id, a folder, a vae_decoder.onnx, or none.",
+            "vae",
+            shown="vae_decoder.onnx beside MODEL, else stabilityai/sd-vae-ft-ema",
+        ),
+    ] = None,
+    npz: Annotated[
+        Path | None,
+        _option("Where to stack the images.", "npz", metavar="FILE", shown="DIR/samples.npz"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    version: Annotated[bool, version_flag("ditas-sample")] = False,
+) -> None:
+    """Sample images: PNGs, a grid, and samples.npz for ADM's evaluator.
+
+    The same command goes on where a killed run stopped. Under torchrun, ranks share the images:
+    torchrun --nproc-per-node 2 -m ditas_export.cli.sample MODEL -o DIR. Exit codes: 0 done, 2 bad
+    input.
+    """
+    given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
+        options = SampleOptions(model=model, output=output, **chosen)
+        from ditas_export.distributed import launched_ranks
+
+        with launched_ranks(options.device) as ranks:
+            speaks = ranks.is_first and not quiet
+            report = _run(options, ranks, show=speaks and not as_json)
+            if speaks:
+                _print_report(report, as_json=as_json)
+
+
+def _run(options: SampleOptions, ranks: Ranks, *, show: bool) -> SampleReport:
+    """Do the job, with a progress bar that tells images per second."""
+    from ditas_export.generation.job import generate
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("Sampling"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]:.2f} images/s"),
+    )
+    with Progress(*columns, console=console, disable=not show) as progress:
+        task = progress.add_task("sample", total=None, rate=0.0)
+
+        def advance(done: int, total: int, rate: float) -> None:
+            progress.update(task, completed=done, total=total, rate=rate)
+
+        def say(text: str) -> None:
+            if show:
+                console.print(text, highlight=False, soft_wrap=True)
+
+        return generate(options, ranks=ranks, on_progress=advance, say=say)
+
+
+def _print_report(report: SampleReport, *, as_json: bool) -> None:
+    """Print what was made, for a reader or for a program."""
+    if as_json:
+        facts = dataclasses.asdict(report) | {"images_per_second": report.images_per_second}
+        typer.echo(json.dumps(facts, indent=2, default=str))
+        return
+    made = f"{report.sampled} images, {report.images_per_second:.2f} per second"
+    found = f" ({report.images - report.sampled} were there)" * (report.sampled < report.images)
+    Console().print(
+        f"{report.folder}: {made}{found}; {report.npz}", highlight=False, soft_wrap=True
+    )
+
+
+def main() -> None:
+    """Entry point of the `ditas-sample` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Ranks: the processes that share one job, as torchrun launches them.
+
+A process on its own is a rank too, `SINGLE`: it reduces, gathers and broadcasts to itself, which
+takes nothing and needs no torch.distributed. So the code that shares work has one path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ditas_export.errors import DistributedError, DitasExportError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other: rank 0 verifies alone. Of a dead one they hear at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process's place among those that share the job; every rank calls the same methods.
+
+    All but `mine` raise DistributedError if another rank is gone.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this rank's share of `items`: every `world_size`-th."""
+        return items[self.rank :: self.world_size]
+
+    def maximum_(self, tensor: Tensor) -> Tensor:
+        """Replace every element by its largest over all ranks, in place; return the tensor."""
+        return self._reduce(tensor, distributed.ReduceOp.MAX)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace every element by its sum over all ranks, in place; return the tensor."""
+        return self._reduce(tensor, distributed.ReduceOp.SUM)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order of rank; tensors in them on the CPU."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        with _clear_loss():
+            distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0; tensors in it on the CPU."""
+        if self.world_size == 1:
+            return value
+        box = [value if self.is_first else None]
+        with _clear_loss():
+            distributed.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+        self.gather(None)
+
+    def first(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 alone and return its result on every rank.
+
+        Raises:
+            DitasExportError: the one that `function` raised, on every rank.
+        """
+        if self.world_size == 1:
+            return function()
+        result, error = self.broadcast(_outcome(function) if self.is_first else (None, None))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank and return this rank's result.
+
+        Raises:
+            DitasExportError: the one that `function` raised on the lowest rank where it did, on
+                every rank.
+        """
+        if self.world_size == 1:
+            return function()
+        result, error = _outcome(function)
+        for raised in self.gather(error):
+            if raised is not None:
+                raise raised
+        return result  # type: ignore[return-value]
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        """All-reduce in place."""
+        if self.world_size > 1:
+            with _clear_loss():
+                distributed.all_reduce(tensor, op=operation)
+        return tensor
+
+
+SINGLE = Ranks()
+"""A process on its own."""
+
+
+@contextmanager
+def launched_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Yield this process's place among those that torchrun launched; `SINGLE` without torchrun.
+
+    Ranks talk over gloo; tensors on GPUs over NCCL, and `cuda` then means the GPU of LOCAL_RANK.
+
+    Args:
+        device: where the job computes: auto, cpu or cuda.
+
+    Raises:
+        DistributedError: a rank without a GPU of its own, or ranks that do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield SINGLE
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the ranks do not find each other: {error}; launch them with torchrun"
+        ) from error
+    try:
+        yield Ranks(rank=distributed.get_rank(), world_size=distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make the GPU of this rank the current one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise DistributedError(
+            f"local rank {local_rank} has no GPU of its own, this machine has {count}; "
+            f"launch at most {count} processes here, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, DitasExportError | None]:
+    """Return what a function returned, and what it refused with."""
+    try:
+        return function(), None
+    except DitasExportError as error:
+        return None, error
+
+
+@contextmanager
+def _clear_loss() -> Iterator[None]:
+    """Say in one line that another rank is gone; its own output says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError("another rank has stopped; its own message says why") from error

@@ -1,0 +1,136 @@
+"""The whole job of `ditas-build`: an exported file to a plan with its metadata and layer report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditas_export.artifact_files import atomic_path, sha256_of_file
+from ditas_export.engine.build import BuiltEngine
+from ditas_export.engine.layers import engine_layers
+from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.options import BuildOptions
+from ditas_export.engine.products import Product
+from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
+from ditas_export.errors import EngineError
+from ditas_export.onnx_export.expand import expand
+from ditas_export.onnx_export.export import read_config, read_form
+from ditas_export.onnx_export.lowering import Layout
+
+Build = Callable[[Path, Path], BuiltEngine]
+"""Builds an ONNX file into a plan: `build_engine` or `run_tool`, all but the paths bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeEngine:
+    """What `make_engine` left beside the plan, and what it knows of the layers."""
+
+    metadata: EngineMetadata
+    report: LayerReport | None
+    unknown: str | None  # why nothing shows how the quantized linears, if any, are multiplied
+
+
+def make_engine(
+    onnx_path: Path,
+    plan_path: Path,
+    *,
+    product: Product,
+    options: BuildOptions,
+    layout: Layout | None,
+    build: Build,
+) -> MadeEngine:
+    """Build a file and write the plan with its metadata, both whole or not at all.
+
+    Args:
+        onnx_path: written by `export_onnx` or `export_reference`.
+        plan_path: the file to write; its metadata go to `metadata_path(plan_path)`.
+        product: what `build` builds with.
+        options: what `build` is bound to.
+        layout: to build in; "int8" expands an int4 file first, None takes the file as it is.
+        build: does the building.
+
+    Raises:
+        EngineError: the product refuses, or an int8 file is asked for as int4.
+        OnnxExportError: no file of this package, or nothing in it to expand.
+        ArtifactError: a file cannot be written.
+    """
+    config = read_config(onnx_path)
+    with _in_layout(onnx_path, layout) as graph, atomic_path(plan_path) as partial:
+        form = read_form(graph)
+        built = build(graph, partial)
+        report, unknown = None, None
+        try:
+            report = layer_report(engine_layers(built.log), config, form)
+        except EngineError as error:
+            unknown = str(error) if expected_kernels(config, form) else None
+        metadata = EngineMetadata(
+            product=product.name,
+            version=built.version,
+            plan_sha256=sha256_of_file(partial),
+            plan_bytes=built.size_bytes,
+            onnx_name=onnx_path.name,
+            onnx_sha256=sha256_of_file(onnx_path),
+            config=config.to_dict(),
+            form=form,
+            options=json_options(options),
+            gpu=current_gpu(),
+            layers=None if report is None else report.to_dict(),
+        )
+        metadata.save(metadata_path(plan_path))
+    return MadeEngine(metadata=metadata, report=report, unknown=unknown)
+
+
+def json_options(options: BuildOptions) -> dict[str, Any]:
+    """Return options as JSON values; a timing cache by its name."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=_name))
+    return values
+
+
+def current_gpu() -> Gpu | None:
+    """Return the GPU at hand, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(name=torch.cuda.get_device_name(), compute_capability=f"{major}.{minor}")
+
+
+def needs_expansion(path: Path, layout: Layout | None) -> bool:
+    """Return whether a file is in another layout than is asked for, and can be turned into it.
+
+    Raises:
+        EngineError: an int8 file is asked for as int4.
+        OnnxExportError: no file of this package.
+    """
+    found = read_form(path).get("layout")
+    if layout == "int4" and found != "int4":
+        raise EngineError(
+            f"{path} holds no int4 layout, and INT8 rows do not turn back; export it again with "
+            f"--layout int4"
+        )
+    return layout == "int8" and found != "int8"
+
+
+@contextlib.contextmanager
+def _in_layout(path: Path, layout: Layout | None) -> Iterator[Path]:
+    """Yield a file in the layout asked for: the file itself, or its expansion for a while."""
+    if not needs_expansion(path, layout):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        expanded = Path(folder) / path.name
+        expand(path, expanded)
+        yield expanded
+
+
+def _name(value: object) -> str:
+    """Return a path's name for JSON."""
+    assert isinstance(value, Path)  # the options hold nothing else that JSON lacks
+    return value.name

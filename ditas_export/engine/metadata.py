@@ -1,0 +1,124 @@
+"""The JSON beside a plan: what it was built from, with what, and for which GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditas_export.artifact_files import atomic_path, sha256_of_file
+from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
+from ditas_export.errors import EngineError
+
+FORMAT = "ditas-export engine 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU as an engine sees it."""
+
+    name: str
+    compute_capability: str  # such as "8.9"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMetadata:
+    """What is known of a plan."""
+
+    product: str  # a key of `PRODUCTS`
+    version: str
+    plan_sha256: str
+    plan_bytes: int
+    onnx_name: str
+    onnx_sha256: str
+    config: dict[str, Any]  # the DiT
+    form: dict[str, Any]  # of the graph that was built: bits, layout, ranges, float type
+    options: dict[str, Any]  # of the build
+    gpu: Gpu | None  # the one at hand when it was built, if any
+    layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
+
+    def __post_init__(self) -> None:
+        """Refuse a product that this package does not know."""
+        if self.product not in PRODUCTS:
+            raise EngineError(f"product={self.product!r}; choose one of {', '.join(PRODUCTS)}")
+
+    def save(self, path: Path) -> None:
+        """Write indented JSON; atomic."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        with atomic_path(path) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> EngineMetadata:
+        """Read what `save` wrote; EngineError on any other file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise EngineError(f"{path} is no {FORMAT!r} file; build the engine again")
+            gpu = content.pop("gpu")
+            return cls(gpu=None if gpu is None else Gpu(**gpu), **content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"{path} does not describe an engine ({error}); build it with ditas-build"
+            ) from error
+
+
+def metadata_path(plan: Path) -> Path:
+    """Return where the metadata of a plan lie: out.plan, out.plan.json."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def require_matching(
+    metadata: EngineMetadata, plan: Path, *, product: str, version: str, gpu: Gpu
+) -> None:
+    """Refuse a plan that the runtime at hand cannot run, with the reason.
+
+    Args:
+        metadata: of the plan, from beside it.
+        plan: the file.
+        product: a key of `PRODUCTS`: the runtime.
+        version: of the runtime.
+        gpu: the one to run on.
+
+    Raises:
+        EngineError: another plan's metadata, another product, a version that does not run it, or a
+            GPU that it was not built for.
+    """
+    if sha256_of_file(plan) != metadata.plan_sha256:
+        raise EngineError(f"{metadata_path(plan)} describes another plan; build {plan} again")
+    if product != metadata.product:
+        built, found = PRODUCTS[metadata.product].title, PRODUCTS[product].title
+        raise EngineError(f"{plan} was built with {built}; {found} cannot run it")
+    if not _runs(metadata, version):
+        raise EngineError(
+            f"{plan} was built with {PRODUCTS[product].title} {metadata.version} and runs with "
+            f"that version only, not {version}; build it again"
+        )
+    if reason := _wrong_gpu(metadata, gpu):
+        raise EngineError(f"{plan} {reason}; build it for {gpu.name} ({gpu.compute_capability})")
+
+
+def _runs(metadata: EngineMetadata, version: str) -> bool:
+    """Return whether a version runs a plan: the same, or a later one of the same major version."""
+    built, found = _release(metadata.version), _release(version)
+    if built == found:
+        return True
+    compatible = bool(metadata.options["version_compatible"])
+    return compatible and built[0] == found[0] and built < found
+
+
+def _release(version: str) -> list[int]:
+    """Return major, minor and patch; `trtexec` does not say more."""
+    return [int(part) for part in version.split(".")[:3]]
+
+
+def _wrong_gpu(metadata: EngineMetadata, gpu: Gpu) -> str | None:
+    """Return why a plan is not for a GPU, None if it may be."""
+    targets = metadata.options["compute_capabilities"]
+    if metadata.product == RTX.name and targets and gpu.compute_capability not in targets:
+        return f"was built for compute capability {', '.join(targets)}"
+    if metadata.product == TENSORRT.name and metadata.gpu is not None and metadata.gpu != gpu:
+        return f"was built on {metadata.gpu.name} ({metadata.gpu.compute_capability})"
+    return None

@@ -1,0 +1,114 @@
+"""The layer report: whether an engine computes what its file says, and in how many kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.sites import adaln_name, linear_sites
+from ditas_export.engine.layers import (
+    BuiltLinear,
+    EngineLayer,
+    Kernel,
+    built_linears,
+)
+
+_BLOCK = re.compile(r"blocks\.(\d+)(?=[./])(?!\.adaLN_modulation)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltBlock:
+    """What became of one block."""
+
+    kernels: int  # layers that compute; one shared by two blocks counts for the first
+    has_fused_attention: bool  # q·kᵀ, softmax and ·v in one kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What the builder made of a file."""
+
+    linears: Mapping[str, BuiltLinear]  # every quantized linear, by module path
+    expected: Mapping[str, Kernel]  # the same linears: what their form in the file asks for
+    blocks: tuple[BuiltBlock, ...]
+    kernels: int
+    extra_streams: int
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Linears that the builder multiplies in another way than the file asks for."""
+        return tuple(
+            path for path, built in self.linears.items() if built.kernel != self.expected[path]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "linears": {
+                path: {"expected": self.expected[path], **dataclasses.asdict(built)}
+                for path, built in self.linears.items()
+            },
+            "lost": list(self.lost),
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            "kernels": self.kernels,
+            "extra_streams": self.extra_streams,
+        }
+
+
+def layer_report(
+    layers: list[EngineLayer], config: DiTConfig, form: Mapping[str, Any]
+) -> LayerReport:
+    """Return what became of an exported file.
+
+    Args:
+        layers: of the engine, in their order.
+        config: the DiT that the file holds.
+        form: how the file was written, as `read_form` says.
+
+    Raises:
+        EngineError: a quantized linear is nowhere in the engine.
+    """
+    expected = expected_kernels(config, form)
+    return LayerReport(
+        linears=built_linears(layers, expected),
+        expected=expected,
+        blocks=_blocks(layers, config.depth),
+        kernels=sum(layer.is_kernel for layer in layers),
+        extra_streams=len({layer.stream for layer in layers}) - 1,
+    )
+
+
+def expected_kernels(config: DiTConfig, form: Mapping[str, Any]) -> dict[str, Kernel]:
+    """Return how each quantized linear of a file asks to be multiplied; none in a float file."""
+    expected = {}
+    if "activation_bits" in form:
+        kernel = Kernel.INTEGER if form["activation_bits"] == 8 else Kernel.WEIGHT_ONLY
+        expected = {site.name: kernel for site in linear_sites(config.depth)}
+    if form.get("adaln_bits", 16) != 16:
+        names = (adaln_name(block) for block in range(config.depth))
+        expected |= dict.fromkeys(names, Kernel.WEIGHT_ONLY)
+    return expected
+
+
+def _blocks(layers: list[EngineLayer], depth: int) -> tuple[BuiltBlock, ...]:
+    """Count kernels block by block and look for fused attention."""
+    kernels: Counter[int] = Counter()
+    for layer in layers:
+        found = [int(number) for node in layer.onnx_nodes for number in _BLOCK.findall(node)]
+        if found and layer.is_kernel:
+            kernels[min(found)] += 1
+    return tuple(
+        BuiltBlock(kernels=kernels[block], has_fused_attention=_has_fused_attention(layers, block))
+        for block in range(depth)
+    )
+
+
+def _has_fused_attention(layers: list[EngineLayer], block: int) -> bool:
+    """Return whether one kernel holds all of a block's attention."""
+    parts = {f"blocks.{block}.attn/{node}" for node in ("MatMul", "Softmax", "MatMul_1")}
+    return any(parts <= layer.onnx_nodes for layer in layers)

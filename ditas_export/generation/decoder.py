@@ -1,0 +1,212 @@
+"""From the sampler's final latents to pixels: a VAE's decoder in PyTorch or in ONNX Runtime.
+
+Images are decoded one at a time. Memory is that of one image, whatever the batch, and an image's
+pixels do not depend on its batch mates, not by one bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.vae import (
+    LATENTS_NAME,
+    VaeShape,
+    load_latent_decoder,
+    read_vae_shape,
+    require_same_channels,
+)
+from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
+
+NO_VAE = "none"
+"""Says that latents are to stay latents."""
+
+
+class Decoder(Protocol):
+    """A VAE's decoder, whatever runs it; a context manager."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents that it takes, C."""
+        ...
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line: which VAE, backend, version and device."""
+        ...
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Return pixels.
+
+        Args:
+            latents: (N, C, h, w) float32, as the sampler leaves them.
+
+        Returns:
+            (N, 3, H, W) float32 in [-1, 1], on the latents' device.
+        """
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the decoder, ready."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free what it holds; it cannot decode afterwards."""
+        ...
+
+
+class _ImageByImage:
+    """A `Decoder` that checks its latents and decodes them one by one.
+
+    A backend gives `_backend`, None once closed, `_decode` and `description`.
+    """
+
+    def __init__(self, shape: VaeShape) -> None:
+        self._shape = shape
+        self._backend: Any = None
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents that it takes, C."""
+        return self._shape.in_channels
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return self._shape.scale
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Return pixels, (N, 3, H, W) float32 in [-1, 1], on the latents' device.
+
+        Raises:
+            RunnerError: latents that do not fit the VAE, or a closed decoder.
+        """
+        if self._backend is None:
+            raise RunnerError("this decoder is closed; open the VAE again")
+        if latents.ndim != 4 or not len(latents) or latents.shape[1] != self.in_channels:
+            raise RunnerError(
+                f"latents are {tuple(latents.shape)}; the VAE takes (N, {self.in_channels}, h, w), "
+                f"one image at least"
+            )
+        images = [self._decode(image[None].detach().float()) for image in latents]
+        return torch.cat(images).to(latents.device)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return the pixels of one image, (1, 3, H, W) float32, on any device."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Return the decoder, ready."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Free the weights or the session."""
+        self._backend = None
+
+
+class VaeDecoder(_ImageByImage):
+    """Decodes with diffusers' `AutoencoderKL` in float32.
+
+    Args:
+        name: the VAE's folder, a pipeline's, or a hub id; see `load_latent_decoder`.
+        device: where it runs.
+
+    Raises:
+        RunnerError: no such VAE, or no such device.
+        CheckpointError: a `config.json` that is no JSON.
+    """
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise RunnerError(
+                f"device {device} was asked for, but this PyTorch ({torch.__version__}) sees no "
+                f"CUDA GPU; use --device cpu, or install a CUDA build of torch"
+            )
+        decoder = load_latent_decoder(name)
+        super().__init__(decoder.shape)
+        self._backend = decoder.to(self._device)
+        self._name = name
+
+    @property
+    def description(self) -> str:
+        """The VAE, version and device."""
+        return f"{self._name} (AutoencoderKL, PyTorch {torch.__version__} on {self._device})"
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Run the VAE's decoder."""
+        images: Tensor = self._backend(latents.to(self._device))
+        return images
+
+
+class OnnxVaeDecoder(_ImageByImage):
+    """Decodes with a file that `export_vae_decoder` wrote, in ONNX Runtime.
+
+    Args:
+        path: the file.
+        device: "cpu", or "cuda" for the CUDA provider.
+
+    Raises:
+        RunnerError: ONNX Runtime is missing, has no such provider, or refuses the file.
+        OnnxExportError: the file does not say which VAE it decodes for.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        super().__init__(read_vae_shape(path))
+        providers = CUDA if torch.device(device).type == "cuda" else CPU
+        self._backend = open_session(path, session_options(None, {}), providers)
+        self._path = path
+        self._providers = ", ".join(self._backend.get_providers())
+
+    @property
+    def description(self) -> str:
+        """The file and the execution providers."""
+        return f"{self._path} (onnxruntime, {self._providers})"
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Run the session."""
+        feed = {LATENTS_NAME: latents.cpu().contiguous().numpy()}
+        (images,) = self._backend.run(None, feed)
+        return torch.from_numpy(np.asarray(images))
+
+
+def open_decoder(vae: str | None, *, in_channels: int, device: str) -> Decoder | None:
+    """Return the decoder of a model's latents, None where none is wanted.
+
+    Args:
+        vae: a `vae_decoder.onnx` by its suffix, what `VaeDecoder` takes, or "none".
+        in_channels: channels of the model's latents.
+        device: where it runs.
+
+    Raises:
+        RunnerError: the VAE cannot be opened, or takes latents of another number of channels.
+        OnnxExportError: a file that holds no VAE.
+    """
+    if vae is None or vae == NO_VAE:
+        return None
+    in_onnx = vae.endswith(".onnx")
+    decoder: Decoder = OnnxVaeDecoder(Path(vae), device) if in_onnx else VaeDecoder(vae, device)
+    require_same_channels(vae, made=in_channels, taken=decoder.in_channels)
+    return decoder

@@ -1,0 +1,156 @@
+"""A folder of samples that can be taken up again: one file per image, then a grid and an .npz.
+
+Every image is written when its batch is done, whole or not at all, and `samples.json` says what the
+folder holds. So a run that was killed goes on with the images that are missing, and ranks that
+share the folder need not talk about images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditas_export.artifact_files import atomic_path
+from ditas_export.errors import ArtifactError
+from ditas_export.generation.pixels import (
+    as_rgb,
+    grid,
+    read_png,
+    write_npz,
+    write_png,
+)
+from ditas_export.generation.sampler import SampledBatch
+
+FORMAT = "ditas-export samples 1"
+FACTS_NAME = "samples.json"
+GRID_NAME = "grid.png"
+NPZ_NAME = "samples.npz"
+GRID_PICTURES = 64
+"""The grid shows the first pictures only."""
+
+
+class ImageFolder:
+    """The files of one sampling job.
+
+    Args:
+        path: the folder.
+        count: images in all.
+        pictures: whether the images are PNGs, or latents as .npy.
+    """
+
+    def __init__(self, path: Path, *, count: int, pictures: bool) -> None:
+        self.path = path
+        self.count = count
+        self.pictures = pictures
+
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        """Create the folder, or take up one that an earlier run of the same job left.
+
+        Args:
+            facts: what the bytes of the images depend on, as JSON values.
+
+        Raises:
+            ArtifactError: the folder cannot be written, or holds samples of another job.
+        """
+        stated = json.loads(json.dumps({"format": FORMAT, **facts}))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot make the folder {self.path}: {error.strerror}; pick another"
+            ) from error
+        facts_path = self.path / FACTS_NAME
+        if not facts_path.is_file():
+            with atomic_path(facts_path) as partial:
+                partial.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+            return
+        if changed := differences(_read_facts(facts_path), stated):
+            raise ArtifactError(
+                f"{self.path} holds samples of another run ({'; '.join(changed)}); pick another "
+                f"folder, or delete it"
+            )
+
+    def file(self, index: int) -> Path:
+        """Return the path of one image."""
+        return self.path / f"{index:06d}.{'png' if self.pictures else 'npy'}"
+
+    def lacks(self, indices: Iterable[int]) -> bool:
+        """Return whether any of the images is still to be made."""
+        return not all(self.file(index).is_file() for index in indices)
+
+    def write(self, batch: SampledBatch) -> None:
+        """Write the images of a batch, those that are there already included.
+
+        Raises:
+            ArtifactError: a file cannot be written.
+        """
+        for row, index in enumerate(batch.indices):
+            if batch.pixels is not None:
+                write_png(self.file(index), batch.pixels[row])
+                continue
+            with atomic_path(self.file(index)) as partial, partial.open("wb") as file:
+                np.save(file, batch.latents[row].cpu().numpy())
+
+    def read(self, index: int) -> np.ndarray[Any, Any]:
+        """Return one image: (H, W, 1 or 3) uint8, or latents (C, h, w) float32.
+
+        Raises:
+            ArtifactError: the file is gone or damaged.
+        """
+        path = self.file(index)
+        try:
+            return read_png(path) if self.pictures else np.load(path)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"cannot read {path}: {error}; delete it and run again") from error
+
+    def finish(self, npz: Path) -> None:
+        """Write the grid and, to `npz`, all images stacked, once every image is there.
+
+        Pictures are stacked as (N, H, W, 3) uint8, which ADM's evaluator takes; latents as
+        (N, C, h, w) float32.
+
+        Raises:
+            ArtifactError: a file cannot be read or written.
+        """
+        if self.pictures:
+            shown = [self.read(index) for index in range(min(self.count, GRID_PICTURES))]
+            write_png(self.path / GRID_NAME, grid(shown))
+        arrays = (self._stacked(index) for index in range(self.count))
+        write_npz(npz, arrays, count=self.count, like=self._stacked(0))
+
+    def _stacked(self, index: int) -> np.ndarray[Any, Any]:
+        """Return an image as it stands in the .npz."""
+        return as_rgb(self.read(index)) if self.pictures else self.read(index)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Return what `samples.json` says."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not readable: {error}; pick another folder") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is none of ours; pick another folder")
+    return found
+
+
+def differences(found: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two jobs, as `steps 50, now 25`."""
+    changed = []
+    for name in sorted(found.keys() | stated.keys()):
+        before, now = found.get(name), stated.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += differences(before, now)
+        elif before != now:
+            changed.append(f"{name} {_short(before)}, now {_short(now)}")
+    return changed
+
+
+def _short(value: object) -> str:
+    """Return a value in a few characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,187 @@
+"""`ditas-sample` as one call: a model's name in, a folder of images out; alone or on many ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditas_export import __version__
+from ditas_export.artifact_files import require_writable
+from ditas_export.diffusion.classes import parse_classes
+from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
+from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
+from ditas_export.generation.options import SampleOptions
+from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
+from ditas_export.options import VAE_FILE
+from ditas_export.runtime.open_runner import OpenedModel, open_runner
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+"""What published DiTs of 4 latent channels were trained with, on the hub."""
+
+OnProgress = Callable[[int, int, float], None]
+"""Called with steps done, steps to do, and images per second so far, of this rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """What a job gave."""
+
+    folder: Path
+    npz: Path
+    images: int  # in the folder
+    sampled: int  # by this rank, in this run
+    seconds: float  # of this rank's sampling, decoding and writing
+    runtime: str
+
+    @property
+    def images_per_second(self) -> float:
+        """Images that this rank made per second; 0 if there was nothing to do."""
+        return self.sampled / self.seconds if self.sampled else 0.0
+
+
+def generate(
+    options: SampleOptions,
+    *,
+    ranks: Ranks = SINGLE,
+    on_progress: OnProgress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> SampleReport:
+    """Sample what is missing of a folder of images, then stack them.
+
+    Every rank takes whole batches and writes into the one folder; rank 0 stacks at the end.
+
+    Args:
+        options: what to do.
+        ranks: the processes that share the job, and a file system.
+        on_progress: called after every step.
+        say: called with one-line facts that a user wants to see as they come up.
+
+    Raises:
+        DitasExportError: bad input, found before the long work starts.
+    """
+    with ExitStack() as stack:
+        opened = ranks.together(lambda: _open(options))
+        runner = stack.enter_context(opened.runner)
+        decoder = ranks.together(lambda: _decoder(options, opened))
+        if decoder is not None:
+            stack.enter_context(decoder)
+        sampler = ranks.together(
+            lambda: Sampler(runner, _settings(options, opened), decoder=decoder)
+        )
+        say(f"model: {opened.source}\nruntime: {runner.description}")
+        if decoder is not None:
+            say(f"VAE: {decoder.description}")
+        count = len(sampler.settings.classes)
+        pictures = decoder is not None or runner.config.in_channels in PICTURE_CHANNELS
+        folder = ImageFolder(options.output, count=count, pictures=pictures)
+        npz = options.npz or options.output / NPZ_NAME
+        facts = _facts(options, opened, sampler)
+        ranks.first(lambda: _prepare(folder, npz, facts))
+        sampled, seconds = _sample_missing(sampler, folder, ranks, on_progress)
+        ranks.barrier()
+        ranks.first(lambda: folder.finish(npz))
+        return SampleReport(
+            folder=options.output,
+            npz=npz,
+            images=count,
+            sampled=sampled,
+            seconds=seconds,
+            runtime=runner.description,
+        )
+
+
+def _open(options: SampleOptions) -> OpenedModel:
+    """Open the model on this rank's device."""
+    return open_runner(
+        options.model,
+        runtime=options.runtime,
+        device=_device(options),
+        threads=options.threads,
+        num_heads=options.num_heads,
+    )
+
+
+def _device(options: SampleOptions) -> str:
+    """Return the device by its index: ranks on one machine have a GPU each."""
+    if options.device == "cuda" and torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    return options.device
+
+
+def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
+    """Return the decoder of the model's latents: as asked, or the one that fits."""
+    channels = opened.runner.config.in_channels
+    vae = options.vae
+    if vae is None:
+        beside = Path(options.model).with_name(VAE_FILE)
+        vae = str(beside) if beside.is_file() else DEFAULT_VAE
+        if channels in PICTURE_CHANNELS:
+            vae = NO_VAE
+    return open_decoder(vae, in_channels=channels, device=_device(options))
+
+
+def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
+    """Return what to sample, the classes counted out."""
+    classes = parse_classes(
+        options.classes,
+        num_classes=opened.runner.config.num_classes,
+        count=options.num,
+        seed=options.seed,
+    )
+    return SamplingSettings(
+        classes=classes,
+        steps=options.steps,
+        sampler=options.sampler,
+        cfg_scale=options.cfg_scale,
+        cfg_channels=options.cfg_channels,
+        seed=options.seed,
+        batch=options.batch,
+    )
+
+
+def _prepare(folder: ImageFolder, npz: Path, facts: dict[str, Any]) -> None:
+    """Check both outputs before any work."""
+    folder.prepare(facts)
+    require_writable(npz)
+
+
+def _facts(options: SampleOptions, opened: OpenedModel, sampler: Sampler) -> dict[str, Any]:
+    """Return what the bytes of the images depend on."""
+    decoder = sampler.decoder
+    return {
+        "model": opened.source,
+        "sha256": opened.sha256,
+        "runtime": opened.runner.description,
+        "vae": None if decoder is None else decoder.description,
+        "settings": sampler.settings.to_dict(),
+        "ditas-export": __version__,
+    }
+
+
+def _sample_missing(
+    sampler: Sampler, folder: ImageFolder, ranks: Ranks, on_progress: OnProgress
+) -> tuple[int, float]:
+    """Sample this rank's missing batches; return the images made and the seconds it took."""
+    mine = ranks.mine(range(len(sampler)))
+    batches = [batch for batch in mine if folder.lacks(sampler.indices(batch))]
+    images = sum(len(sampler.indices(batch)) for batch in batches)
+    total = len(batches) * sampler.settings.steps
+    done, start = 0, time.perf_counter()
+
+    def after_step(*_: object) -> None:
+        nonlocal done
+        done += 1
+        rate = images * done / total / (time.perf_counter() - start)
+        on_progress(done, total, rate)
+
+    on_progress(0, total, 0.0)
+    for batch in batches:
+        folder.write(sampler.run(batch, on_step=after_step))
+    return images, time.perf_counter() - start

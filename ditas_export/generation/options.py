@@ -1,0 +1,51 @@
+"""The options of `ditas-sample`, their defaults in one place. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ditas_export.errors import RunnerError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "sampler": ("ddpm", "ddim", "dpm++"),
+    "cfg_channels": ("3", "all"),
+    "runtime": ("auto", "onnxruntime", "openvino", "torch", "tensorrt"),
+    "device": ("cpu", "cuda"),
+}
+"""Options that take one of a few values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """What `ditas-sample` is asked for; the fields are its options, None leaves it to the model."""
+
+    model: str
+    output: Path
+    num_heads: int | None = None
+    classes: str = "random"
+    num: int | None = None
+    steps: int = 50
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    cfg_scale: float = 4.0
+    cfg_channels: Literal["3", "all"] = "3"
+    seed: int = 0
+    batch: int = 8
+    runtime: Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
+    vae: str | None = None
+    npz: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing takes.
+
+        Raises:
+            RunnerError: an unknown value.
+        """
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise RunnerError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+        if self.threads is not None and self.threads < 1:
+            raise RunnerError(f"threads={self.threads}; use at least one")

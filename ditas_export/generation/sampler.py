@@ -1,0 +1,159 @@
+"""Images from any runner, in batches that are fixed by the image's index.
+
+Batch b holds the images b·B to (b + 1)·B − 1, and is always B rows (all images, where there are
+fewer than B): the last one is filled up with rows that are thrown away. So every batch gives the
+same bytes wherever and whenever it is run: on another rank, or after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ditas_export.diffusion.guidance import CfgChannels, guided_channel_count
+from ditas_export.diffusion.runner import Runner
+from ditas_export.diffusion.sampling import OnStep, SamplerName, make_scheduler, sample
+from ditas_export.errors import CancelledError, RunnerError
+from ditas_export.generation.decoder import Decoder
+from ditas_export.generation.pixels import Pixels, to_pixels
+
+PICTURE_CHANNELS = (1, 3)
+"""Channels of a model that makes pixels itself: grey or RGB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """What is sampled; the defaults are the published ones."""
+
+    classes: tuple[int, ...]  # one per image
+    steps: int = 50
+    sampler: SamplerName = "ddpm"
+    cfg_scale: float = 4.0
+    cfg_channels: CfgChannels = "3"
+    seed: int = 0
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler can follow.
+
+        Raises:
+            RunnerError: an empty batch, no image, or a setting that the sampler does not take.
+        """
+        if self.batch < 1:
+            raise RunnerError(f"batch={self.batch}; a batch has at least one image")
+        if not self.classes:
+            raise RunnerError("no class to sample; name at least one")
+        make_scheduler(self.sampler, self.steps)
+        guided_channel_count(1, self.cfg_channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {
+            "classes": list(self.classes),
+            "steps": self.steps,
+            "sampler": self.sampler,
+            "cfg_scale": self.cfg_scale,
+            "cfg_channels": self.cfg_channels,
+            "seed": self.seed,
+            "batch": self.batch,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampledBatch:
+    """The images of one batch, its filling removed."""
+
+    indices: range  # of the whole set
+    latents: Tensor  # (n, C, h, w) float32, as the sampler left them
+    pixels: Pixels | None  # (n, H, W, 1 or 3) uint8; None where nothing makes pictures of latents
+
+
+class Sampler:
+    """Samples batches of a fixed set of images, for a command or inside a service.
+
+    Args:
+        runner: an open runner.
+        settings: what to sample.
+        decoder: from latents to pictures; models of pixels (1 or 3 channels) need none.
+
+    Raises:
+        RunnerError: a class that the model does not have, or a decoder of other latents.
+    """
+
+    def __init__(
+        self, runner: Runner, settings: SamplingSettings, *, decoder: Decoder | None = None
+    ) -> None:
+        channels, known = runner.config.in_channels, runner.config.num_classes
+        if odd := sorted({label for label in settings.classes if not 0 <= label < known}):
+            raise RunnerError(f"classes {odd} are out of range; this model knows 0 to {known - 1}")
+        if decoder is not None and decoder.in_channels != channels:
+            raise RunnerError(
+                f"the model makes {channels}-channel latents, {decoder.description} takes "
+                f"{decoder.in_channels}; pass the VAE that the model was trained with"
+            )
+        self.runner = runner
+        self.settings = settings
+        self._rows = min(settings.batch, len(settings.classes))
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.settings.classes) // self._rows)
+
+    def __iter__(self) -> Iterator[SampledBatch]:
+        """Yield all batches in order."""
+        return (self.run(index) for index in range(len(self)))
+
+    def indices(self, batch: int) -> range:
+        """Return the indices of a batch's images in the whole set."""
+        first = batch * self._rows
+        return range(first, min(first + self._rows, len(self.settings.classes)))
+
+    def run(
+        self, batch: int, *, on_step: OnStep | None = None, cancel: Event | None = None
+    ) -> SampledBatch:
+        """Sample one batch.
+
+        Args:
+            batch: 0 to len(self) − 1.
+            on_step: called after every step with its index, its time step and the new latents,
+                filling included.
+            cancel: set it, from any thread, to stop after the current step.
+
+        Raises:
+            CancelledError: `cancel` was set.
+            RunnerError: the runner failed.
+        """
+        settings, wanted = self.settings, self.indices(batch)
+        rows = range(wanted.start, wanted.start + self._rows)
+        last = len(settings.classes) - 1
+
+        def after_step(index: int, timestep: int, latents: Tensor) -> None:
+            if on_step is not None:
+                on_step(index, timestep, latents)
+            if cancel is not None and cancel.is_set():
+                raise CancelledError(f"sampling was cancelled after step {index + 1}")
+
+        latents = sample(
+            self.runner,
+            classes=[settings.classes[min(index, last)] for index in rows],
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale,
+            cfg_channels=settings.cfg_channels,
+            sampler=settings.sampler,
+            seed=settings.seed,
+            image_indices=rows,
+            on_step=after_step,
+        )[: len(wanted)]
+        return SampledBatch(indices=wanted, latents=latents, pixels=self._pixels(latents))
+
+    def _pixels(self, latents: Tensor) -> np.ndarray[Any, Any] | None:
+        """Return the pictures of latents, where there is a way to make them."""
+        if self.decoder is not None:
+            return to_pixels(self.decoder(latents))
+        return to_pixels(latents) if latents.shape[1] in PICTURE_CHANNELS else None

@@ -1,0 +1,255 @@
+"""A VAE's decoder: loaded from what diffusers wrote, and written as ONNX.
+
+Its interface is the sampler's: latents as a DiT leaves them in, pixels in [-1, 1] out. The scaling
+that the VAE's `config.json` records is inside, so no caller has to know it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ditas_export import __version__
+from ditas_export.artifact_files import require_writable
+from ditas_export.dit.tensor_files import abbreviated, read_json
+from ditas_export.errors import OnnxExportError, RunnerError
+from ditas_export.onnx_export.export import file_metadata, write_model
+from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, quiet_exporter, strip_metadata
+
+VAE_KEY = "ditas_export.vae"
+"""Metadata entry of a decoder's file; it holds a `VaeShape`."""
+
+LATENTS_NAME = "latents"
+IMAGES_NAME = "images"
+
+IMAGE_CHANNELS = 3
+
+_CLASS = "AutoencoderKL"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHT_FILES = tuple(
+    f"diffusion_pytorch_model{variant}{kind}"
+    for kind in (".safetensors", ".bin")
+    for variant in ("", ".fp16")
+)
+"""Weight files of diffusers, the better ones first."""
+
+_HUB_PATTERNS = tuple(
+    tuple(
+        f"{folder}{name}"
+        for folder in ("vae/", "")
+        for name in ("config.json", *_WEIGHT_FILES)
+        if name.endswith((".json", kind))
+    )
+    for kind in (".safetensors", ".bin")
+)
+"""What to fetch of a hub model; the second group only if the first brings no weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeShape:
+    """What a VAE's decoder takes and gives."""
+
+    in_channels: int  # of the latents
+    scale: int  # pixels per latent pixel, along one side
+
+
+class LatentDecoder(nn.Module):
+    """The decoding half of an `AutoencoderKL`, in float32, behind the sampler's interface.
+
+    z = latents / scaling_factor + shift_factor, as diffusers' pipelines compute it.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.shape = VaeShape(
+            in_channels=vae.config.latent_channels,
+            scale=2 ** (len(vae.config.block_out_channels) - 1),
+        )
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.shift_factor = float(vae.config.shift_factor or 0.0)
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return pixels (N, 3, H, W) in [-1, 1]; latents are (N, C, h, w), both float32."""
+        z = latents / self.scaling_factor + self.shift_factor
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        images: Tensor = self.decoder(z)
+        return images.clamp(-1.0, 1.0)
+
+
+def load_latent_decoder(name: str) -> LatentDecoder:
+    """Load a VAE and keep its decoder, in float32 on the CPU, without gradients.
+
+    Args:
+        name: a folder written by diffusers, of the VAE or of a whole pipeline; or the id of such a
+            folder on the Hugging Face hub.
+
+    Raises:
+        RunnerError: nothing there, a hub that cannot be reached, another kind of model, missing or
+            damaged weights, or a VAE of no RGB images.
+        CheckpointError: a `config.json` that is no JSON.
+    """
+    folder = _vae_folder(Path(name) if Path(name).is_dir() else _download(name))
+    _require_autoencoder(folder)
+    vae = _load(folder)
+    if vae.config.out_channels != IMAGE_CHANNELS:
+        raise RunnerError(
+            f"the VAE {name} makes images of {vae.config.out_channels} channels; expected "
+            f"{IMAGE_CHANNELS} (RGB)"
+        )
+    return LatentDecoder(vae).eval().requires_grad_(requires_grad=False)
+
+
+def require_same_channels(name: str, *, made: int, taken: int) -> None:
+    """Raise RunnerError if a model makes latents of other channels than the VAE `name` takes."""
+    if made != taken:
+        raise RunnerError(
+            f"the model makes {made}-channel latents, the VAE {name} takes {taken}; pass the VAE "
+            f"that the model was trained with"
+        )
+
+
+def export_vae_decoder(name: str, path: Path) -> None:
+    """Write a VAE's decoder as ONNX: opset 21, the default domain only.
+
+    Input `latents` (N, C, h, w) float32, as the sampler leaves them; output `images`
+    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to `<path>.data`.
+
+    Args:
+        name: what `load_latent_decoder` takes.
+        path: the file.
+
+    Raises:
+        RunnerError: see `load_latent_decoder`.
+        OnnxExportError: the graph is no valid ONNX.
+        ArtifactError: the file cannot be written.
+    """
+    require_writable(path)
+    decoder = load_latent_decoder(name)
+    model = _trace(decoder)
+    strip_metadata(model)
+    model.graph.name = "VAE decoder"
+    model.ir_version = IR_VERSION
+    model.producer_name = "ditas-export"
+    model.producer_version = __version__
+    model.metadata_props[VAE_KEY] = json.dumps(asdict(decoder.shape), sort_keys=True)
+    write_model(model, path)
+
+
+def read_vae_shape(path: Path) -> VaeShape:
+    """Return the shape of the decoder in a file that `export_vae_decoder` wrote.
+
+    Raises:
+        OnnxExportError: no ONNX file, or one of another origin.
+    """
+    try:
+        return VaeShape(**json.loads(file_metadata(path)[VAE_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise OnnxExportError(
+            f"{path} does not say which VAE it decodes for ({error!r}); write it with "
+            f"ditas-export --vae"
+        ) from error
+
+
+def _trace(decoder: LatentDecoder) -> ir.Model:
+    """Export the decoder; no two of the example's dimensions are equal, and none is fixed."""
+    free = {0: "N", 2: "h", 3: "w"}
+    dimensions = {axis: torch.export.Dim(name, min=1) for axis, name in free.items()}
+    with quiet_exporter():
+        program = torch.onnx.export(
+            decoder,
+            (torch.zeros(2, decoder.shape.in_channels, 6, 10),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=(LATENTS_NAME,),
+            output_names=(IMAGES_NAME,),
+            dynamic_shapes=(dimensions,),
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True always returns one
+    return program.model
+
+
+def _vae_folder(path: Path) -> Path:
+    """Return the VAE's folder of a pipeline, or the folder itself."""
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
+def _require_autoencoder(folder: Path) -> None:
+    """Refuse a folder that holds no `AutoencoderKL`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunnerError(
+            f"{folder} is no VAE folder: it has no config.json; expected what "
+            f"{_CLASS}.save_pretrained writes, or a pipeline's folder with that in vae/"
+        )
+    found = read_json(path).get("_class_name")
+    if found != _CLASS:
+        raise RunnerError(f"{path} describes a {found}, expected {_CLASS}; pass a VAE's folder")
+
+
+def _weight_file(folder: Path) -> Path | None:
+    """Return the first of diffusers' weight files that is there."""
+    return next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+
+
+def _load(folder: Path) -> Any:
+    """Return the `AutoencoderKL` of a folder, in float32; refuse one that is not whole."""
+    weights = _weight_file(folder)
+    if weights is None:
+        raise RunnerError(f"{folder} has a config.json but none of {', '.join(_WEIGHT_FILES)}")
+    from diffusers import AutoencoderKL
+
+    try:
+        vae, report = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+            folder,
+            torch_dtype=torch.float32,
+            variant="fp16" if ".fp16." in weights.name else None,
+            use_safetensors=weights.suffix == ".safetensors",
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers raises what safetensors, pickle and torch raise
+        raise RunnerError(f"{weights} cannot be loaded: {_reason(error)}; get it again") from error
+    if odd := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+        names = abbreviated(sorted(map(str, odd)))
+        raise RunnerError(f"{weights} does not fit its config.json ({names}); get both again")
+    return vae
+
+
+def _download(name: str) -> Path:
+    """Return the local copy of a hub model's VAE."""
+    if not _HUB_ID.fullmatch(name):
+        raise RunnerError(
+            f"{name}: no such folder; expected a VAE's folder written by diffusers, a pipeline's, "
+            f"or a hub id such as stabilityai/sd-vae-ft-ema"
+        )
+    import huggingface_hub
+
+    folder = Path()
+    try:
+        for patterns in _HUB_PATTERNS:
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+            if _weight_file(_vae_folder(folder)):
+                break
+    except Exception as error:  # the hub client raises its own, httpx's and the system's errors
+        raise RunnerError(
+            f"{name} is no folder here and could not be had from the hub ({_reason(error)}); check "
+            f"the name and the network, or download it and pass the folder"
+        ) from error
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

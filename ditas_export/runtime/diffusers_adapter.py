@@ -1,0 +1,126 @@
+"""An exported file in the place of the transformer of diffusers' `DiTPipeline`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from ditas_export.diffusion.runner import Runner
+from ditas_export.dit.model import DiTConfig
+from ditas_export.errors import RunnerError
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+
+
+class OnnxDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """What `DiTPipeline` asks of a transformer, answered by a `Runner`.
+
+    `config` has the entries of `DiTTransformer2DModel`. `to` moves and casts what the pipeline
+    feeds, never the runner: it takes float32 and gives float32, and the result is cast back.
+
+    Args:
+        path: file written by `export_onnx` or `export_reference`; ONNX Runtime runs it on the CPU.
+        runner: an open runner instead of a file.
+
+    Raises:
+        RunnerError: neither or both of path and runner, or ONNX Runtime refuses the file.
+        OnnxExportError: the file does not say which DiT it holds.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, runner: Runner | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.runner = _one_runner(path, runner)
+        settings = _diffusers_config(self.runner.config)
+        self.register_to_config(**settings)  # type: ignore[no-untyped-call]
+        # Holds the float type and the device that the pipeline reads off the transformer.
+        self.register_buffer("placement", torch.zeros(()), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | int,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Return ε and the learned variance, (N, 2C, H, W), in the type of `hidden_states`.
+
+        Args:
+            hidden_states: (N, C, H, W), any float type.
+            timestep: one whole number for all, or (N,) of them; 0 to 999, of any number type.
+            class_labels: (N,) int64; `num_embeds_ada_norm` is the null class.
+            return_dict: False gives a tuple of one.
+
+        Raises:
+            RunnerError: a time step between whole ones, a label beyond the model's null class, or
+                inputs of a wrong shape.
+        """
+        config = self.runner.config
+        _require_known(class_labels, config)
+        timesteps = _whole_timesteps(timestep, hidden_states)
+        output = self.runner(hidden_states.float(), timesteps, class_labels).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def save_pretrained(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuse to write a folder that nothing could load: the weights are the ONNX file's.
+
+        Raises:
+            RunnerError: always.
+        """
+        raise RunnerError(
+            "an OnnxDiTTransformer2DModel holds no weights to save; keep its ONNX file, and save "
+            "the pipeline's vae and scheduler by themselves"
+        )
+
+
+def _one_runner(path: str | Path | None, runner: Runner | None) -> Runner:
+    """Return the runner that was given, or one of the file."""
+    if runner is None and path is not None:
+        return OnnxRuntimeRunner(Path(path))
+    if runner is None or path is not None:
+        raise RunnerError("pass the path of an exported file, or runner=, and not both")
+    return runner
+
+
+def _diffusers_config(config: DiTConfig) -> dict[str, Any]:
+    """Return a DiT's shape under the names of `DiTTransformer2DModel`."""
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.input_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": config.mlp_norm_eps,
+    }
+
+
+def _require_known(class_labels: Tensor, config: DiTConfig) -> None:
+    """Refuse labels beyond the null class, such as the pipeline's fixed one in a small model."""
+    largest = int(class_labels.max())
+    if largest > config.null_class:
+        raise RunnerError(
+            f"class label {largest}; this model has the classes 0 to {config.num_classes - 1} and "
+            f"the null class {config.null_class}. diffusers' DiTPipeline always guides with the "
+            f"null class 1000, of a model with 1000 classes: call it with guidance_scale=1, or "
+            f"sample with ditas_export.diffusion.sampling"
+        )
+
+
+def _whole_timesteps(timestep: Tensor | int, hidden_states: Tensor) -> Tensor:
+    """Return time steps (N,) int64, one for each row of the hidden states."""
+    given = torch.as_tensor(timestep, device=hidden_states.device)
+    whole = given.long()
+    if not torch.equal(whole.to(given.dtype), given):
+        raise RunnerError(
+            f"time steps {sorted(set(given.flatten().tolist()))} are not whole; the file takes "
+            f"those of the full schedule, 0 to 999: choose a scheduler, or its timestep_spacing, "
+            f"that keeps to them"
+        )
+    return whole.expand(hidden_states.shape[0]) if whole.numel() == 1 else whole

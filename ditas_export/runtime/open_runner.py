@@ -1,0 +1,133 @@
+"""From a model's name to a runner: which backend takes it, and on which device."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ditas_export.artifact_files import sha256_of_file
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.diffusion.runner import Runner
+from ditas_export.dit.checkpoint import load_dit
+from ditas_export.errors import RunnerError
+from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, TENSORRT, OnnxRuntimeRunner
+from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
+from ditas_export.runtime.optimized_cache import default_cache
+from ditas_export.runtime.torch_runner import TorchRunner
+
+Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"]
+"""Backends to choose from."""
+
+ARTIFACT_SUFFIX = ".ditas.safetensors"
+PLAN_SUFFIXES = (".plan", ".engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OpenedModel:
+    """A runner, and which weights it runs."""
+
+    runner: Runner
+    source: str
+    sha256: str  # of the file, or of the checkpoint
+
+
+def open_runner(
+    model: str,
+    *,
+    runtime: Runtime = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    num_heads: int | None = None,
+    cache: Path | None = None,
+) -> OpenedModel:
+    """Open a model in the backend that is asked for, or in the fastest that is installed.
+
+    Args:
+        model: an exported `.onnx`, a quantized model (`.ditas.safetensors`), which PyTorch runs
+            fake-quantized, or what `load_dit` takes, which PyTorch runs in float32.
+        runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
+            Runtime. `tensorrt` runs an `.onnx` in ONNX Runtime's TensorRT provider.
+        device: cpu, cuda, or cuda:N.
+        threads: of the backend; None leaves the choice to it.
+        num_heads: of a checkpoint that does not say.
+        cache: folder of ONNX Runtime's optimized models; None is the user's.
+
+    Raises:
+        RunnerError: a backend that is missing, or that cannot run this kind of model.
+        DitasExportError: a model that cannot be read.
+    """
+    if runtime not in get_args(Runtime):
+        raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
+    if model.endswith(PLAN_SUFFIXES):
+        raise RunnerError(
+            f"{model} is an engine; this version samples from the .onnx that it was built from"
+        )
+    if model.endswith(".onnx"):
+        path = Path(model)
+        runner = _file_opener(path, runtime, device, threads, cache or default_cache())()
+        return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    if runtime not in ("auto", "torch"):
+        raise RunnerError(
+            f"{runtime} runs exported files, not {model}; run: ditas-export --model {model} "
+            f"out.onnx, and sample from out.onnx"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model.endswith(ARTIFACT_SUFFIX):
+        return _open_artifact(Path(model), device)
+    loaded = load_dit(model, num_heads=num_heads)
+    runner = TorchRunner(loaded.model, device=device)
+    return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.sha256)
+
+
+def _open_artifact(path: Path, device: str) -> OpenedModel:
+    """Open a quantized model in PyTorch, with the activation ranges it was made for."""
+    quantized = QuantizedDiT.load(path)
+    model = fake_quantized_dit(fold_smoothing(quantized), ranges=quantized.settings["ranges"])
+    return OpenedModel(
+        runner=TorchRunner(model, device=device), source=str(path), sha256=sha256_of_file(path)
+    )
+
+
+def _file_opener(
+    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+) -> Callable[[], Runner]:
+    """Return what opens an exported file in a backend."""
+    if runtime == "torch":
+        raise RunnerError(
+            f"PyTorch does not run {path}; pass the checkpoint, or the quantized model that "
+            f"ditas-export --save-artifact writes"
+        )
+    on_gpu = device.startswith("cuda")
+    if runtime == "openvino" and on_gpu:
+        raise RunnerError("the OpenVINO runner is for CPUs; use --device cpu, or onnxruntime")
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    if runtime == "openvino" and not has_openvino:
+        raise RunnerError(f"openvino is not installed; {INSTALL}")
+    if runtime == "openvino" or (runtime == "auto" and not on_gpu and has_openvino):
+        return lambda: OpenVINORunner(path, threads=threads)
+    if runtime == "tensorrt" and not on_gpu:
+        raise RunnerError("TensorRT runs on GPUs; use --device cuda")
+    providers = TENSORRT if runtime == "tensorrt" else CUDA if on_gpu else CPU
+    return lambda: OnnxRuntimeRunner(
+        path, threads=threads, providers=providers, device_id=device_index(device), cache=cache
+    )
+
+
+def device_index(device: str) -> int:
+    """Return N of `cuda:N`, 0 without one.
+
+    Raises:
+        RunnerError: no such device.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise RunnerError(f"device={device!r}; choose cpu, cuda or cuda:N")
+    return int(index or 0)

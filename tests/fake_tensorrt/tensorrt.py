@@ -1,0 +1,167 @@
+"""A stand-in for TensorRT that builds nothing and records what it is asked for.
+
+FAKE_TENSORRT_RECORD names the JSON file to write, FAKE_TENSORRT_BEHAVIOUR what goes wrong.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+BEHAVIOUR = os.environ.get("FAKE_TENSORRT_BEHAVIOUR", "")
+RECORD = Path(os.environ["FAKE_TENSORRT_RECORD"])
+
+__version__ = "10.2.1" if BEHAVIOUR == "old" else "10.13.3.9"
+
+if BEHAVIOUR == "no libraries":
+    raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+calls: list[list[object]] = []
+
+
+def record(*call: object) -> None:
+    calls.append(list(call))
+    RECORD.write_text(json.dumps(calls))
+
+
+class ILogger:
+    class Severity(enum.Enum):
+        ERROR = 1
+        VERBOSE = 4
+
+
+class IProgressMonitor:
+    pass
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class MemoryPoolType(enum.IntEnum):
+    WORKSPACE = 0
+
+
+class ProfilingVerbosity(enum.IntEnum):
+    DETAILED = 2
+
+
+class BuilderFlag(enum.IntEnum):
+    REFIT = 4
+    VERSION_COMPATIBLE = 13
+
+
+class TimingCache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> bytes:
+        return self.content + b"+timed"
+
+
+class Config:
+    def __init__(self) -> None:
+        self.cache: TimingCache | None = None
+        self.progress_monitor: object = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("cache", "progress_monitor"):
+            record("set", name, value)
+        super().__setattr__(name, value)
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        record("flag", flag.name)
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        record("pool", pool.name, pool_size)
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache:
+        return TimingCache(serialized_timing_cache)
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        record("timing cache", cache.content.decode(), ignore_mismatch)
+        self.cache = cache
+        return BEHAVIOUR != "foreign cache"
+
+    def get_timing_cache(self) -> TimingCache | None:
+        return self.cache
+
+    def add_optimization_profile(self, profile: Profile) -> int:
+        record("profile", profile.shapes)
+        return 0
+
+
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[list[int]]] = {}
+
+    def set_shape(self, input: str, min: list[int], opt: list[int], max: list[int]) -> None:
+        self.shapes[input] = [min, opt, max]
+
+
+class Builder:
+    def __init__(self, logger: ILogger) -> None:
+        if BEHAVIOUR == "no GPU":
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        self.logger = logger
+
+    def create_network(self, flags: int) -> object:
+        record("network", flags)
+        return object()
+
+    def create_builder_config(self) -> Config:
+        return Config()
+
+    def create_optimization_profile(self) -> Profile:
+        return Profile()
+
+    def build_serialized_network(self, network: object, config: Config) -> bytes | None:
+        print("a library prints to standard output")
+        monitor = config.progress_monitor
+        monitor.phase_start("Building engine", None, 3)
+        monitor.phase_start("Timing", "Building engine", 1000)
+        monitor.phase_start("Too deep", "Timing", 5)
+        monitor.phase_finish("Too deep")
+        for step in range(100 if BEHAVIOUR == "slow" else 3):
+            time.sleep(0.15)
+            if not monitor.step_complete("Timing", step):
+                record("cancelled", step)
+                return None
+        if BEHAVIOUR == "deaf":
+            record("sleeps", os.getpid())
+            time.sleep(3600)
+        monitor.phase_finish("Timing")
+        monitor.phase_finish("Building engine")
+        if BEHAVIOUR == "none":
+            self.logger.log(ILogger.Severity.ERROR, "Error Code 10: Could not find\nany tactic")
+            return None
+        if BEHAVIOUR == "silent none":
+            return None
+        if BEHAVIOUR == "exits":
+            sys.stderr.write("the library gave up\n")
+            sys.stderr.flush()
+            os._exit(7)
+        return b"a plan"
+
+
+class ParserError:
+    def __str__(self) -> str:
+        return "In node 3 (importTopK): UNSUPPORTED_NODE"
+
+
+class OnnxParser:
+    num_errors = 1
+
+    def __init__(self, network: object, logger: ILogger) -> None:
+        pass
+
+    def parse_from_file(self, model: str) -> bool:
+        record("parse", Path(model).name)
+        return BEHAVIOUR != "parser"
+
+    def get_error(self, index: int) -> ParserError:
+        return ParserError()

@@ -1,0 +1,140 @@
+"""The JSON beside a plan, and which plans a runtime refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditas_export.artifact_files import sha256_of_file
+from ditas_export.engine.metadata import (
+    EngineMetadata,
+    Gpu,
+    metadata_path,
+    require_matching,
+)
+from ditas_export.errors import EngineError
+
+ADA = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
+HOPPER = Gpu(name="NVIDIA H200", compute_capability="9.0")
+OPTIONS = {"version_compatible": False, "compute_capabilities": []}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "out.plan"
+    path.write_bytes(b"a plan")
+    return path
+
+
+def metadata(plan: Path, **changes: Any) -> EngineMetadata:
+    known = EngineMetadata(
+        product="tensorrt",
+        version="10.13.3.9",
+        plan_sha256=sha256_of_file(plan),
+        plan_bytes=6,
+        onnx_name="out.onnx",
+        onnx_sha256="0" * 64,
+        config={"depth": 2},
+        form={"layout": "int4"},
+        options=OPTIONS,
+        gpu=ADA,
+        layers=None,
+    )
+    return dataclasses.replace(known, **changes)
+
+
+def match(known: EngineMetadata, plan: Path, **changes: Any) -> None:
+    runtime = {"product": known.product, "version": known.version, "gpu": ADA} | changes
+    require_matching(known, plan, **runtime)
+
+
+@pytest.mark.parametrize("gpu", [ADA, None])
+def test_saved_is_loaded(plan: Path, gpu: Gpu | None) -> None:
+    known = metadata(plan, gpu=gpu)
+    assert metadata_path(plan).name == "out.plan.json"  # out.json is the ONNX file's manifest
+    known.save(metadata_path(plan))
+    assert EngineMetadata.load(metadata_path(plan)) == known
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "{",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace("engine 1", "engine 2"),
+        lambda text: text.replace('"plan_bytes": 6,', ""),
+        lambda text: text.replace('"plan_bytes"', '"plan_octets"'),
+        lambda text: text.replace('"tensorrt"', '"tensorflow"'),
+    ],
+)
+def test_another_file_is_refused(plan: Path, damage: Any) -> None:
+    path = metadata_path(plan)
+    metadata(plan).save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(EngineError):
+        EngineMetadata.load(path)
+
+
+def test_no_file_is_refused(plan: Path) -> None:
+    with pytest.raises(EngineError, match=r"out\.plan\.json does not describe .* ditas-build"):
+        EngineMetadata.load(metadata_path(plan))
+
+
+def test_a_plan_runs_where_it_was_built(plan: Path) -> None:
+    match(metadata(plan), plan)
+    match(metadata(plan), plan, version="10.13.3")  # all that trtexec says of itself
+    match(metadata(plan, gpu=None), plan, gpu=HOPPER)  # where it was built is not known
+
+
+def test_another_plan_is_refused(plan: Path) -> None:
+    known = metadata(plan)
+    plan.write_bytes(b"another")
+    with pytest.raises(EngineError, match="describes another plan"):
+        match(known, plan)
+
+
+def test_another_product_is_refused(plan: Path) -> None:
+    with pytest.raises(EngineError, match="built with TensorRT; TensorRT for RTX cannot run it"):
+        match(metadata(plan), plan, product="rtx")
+
+
+@pytest.mark.parametrize(
+    ("compatible", "version", "runs"),
+    [
+        (False, "10.13.4.1", False),
+        (True, "10.16.1.11", True),
+        (True, "10.3.0", False),  # older
+        (True, "11.0.0.114", False),  # another major version
+        (True, "10.13.3.9", True),
+    ],
+)
+def test_versions(plan: Path, compatible: bool, version: str, runs: bool) -> None:
+    known = metadata(plan, options={**OPTIONS, "version_compatible": compatible})
+    if runs:
+        match(known, plan, version=version)
+        return
+    with pytest.raises(EngineError, match=r"built with TensorRT 10\.13\.3\.9 .* not " + version):
+        match(known, plan, version=version)
+
+
+def test_gpus(plan: Path) -> None:
+    with pytest.raises(EngineError, match=r"built on NVIDIA GeForce RTX 4090 \(8\.9\); .* H200"):
+        match(metadata(plan), plan, gpu=HOPPER)
+    rtx = metadata(plan, product="rtx", gpu=HOPPER)  # built on any machine, for any GPU
+    match(rtx, plan)
+    listed = {**OPTIONS, "compute_capabilities": ["8.6", "8.9"]}
+    match(dataclasses.replace(rtx, options=listed), plan)
+    with pytest.raises(EngineError, match=r"compute capability 8\.6, 8\.9; build it for .*9\.0"):
+        match(dataclasses.replace(rtx, options=listed), plan, gpu=HOPPER)
+
+
+def test_the_file_is_plain_json(plan: Path) -> None:
+    metadata(plan).save(metadata_path(plan))
+    content = json.loads(metadata_path(plan).read_text())
+    assert content["format"] == "ditas-export engine 1"
+    assert content["gpu"] == {"name": ADA.name, "compute_capability": "8.9"}

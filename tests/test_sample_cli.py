@@ -1,0 +1,145 @@
+"""`ditas-sample` as a user runs it: files, restart, ranks, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from quantized_fixture import exported
+from typer.testing import CliRunner, Result
+
+from ditas_export.cli.sample import app
+from ditas_export.generation import job
+
+SIX = ["--classes", "0-5", "--batch", "2", "--steps", "3", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITAS_EXPORT_CACHE", str(tmp_path / "cache"))
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of the exported file, sampled in one go."""
+    folder = tmp_path_factory.mktemp("six") / "out"
+    result = run(exported(), "--runtime", "onnxruntime", *SIX, "-o", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_folder_holds_images_grid_npz_and_facts(six: Path) -> None:
+    names = [f"{index:06d}.png" for index in range(6)]
+    assert list(bytes_of(six)) == [*names, "grid.png", "samples.json", "samples.npz"]
+    with np.load(six / "samples.npz") as content:
+        assert content["arr_0"].shape == (6, 8, 8, 3)
+        assert len({image.tobytes() for image in content["arr_0"]}) == 6
+    facts = json.loads((six / "samples.json").read_text())
+    assert facts["settings"]["classes"] == [0, 1, 2, 3, 4, 5]
+    assert "onnxruntime" in facts["runtime"]
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(six: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("000000.png", "000001.png", "000004.png", "samples.json"):
+        (folder / name).write_bytes((six / name).read_bytes())
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    result = run(exported(), "--runtime", "onnxruntime", *SIX, "-o", folder, "--json")
+    report = json.loads(result.stdout)
+    assert report["sampled"] == 4  # images 2 and 3, then 4 and 5: batches are whole
+    assert (folder / "000000.png").stat().st_mtime_ns == kept
+    assert bytes_of(folder) == bytes_of(six)
+
+
+def test_two_ranks_make_the_same_bytes_as_one(six: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "ditas_export.cli.sample", str(exported())]
+    command += ["--runtime", "onnxruntime", *SIX, "-o", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "out") == bytes_of(six)
+
+
+def test_a_rank_that_fails_stops_all_with_its_message(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "000002.png").mkdir()  # rank 1's first image cannot be written over a folder
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "ditas_export.cli.sample", str(exported())]
+    command += ["--runtime", "onnxruntime", *SIX, "-o", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode != 0
+    assert "000002.png is a folder" in done.stderr
+    assert not (folder / "samples.npz").exists()
+
+
+def test_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "generate", interrupted)
+    result = run("digits", "-o", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "Run the same command again" in result.stderr
+
+
+def test_another_place_for_the_npz(tmp_path: Path) -> None:
+    npz = tmp_path / "other.npz"
+    result = run(exported(), "--classes", 1, "--steps", 2, "--npz", npz, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert npz.is_file()
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--classes", "cat"], "write 3,7 or 0-9 or random"),
+        (["--classes", "10"], "names class 10; this model has 0 to 9"),
+        (["--sampler", "euler"], "sampler='euler'; choose one of ddpm"),
+        (["--steps", "1"], "takes 2 to 1000 steps"),
+        (["--batch", "0"], "batch=0"),
+        (["--num", "0"], "ask for at least one"),
+        (["--device", "cuda"], "CUDAExecutionProvider"),
+        (["--vae", "no/such/folder.onnx"], "no/such/folder.onnx"),
+        (["--npz", "/no/such/folder/a.npz"], "/no/such/folder does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    result = run(exported(), "-o", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = run(tmp_path / "absent.onnx", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "absent.onnx" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(exported(), "--classes", 1, "--steps", 2, "-o", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "cannot make the folder" in result.stderr
