@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ditas_export.generation.pixels import (
     GRID_GAP,
+    GRID_SIDE,
     as_rgb,
     grid,
     read_png,
@@ -41,18 +42,18 @@ def test_png_keeps_every_pixel(tmp_path: Path, channels: int) -> None:
 
 
 def test_a_grid_shows_every_picture_in_its_place() -> None:
-    pictures = [np.full((100, 90, 3), 40 * index, dtype=np.uint8) for index in range(5)]
+    pictures = [np.full((200, 190, 3), 40 * index, dtype=np.uint8) for index in range(5)]
     sheet = grid(pictures, columns=2)
-    assert sheet.shape == (3 * (100 + GRID_GAP), 2 * (90 + GRID_GAP), 3)
-    assert (sheet[102:202, 92:182] == 120).all()  # the fourth: second row, second column
-    assert (sheet[204:304, :90] == 160).all()
-    assert (sheet[204:304, 92:] == 0).all()
+    assert sheet.shape == (3 * (200 + GRID_GAP), 2 * (190 + GRID_GAP), 3)
+    assert (sheet[202:402, 192:382] == 120).all()  # the fourth: second row, second column
+    assert (sheet[404:604, :190] == 160).all()
+    assert (sheet[404:604, 192:] == 0).all()
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
     picture = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     sheet = grid([picture])
-    zoom = 256 // 10
+    zoom = GRID_SIDE // 10
     assert sheet.shape == (10 * zoom, 10 * zoom, 1)
     assert np.array_equal(sheet[::zoom, ::zoom][:8, :8], picture)
 

@@ -9,14 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
+from ditas_export.cli import build, sample
 from ditas_export.cli.export import app
 from ditas_export.options import ExportOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = {"ditas-export": app, "ditas-sample": sample.app, "ditas-build": build.app}
 
 
 def blocks(language: str = "") -> list[str]:
@@ -24,14 +27,14 @@ def blocks(language: str = "") -> list[str]:
     return [text for found, text in fenced if found == language]
 
 
-def export_commands() -> list[list[str]]:
-    """Return the arguments of every `ditas-export` in the README."""
+def commands(program: str) -> list[list[str]]:
+    """Return the arguments of every call of a program in the README."""
     found = []
     for block in blocks():
         for line in block.splitlines():
             for command in line.split("#")[0].split("&&"):
                 words = shlex.split(command)
-                if words[:1] == ["ditas-export"]:
+                if words[:1] == [program]:
                     found.append(words[1:])
     return found
 
@@ -40,7 +43,7 @@ def export_commands() -> list[list[str]]:
 def first_command(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the first command of the README, defaults and all, in a folder of its own."""
     folder = tmp_path_factory.mktemp("readme")
-    arguments = export_commands()[0]
+    arguments = commands("ditas-export")[0]
     assert arguments == ["--w", "4", "--a", "8", "out.onnx"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -67,20 +70,41 @@ def test_the_onnxruntime_snippet_runs(first_command: Path, monkeypatch: pytest.M
     assert names["model_output"].shape == (2, 2, 16, 16)  # type: ignore[attr-defined]
 
 
+def test_the_sampling_commands_make_images(
+    first_command: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first_command)
+    monkeypatch.setenv("DITAS_EXPORT_CACHE", str(first_command / "cache"))
+    for arguments in commands("ditas-sample"):
+        result = CliRunner().invoke(sample.app, arguments)
+        assert result.exit_code == 0, result.output
+    for folder in ("samples", "float-samples"):
+        assert len(list((first_command / folder).glob("0*.png"))) == 10
+
+
+def test_the_service_snippet_runs(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first_command)
+    snippet = next(block for block in blocks("python") if "SamplingSettings" in block)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert names["batch"].pixels.shape == (2, 16, 16, 1)  # type: ignore[attr-defined]
+
+
 def test_other_commands_name_options_that_exist() -> None:
-    known = {option for parameter in app.registered_commands for option in _flags(parameter)}
-    for arguments in export_commands():
-        for word in arguments:
-            if word.startswith("--"):
-                assert word in known, arguments
-    for block in re.findall(r"`(--[a-z-]+)", README):
-        assert block in known | {"--stronglyTyped", "--onnx", "--saveEngine"}, block
+    everything = set()
+    for program, command in PROGRAMS.items():
+        known = _flags(command)
+        everything |= known
+        for arguments in commands(program):
+            for word in arguments:
+                if word.startswith("-"):
+                    assert word in known, arguments
+    for option in re.findall(r"`(--[a-z-]+)", README):
+        assert option in everything, option
 
 
-def _flags(command: object) -> set[str]:
-    import typer
-
-    parsed = typer.main.get_command(app)
+def _flags(command: typer.Typer) -> set[str]:
+    parsed = typer.main.get_command(command)
     return {flag for parameter in parsed.params for flag in parameter.opts}
 
 

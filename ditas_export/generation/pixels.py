@@ -21,7 +21,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 GRID_GAP = 2
 """Pixels between two pictures of a grid."""
 
-GRID_SIDE = 256
+GRID_SIDE = 640
 """Grids of small pictures are enlarged, by a whole factor, until a side would pass this."""
 
 
