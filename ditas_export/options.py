@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,27 @@ from ditas_export.errors import OnnxExportError
 
 Precision = Literal["fp32", "fp16"]
 
+Target = Literal["portable", "onnxruntime", "tensorrt"]
+"""Whose forms a file has where runtimes differ; every runtime takes every file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """What is written for a target unless something else is asked for."""
+
+    precision: Precision
+    layout: Literal["int4", "int8"]  # of 4-bit weights under INT8 activations
+
+
+PREFERENCES: Mapping[Target, Preferences] = {
+    "portable": Preferences(precision="fp32", layout="int4"),
+    # ONNX Runtime has no INT8 kernels with a float16 side on CPUs.
+    "onnxruntime": Preferences(precision="fp32", layout="int4"),
+    # Its builder expands INT4 weights in kernels of their own, at every run.
+    "tensorrt": Preferences(precision="fp16", layout="int8"),
+}
+"""By target."""
+
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
@@ -17,10 +39,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
-    "precision": ("fp32", "fp16"),
+    "precision": (None, "fp32", "fp16"),
+    "target": tuple(PREFERENCES),
     "adaln": (16, 8, 4),
 }
-"""Options that take one of a few values; None leaves the choice to the model."""
+"""Options that take one of a few values; None leaves the choice to the model or the target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +63,8 @@ class ExportOptions:
     alpha_grid: tuple[float, ...] | None = None
     ranges: Literal["token", "static"] | None = None
     layout: Literal["int4", "int8"] | None = None
-    precision: Precision = "fp32"
+    precision: Precision | None = None
+    target: Target = "portable"
     adaln: Literal[16, 8, 4] = 16
     steps: int = 50
     cfg_scale: float = 1.5
@@ -66,6 +90,11 @@ class ExportOptions:
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
+
+    @property
+    def float_side(self) -> Precision:
+        """The float type of the file: as asked, or the target's."""
+        return self.precision or PREFERENCES[self.target].precision
 
     @property
     def manifest_path(self) -> Path:

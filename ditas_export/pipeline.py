@@ -42,7 +42,7 @@ from ditas_export.onnx_export.vae import (
     load_latent_decoder,
     require_same_channels,
 )
-from ditas_export.options import ExportOptions, Precision
+from ditas_export.options import PREFERENCES, ExportOptions, Precision
 from ditas_export.quantization.ranges import Ranges
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -100,9 +100,16 @@ def _write(
         quantized.save(options.save_artifact)
     layout = _layout(options, quantized)
     ranges = options.ranges or quantized.settings["ranges"]
-    folded = fold_smoothing(quantized, dtype=DTYPES[options.precision])
+    folded = fold_smoothing(quantized, dtype=DTYPES[options.float_side])
     on_progress("export", 0, 1)
-    export_onnx(folded, options.output, layout=layout, ranges=ranges, adaln_bits=options.adaln)
+    export_onnx(
+        folded,
+        options.output,
+        layout=layout,
+        ranges=ranges,
+        adaln_bits=options.adaln,
+        target=options.target,
+    )
     if options.reference is not None:
         export_reference(loaded.model, options.reference)
     if options.vae is not None and options.vae_path is not None:
@@ -280,10 +287,12 @@ def _interrupted_states(
 
 
 def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
-    """Return the layout: as asked, or the one that fits the weights."""
+    """Return the layout: as asked, or the one that fits the weights and the target."""
     if options.layout is not None:
         return options.layout
-    return "int8" if quantized.weight_bits == 8 else "int4"
+    if quantized.weight_bits == 8:
+        return "int8"
+    return PREFERENCES[options.target].layout if quantized.activation_bits == 8 else "int4"
 
 
 def _verify(
@@ -353,7 +362,8 @@ def _manifest(
             "sha256": sha256_of_file(options.output),
             "layout": layout,
             "ranges": ranges if quantized.activation_bits == 8 else None,
-            "precision": options.precision,
+            "precision": options.float_side,
+            "target": options.target,
             "adaln_bits": options.adaln,
         },
         "vae_decoder": _vae_entry(options),

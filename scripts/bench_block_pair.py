@@ -19,45 +19,15 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from random_quantized import RANK, randomly_quantized
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.dit.sites import linear_sites
 from ditas_export.onnx_export.export import export_onnx, export_reference
-from ditas_export.quantization.integer import LowRank, quantize_rows, round_to_blocks
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 BLOCK_PAIR = DiTConfig(hidden_size=1152, depth=2, num_heads=16)
-RANK = 32
-BLOCK_SIZE = 48
-
-
-def quantized_block_pair(model: DiT) -> QuantizedDiT:
-    """Round the linears to nearest and give each random low-rank factors."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = model.state_dict()
-    linears = {}
-    for site in linear_sites(model.config.depth):
-        weight = parameters.pop(f"{site.name}.weight")
-        codes, scale = quantize_rows(torch.randn(RANK, weight.shape[1], generator=generator))
-        linears[site.name] = QuantizedLinear(
-            weight=round_to_blocks(weight, block_size=BLOCK_SIZE),
-            low_rank=LowRank(
-                left=1e-3 * torch.randn(weight.shape[0], RANK, generator=generator),
-                right_codes=codes,
-                right_scale=scale,
-            ),
-            bias=parameters.pop(f"{site.name}.bias"),
-            smoothing_scale=torch.ones(weight.shape[1]),
-            alpha=None,
-            step_ranges=torch.tensor([8.0]),
-            output_snr_db=float("nan"),
-        )
-    return QuantizedDiT(
-        config=model.config, float_parameters=parameters, linears=linears, activation_bits=8
-    )
 
 
 def seconds_per_run(open_runner: Callable[[], Runner], batch: int, runs: int) -> float:
@@ -98,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     model = DiT(BLOCK_PAIR)
     randomize(model, seed=0)
-    folded = fold_smoothing(quantized_block_pair(model))
+    folded = fold_smoothing(randomly_quantized(model))
     with tempfile.TemporaryDirectory() as folder:
         files = {"onnxruntime float": Path(folder) / "float.onnx"}
         export_reference(model, files["onnxruntime float"])

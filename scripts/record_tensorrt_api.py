@@ -1,10 +1,10 @@
-"""Write what our builder process uses of TensorRT's Python API, as a test fixture and a stub.
+"""Write what we use of TensorRT's Python API, as a test fixture and a stub.
 
 python scripts/record_tensorrt_api.py FOLDER
 
 FOLDER holds one tensorrt-VERSION.json per version: class → {"class": {member: signature}} or
 {"enum": {member: number}}, as introspected from the real bindings. The installed tensorrt_rtx is
-introspected here. Only names that occur in builder_process.py are kept.
+introspected here. Only names that occur in our sources are kept.
 """
 
 from __future__ import annotations
@@ -20,18 +20,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "ditas_export/engine/builder_process.py"
+SOURCES = (
+    ROOT / "ditas_export/engine/builder_process.py",
+    ROOT / "ditas_export/runtime/tensorrt_plan.py",
+)
 FIXTURE = ROOT / "tests/data/tensorrt_api.json"
 STUB = ROOT / "ditas_export/engine/tensorrt_api.pyi"
 
 Api = dict[str, dict[str, dict[str, Any]]]
 """Class or enum → kind → member → signature or number."""
 
-MAY_BE_NONE = {"build_serialized_network"}
+MAY_BE_NONE = {
+    "build_serialized_network",
+    "create_execution_context",
+    "deserialize_cuda_engine",
+}
 BUFFERS = {"IHostMemory"}
 """What the bindings' signatures do not say."""
 
-HEADER = '''"""What `builder_process.py` uses of TensorRT and TensorRT for RTX.
+HEADER = '''"""What `builder_process.py` and `tensorrt_plan.py` use of TensorRT, also for RTX.
 
 Written by scripts/record_tensorrt_api.py; do not edit. `Module` is either product's module.
 """
@@ -43,7 +50,7 @@ from typing import Any
 
 def main() -> None:
     """Write fixture and stub."""
-    names = names_in(SOURCE.read_text(encoding="utf-8"))
+    names = set[str]().union(*(names_in(path.read_text(encoding="utf-8")) for path in SOURCES))
     recorded = {
         path.stem: kept(json.loads(path.read_text(encoding="utf-8")), names)
         for path in sorted(Path(sys.argv[1]).glob("tensorrt-*.json"))
@@ -104,7 +111,7 @@ def _signature(owner: type, name: str) -> str:
     if not callable(member):
         return "property"
     first = (member.__doc__ or "").strip().partition("\n")[0]
-    return re.sub(r"\w+_bindings\.\w+\.", "", first)
+    return re.sub(r"\w+_bindings\.\w+\.|nvinfer1::", "", first)
 
 
 def stub(recorded: dict[str, Api]) -> str:
@@ -148,14 +155,29 @@ def _class_lines(name: str, entry: dict[str, dict[str, Any]], known: set[str]) -
         result = result if result in types else "Any"
         if member in MAY_BE_NONE:
             result += " | None"
-        names = ", ".join(("self", *(f"{word}: Any" for word in parameters(signature))))
+        overloaded = ("*args: Any",) if "(*args" in signature else ()
+        names = ", ".join(("self", *overloaded, *map(_stubbed, _parts(signature))))
         yield f"    def {member}({names}) -> {result}: ..."
 
 
 def parameters(signature: str) -> list[str]:
     """Return the names of a method's parameters, self left out."""
-    inside = signature.partition("(")[2].rpartition(") ->")[0]
-    return [part.partition(":")[0].strip() for part in inside.split(", ")][1:]
+    return [_name(part) for part in _parts(signature)]
+
+
+def _parts(signature: str) -> list[str]:
+    """Return the parameters of a method as they are written, self left out."""
+    return signature.partition("(")[2].rpartition(") ->")[0].split(", ")[1:]
+
+
+def _name(part: str) -> str:
+    """Return the name of one parameter."""
+    return part.partition(":")[0].strip()
+
+
+def _stubbed(part: str) -> str:
+    """Return one parameter for the stub."""
+    return f"{_name(part)}: Any" + (" = ..." if " = " in part else "")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ditas_export.onnx_export.adaln import AdalnBits
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.lowering import Layout, lower_linear
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.options import Target
 from ditas_export.quantization.integer import (
     LowRank,
     quantize_rows,
@@ -142,6 +143,7 @@ def exported(
     layout: Layout = "int4",
     ranges: Ranges = "token",
     adaln_bits: AdalnBits = 16,
+    target: Target = "portable",
     **settings: Any,
 ) -> Path:
     """Return the tiny model exported, once per test run; never write to it.
@@ -150,7 +152,7 @@ def exported(
     """
     path = Path(_FOLDER.name) / f"{len(list(Path(_FOLDER.name).iterdir()))}.onnx"
     folded = tiny_folded(**settings)
-    export_onnx(folded, path, layout=layout, ranges=ranges, adaln_bits=adaln_bits)
+    export_onnx(folded, path, layout=layout, ranges=ranges, adaln_bits=adaln_bits, target=target)
     return path
 
 

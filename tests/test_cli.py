@@ -136,6 +136,7 @@ def test_bad_models_are_one_line_and_exit_code_2(
         (["--layout", "int5"], "layout"),
         (["--ranges", "row"], "ranges"),
         (["--precision", "fp8"], "precision"),
+        (["--target", "gpu"], "target='gpu'; choose one of portable, onnxruntime, tensorrt"),
         (["--adaln", "2"], "adaln"),
         (["--device", "tpu"], "device"),
     ],

@@ -16,20 +16,27 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ranges", "rank", "adaln_bits"),
+    ("dtype", "ranges", "rank", "adaln_bits", "target"),
     [
-        (torch.float32, "token", 4, 16),
-        (torch.float32, "static", 0, 4),
-        (torch.float16, "static", 4, 8),
+        (torch.float32, "token", 4, 16, "portable"),
+        (torch.float32, "static", 0, 4, "portable"),
+        (torch.float16, "static", 4, 8, "portable"),
+        (torch.float16, "token", 4, 16, "tensorrt"),
     ],
 )
 def test_expanding_equals_exporting(
-    tmp_path: Path, dtype: torch.dtype, ranges: str, rank: int, adaln_bits: int
+    tmp_path: Path, dtype: torch.dtype, ranges: str, rank: int, adaln_bits: int, target: str
 ) -> None:
-    settings = {"dtype": dtype, "ranges": ranges, "rank": rank, "adaln_bits": adaln_bits}
-    target = tmp_path / "expanded.onnx"
-    expand(exported(layout="int4", **settings), target)
-    assert target.read_bytes() == exported(layout="int8", **settings).read_bytes()
+    settings = {
+        "dtype": dtype,
+        "ranges": ranges,
+        "rank": rank,
+        "adaln_bits": adaln_bits,
+        "target": target,
+    }
+    expanded = tmp_path / "expanded.onnx"
+    expand(exported(layout="int4", **settings), expanded)
+    assert expanded.read_bytes() == exported(layout="int8", **settings).read_bytes()
 
 
 def test_the_expanded_file_runs_to_the_same_bits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 @pytest.mark.parametrize("layout", ["int4", "int8"])
 @pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "target"), [(0, "portable"), (4, "portable"), (4, "tensorrt")])
 @pytest.mark.parametrize("splits_output", [False, True])
 def test_same_codes_give_the_same_numbers(
-    tmp_path: Path, layout: str, ranges: str, rank: int, splits_output: bool
+    tmp_path: Path, layout: str, ranges: str, rank: int, target: str, splits_output: bool
 ) -> None:
     linear = folded_linear(K, rank=rank)
     module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
@@ -55,6 +56,7 @@ def test_same_codes_give_the_same_numbers(
         ranges=ranges,
         activation_bits=8,
         splits_output=splits_output,
+        target=target,
     )
     x, codes = input_on_the_grid(module)
     assert torch.equal(module.codes(x)[0], codes)
@@ -77,10 +79,10 @@ def test_same_input_gives_the_same_numbers_but_for_ties(
 
 
 @pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "target"), [(0, "portable"), (4, "portable"), (4, "tensorrt")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layouts_agree_bit_for_bit(
-    tmp_path: Path, ranges: str, rank: int, dtype: torch.dtype
+    tmp_path: Path, ranges: str, rank: int, target: str, dtype: torch.dtype
 ) -> None:
     linear = folded_linear(K, rank=rank, dtype=dtype)
     x = random_input(dtype=dtype)
@@ -88,7 +90,13 @@ def test_layouts_agree_bit_for_bit(
     for layout in ("int4", "int8"):
         path = tmp_path / f"{layout}.onnx"
         write_linear(
-            path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=True
+            path,
+            linear,
+            layout=layout,
+            ranges=ranges,
+            activation_bits=8,
+            splits_output=True,
+            target=target,
         )
         outputs.append(run_linear(path, x))
     assert torch.equal(*outputs)
@@ -96,11 +104,22 @@ def test_layouts_agree_bit_for_bit(
 
 @pytest.mark.parametrize("layout", ["int4", "int8"])
 @pytest.mark.parametrize("ranges", ["token", "static"])
-def test_half_precision_agrees_to_its_rounding(tmp_path: Path, layout: str, ranges: str) -> None:
+@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+def test_half_precision_agrees_to_its_rounding(
+    tmp_path: Path, layout: str, ranges: str, target: str
+) -> None:
     linear = folded_linear(K, dtype=torch.float16)
     module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)
     path = tmp_path / "linear.onnx"
-    write_linear(path, linear, layout=layout, ranges=ranges, activation_bits=8, splits_output=False)
+    write_linear(
+        path,
+        linear,
+        layout=layout,
+        ranges=ranges,
+        activation_bits=8,
+        splits_output=False,
+        target=target,
+    )
     x, codes = input_on_the_grid(module)
     assert torch.equal(module.codes(x)[0].float(), codes)
     assert relative_error(run_linear(path, x), module(x)) < HALF_ROUNDING
@@ -177,4 +196,47 @@ def test_a_block_without_a_weight_only_kernel_is_refused(tmp_path: Path) -> None
             ranges="token",
             activation_bits=16,
             splits_output=False,
+        )
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+def test_the_largest_products_of_a_wide_linear_fit_a_half(tmp_path: Path, layout: str) -> None:
+    linear = folded_linear(4608, 8, rank=4, static_range=40.0, dtype=torch.float16)
+    weight = linear.weight
+    largest = replace(
+        weight,
+        codes=torch.full_like(weight.codes, 7),
+        multipliers=torch.full_like(weight.multipliers, 18),
+        row_scale=torch.full_like(weight.row_scale, 2.0**-12),
+    )
+    linear = replace(linear, weight=largest)
+    path = tmp_path / "linear.onnx"
+    write_linear(
+        path,
+        linear,
+        layout=layout,
+        ranges="static",
+        activation_bits=8,
+        splits_output=False,
+        target="tensorrt",
+    )
+    module = FakeQuantLinear(linear, ranges="static", activation_bits=8)
+    x = torch.full((3, 5, 4608), 40.0, dtype=torch.float16)
+    assert relative_error(run_linear(path, x), module(x)) < HALF_ROUNDING
+
+
+def test_a_factor_that_overflows_under_a_shared_scale_is_refused(tmp_path: Path) -> None:
+    linear = folded_linear(K, dtype=torch.float16)
+    low_rank = linear.low_rank
+    assert low_rank is not None
+    huge = replace(linear, low_rank=replace(low_rank, left=torch.full_like(low_rank.left, 6e4)))
+    with pytest.raises(OnnxExportError, match=r"overflows torch\.float16 .* target portable"):
+        write_linear(
+            tmp_path / "linear.onnx",
+            huge,
+            layout="int8",
+            ranges="token",
+            activation_bits=8,
+            splits_output=False,
+            target="tensorrt",
         )

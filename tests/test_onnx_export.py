@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,11 @@ from ditas_export.onnx_export.export import (
 )
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
-from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
+from ditas_export.runtime.onnxruntime_runner import (
+    ACCURATE_WEIGHT_ONLY,
+    OnnxRuntimeRunner,
+    matmul_kernels,
+)
 
 MODEL = tiny_dit()
 FOLDED = tiny_folded()
@@ -65,6 +70,23 @@ def test_static_ranges_in_half_precision() -> None:
     assert out.dtype == torch.float32
     # Every float operation of both sides rounds to 2⁻¹¹, and so do the codes' inputs.
     assert snr_db(reference, out) > 40
+
+
+@pytest.mark.parametrize("ranges", ["token", "static"])
+def test_the_form_for_tensorrt_runs_in_onnxruntime_all_the_same(ranges: str) -> None:
+    inputs = example_inputs()
+    reference = fake_quantized_dit(FOLDED, ranges=ranges)(*inputs)
+    outputs = []
+    for layout in ("int4", "int8"):
+        path = exported(layout=layout, ranges=ranges, rank=4, target="tensorrt")
+        assert read_form(path)["target"] == "tensorrt"
+        kernels = matmul_kernels(path)
+        for name, product in itertools.product(FOLDED.linears, ("MatMul", "right_MatMul")):
+            assert kernels[f"{name}/{product}"] == "MatMulIntegerToFloat"
+        with OnnxRuntimeRunner(path, threads=2) as runner:
+            outputs.append(runner(*inputs))
+    assert torch.equal(*outputs)
+    assert snr_db(reference, outputs[0]) > 50  # but for ties, as above
 
 
 @pytest.mark.parametrize("adaln_bits", [8, 4])
@@ -114,6 +136,7 @@ def test_the_interface_and_the_description(int4_file: Path) -> None:
         "layout": "int4",
         "ranges": "token",
         "float_type": "fp32",
+        "target": "portable",
     }
 
 

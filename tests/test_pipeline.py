@@ -20,6 +20,7 @@ from ditas_export.errors import (
     QuantizationError,
     RunnerError,
 )
+from ditas_export.onnx_export.export import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult, export
 
@@ -136,6 +137,36 @@ def test_the_artifact_exports_again_in_another_form(exported: Exported, tmp_path
     assert result.manifest["file"]["layout"] == "int8"
     # The same integers in the same kernels: not one bit differs.
     assert result.verification.final_db == first.verification.final_db
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "precision", "layout"),
+    [
+        ({"target": "tensorrt"}, "fp16", "int8"),
+        ({"target": "tensorrt", "precision": "fp32", "layout": "int4"}, "fp32", "int4"),
+        ({"target": "onnxruntime"}, "fp32", "int4"),
+    ],
+    ids=str,
+)
+def test_a_target_chooses_what_is_not_asked_for(
+    exported: Exported, tmp_path: Path, asked_for: dict[str, str], precision: str, layout: str
+) -> None:
+    asked, _, _ = exported
+    settings = {"precision": None, "layout": None, "save_artifact": None}
+    again = replace(
+        asked,
+        output=tmp_path / "out.onnx",
+        artifact=asked.save_artifact,
+        save_calibration=None,
+        reference=None,
+        **{**settings, **asked_for},
+    )
+    result = export(again)
+    file, form = result.manifest["file"], read_form(again.output)
+    assert (file["precision"], file["layout"]) == (precision, layout)
+    assert (form["float_type"], form["layout"]) == (precision, layout)
+    assert file["target"] == form["target"] == asked_for["target"]
+    assert result.verification.matches
 
 
 def test_an_interrupted_export_samples_only_once(

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,20 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, sample
+from ditas_export.cli import build, compare, sample
 from ditas_export.cli.export import app
+from ditas_export.dit.checkpoint import load_dit
+from ditas_export.onnx_export.export import export_reference
 from ditas_export.options import ExportOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = {"ditas-export": app, "ditas-sample": sample.app, "ditas-build": build.app}
+PROGRAMS = {
+    "ditas-export": app,
+    "ditas-sample": sample.app,
+    "ditas-build": build.app,
+    "ditas-compare": compare.app,
+}
 
 
 def blocks(language: str = "") -> list[str]:
@@ -80,6 +88,22 @@ def test_the_sampling_commands_make_images(
         assert result.exit_code == 0, result.output
     for folder in ("samples", "float-samples"):
         assert len(list((first_command / folder).glob("0*.png"))) == 10
+
+
+def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ONNX Runtime's side: the engine needs a GPU."""
+    monkeypatch.chdir(first_command)
+    export_reference(load_dit("digits").model, Path("fp32.onnx"))
+    of_files = [words for words in commands("ditas-compare") if "out.plan" not in words]
+    for arguments in of_files:
+        result = CliRunner().invoke(compare.app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "no linear diverges" in " ".join(result.stdout.split())
+    program = str(Path(sys.executable).with_name("polygraphy"))
+    for arguments in commands("polygraphy"):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+    assert "25/25 iterations" in done.stdout
 
 
 def test_the_service_snippet_runs(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,26 @@ pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 
 LINEARS = [site.name for site in linear_sites(TINY.depth)]
 FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-FORMS = list(itertools.product(("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (0, 4)))
-HARDEST = ("fp32", "static", "int8", 0)
+FORMS = [
+    *itertools.product(
+        ("portable",), ("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (0, 4)
+    ),
+    *itertools.product(
+        ("tensorrt",), ("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (4,)
+    ),
+]
+HARDEST = ("portable", "fp32", "static", "int8", 0)
 """The form whose qkv the builder multiplies in float unless something guards it."""
+
+MOST_KERNELS = {
+    ("tensorrt", "token", "int8", 32): 16,
+    ("tensorrt", "token", "int4", 32): 20,
+    ("tensorrt", "static", "int8", 32): 14,
+    ("tensorrt", "static", "int4", 32): 18,
+    ("tensorrt", "token", "int8", 0): 12,
+    ("tensorrt", "static", "int8", 0): 10,
+}
+"""Target, ranges, layout, rank -> kernels per block of the bundled model in fp16."""
 
 
 def build_log(path: Path, **settings: Any) -> str:
@@ -86,9 +103,11 @@ def test_the_bundled_model_is_all_integer_products(
         for form in FORMS
     ],
 )
-def test_every_form_is_all_integer_products(form: tuple[str, str, str, int]) -> None:
-    precision, ranges, layout, rank = form
-    path = exported(dtype=FLOAT_TYPES[precision], ranges=ranges, layout=layout, rank=rank)
+def test_every_form_is_all_integer_products(form: tuple[str, str, str, str, int]) -> None:
+    target, precision, ranges, layout, rank = form
+    path = exported(
+        dtype=FLOAT_TYPES[precision], ranges=ranges, layout=layout, rank=rank, target=target
+    )
     require_integer_products(path, LINEARS, layout=layout)
 
 
@@ -99,6 +118,42 @@ def test_the_low_rank_factor_joins_the_integer_product() -> None:
             layer for layer in layers if layer.multiplies and f"{name}/MatMul" in layer.onnx_nodes
         )
         assert f"{name}/right_MatMul" in product.onnx_nodes
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(
+            form, marks=() if form == next(iter(MOST_KERNELS)) else pytest.mark.slow,
+            id="-".join(map(str, form)),
+        )
+        for form in MOST_KERNELS
+    ],
+)  # fmt: skip
+def test_a_block_takes_no_more_kernels_than_recorded(
+    tmp_path: Path, form: tuple[str, str, str, int]
+) -> None:
+    target, ranges, layout, rank = form
+    model = load_dit("digits").model
+    folded = fold_smoothing(quantized_tiny_dit(model, rank=rank), dtype=torch.float16)
+    path = tmp_path / "digits.onnx"
+    export_onnx(folded, path, layout=layout, ranges=ranges, target=target)
+    layers = layers_of(path)
+    report = layer_report(layers, read_config(path), read_form(path))
+    assert not report.lost
+    first, *others = report.blocks  # the first reads the embedders' output too
+    assert max(block.kernels for block in others) <= MOST_KERNELS[form]
+    assert first.kernels <= MOST_KERNELS[form] + 1
+    assert all(block.has_fused_attention for block in report.blocks)
+    assert report.extra_streams == 0
+    assert not [layer.name for layer in layers if multiplies_int8_in_float(layer)]
+
+
+def multiplies_int8_in_float(layer: EngineLayer) -> bool:
+    """Return whether a product reads INT8 activations beside an operand that is not INT8."""
+    operands = (*layer.input_types, *layer.constant_types)
+    integers = operands.count("Int8")
+    return layer.multiplies and "Int8" in layer.input_types and integers < 2
 
 
 def test_half_precision_attention_is_one_kernel() -> None:

@@ -74,10 +74,19 @@ def export(
     ] = None,
     layout: Annotated[
         str | None,
-        _option("How weights are stored: int4 or int8.", "layout", shown="as --w says"),
+        _option("How weights are stored: int4 or int8.", "layout", shown="as --w and --target say"),
     ] = None,
     precision: Annotated[
-        str | None, _option("Float side: fp32 (CPUs) or fp16 (GPUs).", "precision")
+        str | None,
+        _option("Float side: fp32 (CPUs) or fp16 (GPUs).", "precision", shown="as --target says"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        _option(
+            "The runtime to write for: portable, onnxruntime or tensorrt (fp16, int8, fewest "
+            "kernels); options given win.",
+            "target",
+        ),
     ] = None,
     adaln: Annotated[
         int | None, _option("Bits of the modulation weights: 16 (float), 8 or 4.", "adaln")

@@ -38,7 +38,7 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="An exported .onnx, a quantized model, a checkpoint, or digits (bundled).",
+            help="An exported .onnx, an engine, a quantized model, a checkpoint, or digits.",
         ),
     ],
     output: Annotated[
@@ -61,7 +61,8 @@ def sample(
     seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
     batch: Annotated[int | None, _option("Images that are sampled at once.", "batch")] = None,
     runtime: Annotated[
-        str | None, _option("auto, onnxruntime, openvino, torch or tensorrt.", "runtime")
+        str | None,
+        _option("auto, onnxruntime, openvino, torch, tensorrt or nv-tensorrt-rtx.", "runtime"),
     ] = None,
     device: Annotated[str | None, _option("cpu or cuda.", "device")] = None,
     threads: Annotated[

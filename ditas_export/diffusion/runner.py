@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
@@ -23,6 +24,11 @@ class Runner(Protocol):
         """One line: backend, version, device, and the kernels really used where known."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where latents cost the runner no copy to or from the host; it takes them anywhere."""
+        ...
+
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """Return ε and the learned variance.
 
@@ -32,7 +38,7 @@ class Runner(Protocol):
             class_labels: (N,) int64; `num_classes` is the null class.
 
         Returns:
-            (N, 2C, H, W) float32.
+            (N, 2C, H, W) float32, on the latents' device.
         """
         ...
 

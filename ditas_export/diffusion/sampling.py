@@ -67,6 +67,7 @@ def sample(
     sampler: SamplerName = "ddpm",
     seed: int = 0,
     image_indices: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample one image per class label, in one batch.
@@ -80,10 +81,12 @@ def sample(
         sampler: `ddpm` (published), `ddim` or `dpm++`.
         seed: with an image's index, what its noise depends on.
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
+        device: where latents lie from step to step, the runner's for speed. Noise is drawn on the
+            CPU in any case; class labels stay there.
         on_step: called after every step; raise from it to stop.
 
     Returns:
-        (N, C, H, W) float32 latents.
+        (N, C, H, W) float32 latents, on `device`.
 
     Raises:
         RunnerError: see `trajectory`.
@@ -97,6 +100,7 @@ def sample(
         sampler=sampler,
         seed=seed,
         image_indices=image_indices,
+        device=device,
     )
     for step in steps_done:
         if on_step is not None:
@@ -114,6 +118,7 @@ def trajectory(
     sampler: SamplerName = "ddpm",
     seed: int = 0,
     image_indices: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Iterator[Step]:
     """Yield the steps that `sample` takes, one by one; the arguments are its.
 
@@ -140,7 +145,7 @@ def trajectory(
         return guide(output, cfg_scale=cfg_scale, channels=channels)
 
     def walk() -> Iterator[Step]:
-        latents = initial_noise(runner.config, generators)
+        latents = initial_noise(runner.config, generators).to(device)
         for index, timestep in enumerate(scheduler.timesteps):
             output = predict(latents, int(timestep))
             fed = output if sampler == "ddpm" else output[:, : latents.shape[1]]

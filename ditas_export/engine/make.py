@@ -98,8 +98,7 @@ def current_gpu() -> Gpu | None:
     """Return the GPU at hand, None without one."""
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(name=torch.cuda.get_device_name(), compute_capability=f"{major}.{minor}")
+    return Gpu.at(torch.device("cuda", torch.cuda.current_device()))
 
 
 def needs_expansion(path: Path, layout: Layout | None) -> bool:

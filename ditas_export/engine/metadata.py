@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ditas_export.artifact_files import atomic_path, sha256_of_file
+from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
-from ditas_export.errors import EngineError
+from ditas_export.errors import CheckpointError, EngineError
 
 FORMAT = "ditas-export engine 1"
 
@@ -21,6 +24,12 @@ class Gpu:
 
     name: str
     compute_capability: str  # such as "8.9"
+
+    @classmethod
+    def at(cls, device: torch.device) -> Gpu:
+        """Return the GPU that a CUDA device is."""
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls(name=torch.cuda.get_device_name(device), compute_capability=f"{major}.{minor}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,14 @@ class EngineMetadata:
         """Refuse a product that this package does not know."""
         if self.product not in PRODUCTS:
             raise EngineError(f"product={self.product!r}; choose one of {', '.join(PRODUCTS)}")
+
+    @property
+    def dit(self) -> DiTConfig:
+        """Shape of the DiT; EngineError if the metadata do not give one."""
+        try:
+            return DiTConfig(**self.config)
+        except (TypeError, CheckpointError) as error:
+            raise EngineError(f"the metadata of a plan describe no DiT ({error})") from error
 
     def save(self, path: Path) -> None:
         """Write indented JSON; atomic."""

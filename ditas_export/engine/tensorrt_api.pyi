@@ -1,4 +1,4 @@
-"""What `builder_process.py` uses of TensorRT and TensorRT for RTX.
+"""What `builder_process.py` and `tensorrt_plan.py` use of TensorRT, also for RTX.
 
 Written by scripts/record_tensorrt_api.py; do not edit. `Module` is either product's module.
 """
@@ -10,8 +10,9 @@ class Builder:
     def __init__(self, *args: Any) -> None: ...
     def build_serialized_network(self, network: Any, config: Any) -> IHostMemory | None: ...
     def create_builder_config(self) -> IBuilderConfig: ...
-    def create_network(self, flags: Any) -> INetworkDefinition: ...
+    def create_network(self, flags: Any = ...) -> INetworkDefinition: ...
     def create_optimization_profile(self) -> IOptimizationProfile: ...
+    error_recorder: Any
 
 class BuilderFlag:
     __members__: Mapping[str, BuilderFlag]
@@ -21,6 +22,25 @@ class BuilderFlag:
 
 class ComputeCapability:
     __members__: Mapping[str, ComputeCapability]
+    def __int__(self) -> int: ...
+
+class CudaGraphStrategy:
+    __members__: Mapping[str, CudaGraphStrategy]
+    def __int__(self) -> int: ...
+    WHOLE_GRAPH_CAPTURE: CudaGraphStrategy
+
+class DynamicShapesKernelSpecializationStrategy:
+    __members__: Mapping[str, DynamicShapesKernelSpecializationStrategy]
+    def __int__(self) -> int: ...
+    EAGER: DynamicShapesKernelSpecializationStrategy
+
+class EngineInspector:
+    def __init__(self, *args: Any) -> None: ...
+    error_recorder: Any
+    def get_engine_information(self, format: Any) -> str: ...
+
+class ErrorCodeTRT:
+    __members__: Mapping[str, ErrorCodeTRT]
     def __int__(self) -> int: ...
 
 class IBuilderConfig:
@@ -37,6 +57,35 @@ class IBuilderConfig:
     def set_memory_pool_limit(self, pool: Any, pool_size: Any) -> None: ...
     def set_timing_cache(self, cache: Any, ignore_mismatch: Any) -> bool: ...
 
+class ICudaEngine:
+    def __init__(self, *args: Any) -> None: ...
+    def create_engine_inspector(self) -> EngineInspector: ...
+    def create_execution_context(self, strategy: Any = ...) -> IExecutionContext | None: ...
+    def create_runtime_config(self) -> IRuntimeConfig: ...
+    error_recorder: Any
+    def get_tensor_profile_shape(self, name: Any, profile_index: Any) -> Any: ...
+    name: Any
+    profiling_verbosity: Any
+    def serialize(self) -> IHostMemory: ...
+
+class IErrorRecorder:
+    def __init__(self, *args: Any) -> None: ...
+    def clear(self) -> None: ...
+    def get_error_code(self, arg0: Any) -> ErrorCodeTRT: ...
+    def get_error_desc(self, arg0: Any) -> str: ...
+    def has_overflowed(self) -> bool: ...
+    def num_errors(self) -> int: ...
+    def report_error(self, arg0: Any, arg1: Any) -> bool: ...
+
+class IExecutionContext:
+    def __init__(self, *args: Any) -> None: ...
+    engine: Any
+    error_recorder: Any
+    def execute_async_v3(self, stream_handle: Any) -> bool: ...
+    name: Any
+    def set_input_shape(self, *args: Any) -> Any: ...
+    def set_tensor_address(self, name: Any, memory: Any) -> bool: ...
+
 class IHostMemory:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __init__(self, *args: Any) -> None: ...
@@ -47,6 +96,7 @@ class ILogger:
 
 class INetworkDefinition:
     def __init__(self, *args: Any) -> None: ...
+    error_recorder: Any
     name: Any
 
 class IOptimizationProfile:
@@ -59,9 +109,26 @@ class IProgressMonitor:
     def phase_start(self, phase_name: Any, parent_phase: Any, num_steps: Any) -> None: ...
     def step_complete(self, phase_name: Any, step: Any) -> bool: ...
 
+class IRuntimeCache:
+    def __init__(self, *args: Any) -> None: ...
+    def deserialize(self, blob: Any) -> bool: ...
+    def serialize(self) -> IHostMemory: ...
+
+class IRuntimeConfig:
+    def __init__(self, *args: Any) -> None: ...
+    def create_runtime_cache(self) -> IRuntimeCache: ...
+    cuda_graph_strategy: Any
+    dynamic_shapes_kernel_specialization_strategy: Any
+    def set_runtime_cache(self, cache: Any = ...) -> bool: ...
+
 class ITimingCache:
     def __init__(self, *args: Any) -> None: ...
     def serialize(self) -> IHostMemory: ...
+
+class LayerInformationFormat:
+    __members__: Mapping[str, LayerInformationFormat]
+    def __int__(self) -> int: ...
+    JSON: LayerInformationFormat
 
 class MemoryPoolType:
     __members__: Mapping[str, MemoryPoolType]
@@ -85,34 +152,61 @@ class ProfilingVerbosity:
     def __int__(self) -> int: ...
     DETAILED: ProfilingVerbosity
 
+class Runtime:
+    def __init__(self, *args: Any) -> None: ...
+    def deserialize_cuda_engine(self, *args: Any) -> Any | None: ...
+    error_recorder: Any
+
 _Builder = Builder
 _BuilderFlag = BuilderFlag
 _ComputeCapability = ComputeCapability
+_CudaGraphStrategy = CudaGraphStrategy
+_DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+_EngineInspector = EngineInspector
+_ErrorCodeTRT = ErrorCodeTRT
 _IBuilderConfig = IBuilderConfig
+_ICudaEngine = ICudaEngine
+_IErrorRecorder = IErrorRecorder
+_IExecutionContext = IExecutionContext
 _IHostMemory = IHostMemory
 _ILogger = ILogger
 _INetworkDefinition = INetworkDefinition
 _IOptimizationProfile = IOptimizationProfile
 _IProgressMonitor = IProgressMonitor
+_IRuntimeCache = IRuntimeCache
+_IRuntimeConfig = IRuntimeConfig
 _ITimingCache = ITimingCache
+_LayerInformationFormat = LayerInformationFormat
 _MemoryPoolType = MemoryPoolType
 _NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
 _OnnxParser = OnnxParser
 _ProfilingVerbosity = ProfilingVerbosity
+_Runtime = Runtime
 
 class Module:
     __version__: str
     Builder: type[_Builder]
     BuilderFlag: type[_BuilderFlag]
     ComputeCapability: type[_ComputeCapability]
+    CudaGraphStrategy: type[_CudaGraphStrategy]
+    DynamicShapesKernelSpecializationStrategy: type[_DynamicShapesKernelSpecializationStrategy]
+    EngineInspector: type[_EngineInspector]
+    ErrorCodeTRT: type[_ErrorCodeTRT]
     IBuilderConfig: type[_IBuilderConfig]
+    ICudaEngine: type[_ICudaEngine]
+    IErrorRecorder: type[_IErrorRecorder]
+    IExecutionContext: type[_IExecutionContext]
     IHostMemory: type[_IHostMemory]
     ILogger: type[_ILogger]
     INetworkDefinition: type[_INetworkDefinition]
     IOptimizationProfile: type[_IOptimizationProfile]
     IProgressMonitor: type[_IProgressMonitor]
+    IRuntimeCache: type[_IRuntimeCache]
+    IRuntimeConfig: type[_IRuntimeConfig]
     ITimingCache: type[_ITimingCache]
+    LayerInformationFormat: type[_LayerInformationFormat]
     MemoryPoolType: type[_MemoryPoolType]
     NetworkDefinitionCreationFlag: type[_NetworkDefinitionCreationFlag]
     OnnxParser: type[_OnnxParser]
     ProfilingVerbosity: type[_ProfilingVerbosity]
+    Runtime: type[_Runtime]

@@ -3,8 +3,68 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far outputs are from their reference; `+` joins what was found in several tensors."""
+
+    signal: float = 0.0  # Σ reference²
+    noise: float = 0.0  # Σ (output − reference)²
+    reference_sum: float = 0.0  # Σ |reference|
+    error_sum: float = 0.0  # Σ |output − reference|
+    max_abs: float = 0.0  # max |output − reference|
+    count: int = 0  # elements
+
+    @classmethod
+    def between(cls, reference: Tensor, output: Tensor) -> Difference:
+        """Return the difference of two tensors, summed in float64.
+
+        Args:
+            reference: any shape but an empty one, any float type.
+            output: the same shape.
+        """
+        wanted = reference.double()
+        error = output.double() - wanted
+        return cls(
+            signal=float((wanted**2).sum()),
+            noise=float((error**2).sum()),
+            reference_sum=float(wanted.abs().sum()),
+            error_sum=float(error.abs().sum()),
+            max_abs=float(error.abs().max()),
+            count=error.numel(),
+        )
+
+    def __add__(self, other: Difference) -> Difference:
+        """Return the difference over the elements of both; not a number stays not a number."""
+        peaks = torch.tensor([self.max_abs, other.max_abs], dtype=torch.float64)
+        return Difference(
+            signal=self.signal + other.signal,
+            noise=self.noise + other.noise,
+            reference_sum=self.reference_sum + other.reference_sum,
+            error_sum=self.error_sum + other.error_sum,
+            max_abs=float(peaks.max()),
+            count=self.count + other.count,
+        )
+
+    @property
+    def snr_db(self) -> float:
+        """10 · log10(Σ reference² / Σ error²); infinity if equal."""
+        return _decibels(self.signal, self.noise)
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean of |error|."""
+        return self.error_sum / self.count
+
+    @property
+    def relative(self) -> float:
+        """Σ |error| / Σ |reference|; infinity where the reference is all zeros."""
+        return self.error_sum / self.reference_sum if self.reference_sum else math.inf
 
 
 def snr_db(reference: Tensor, output: Tensor) -> float:
@@ -16,6 +76,18 @@ def snr_db(reference: Tensor, output: Tensor) -> float:
     """
     signal = float((reference.double() ** 2).sum())
     noise = float(((output.double() - reference.double()) ** 2).sum())
+    return _decibels(signal, noise)
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a figure as JSON takes it, of 6 digits; None if infinite or not a number."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Return 10 · log10(signal / noise); −infinity where an output is no finite number."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    if not (signal > 0 and math.isfinite(noise)):
+        return -math.inf
+    return 10 * math.log10(signal / noise)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditas_export.diffusion.guidance import ModelInputs, guided_inputs, plain_inputs
+from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
-from ditas_export.diffusion.sampling import Step, trajectory
+from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
+from ditas_export.evaluation.inputs import model_inputs
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
@@ -182,16 +183,9 @@ def _run(
             seed=seed,
         ):
             if gather and seed == settings.seeds[0] and step.index % every == 0:
-                inputs.append(_model_inputs(step, settings.cfg_scale, runner.config.null_class))
+                inputs.append(model_inputs(step, settings.cfg_scale, runner.config.null_class))
             last = step.next_latents
             count()
         finals.append(last)
     probes = [runner(probe.latents, probe.timesteps, probe.class_labels) for probe in inputs]
     return _Run(probes=probes, finals=finals)
-
-
-def _model_inputs(step: Step, cfg_scale: float, null_class: int) -> ModelInputs:
-    """Return what the model was called with at a step."""
-    if cfg_scale == 1.0:
-        return plain_inputs(step.latents, step.timestep, step.class_labels)
-    return guided_inputs(step.latents, step.timestep, step.class_labels, null_class=null_class)

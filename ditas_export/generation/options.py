@@ -11,7 +11,7 @@ from ditas_export.errors import RunnerError
 CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": ("ddpm", "ddim", "dpm++"),
     "cfg_channels": ("3", "all"),
-    "runtime": ("auto", "onnxruntime", "openvino", "torch", "tensorrt"),
+    "runtime": ("auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"),
     "device": ("cpu", "cuda"),
 }
 """Options that take one of a few values."""
@@ -32,7 +32,9 @@ class SampleOptions:
     cfg_channels: Literal["3", "all"] = "3"
     seed: int = 0
     batch: int = 8
-    runtime: Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"] = "auto"
+    runtime: Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"] = (
+        "auto"
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
     vae: str | None = None

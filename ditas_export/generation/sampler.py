@@ -69,7 +69,7 @@ class SampledBatch:
     """The images of one batch, its filling removed."""
 
     indices: range  # of the whole set
-    latents: Tensor  # (n, C, h, w) float32, as the sampler left them
+    latents: Tensor  # (n, C, h, w) float32, as and where the sampler left them
     pixels: Pixels | None  # (n, H, W, 1 or 3) uint8; None where nothing makes pictures of latents
 
 
@@ -148,6 +148,7 @@ class Sampler:
             sampler=settings.sampler,
             seed=settings.seed,
             image_indices=rows,
+            device=self.runner.device,
             on_step=after_step,
         )[: len(wanted)]
         return SampledBatch(indices=wanted, latents=latents, pixels=self._pixels(latents))

@@ -188,9 +188,10 @@ def _channel_weight_scale(model: ir.Model) -> Iterator[Finding]:
         scale = array(operand(product.weight, 1))
         axis = integer_attribute(product.weight, "axis", 1)
         blocked = integer_attribute(product.weight, "block_size", 0)
-        if scale is not None and (scale.ndim != 1 or axis not in (1, -1) or blocked):
+        if scale is not None and (scale.ndim > 1 or axis not in (1, -1) or blocked):
             found = f"a scale of shape {scale.shape} on axis {axis}, block size {blocked}"
-            yield _name(product.weight), found, "one scale per output channel, axis 1 of [K, N]"
+            expected = "one scale, or one per output channel, axis 1 of [K, N]"
+            yield _name(product.weight), found, expected
 
 
 def _int4_feeds_dequantize(model: ir.Model) -> Iterator[Finding]:
@@ -221,10 +222,10 @@ def _weight_quantizer(model: ir.Model) -> Iterator[Finding]:
         chain = int4_chain(node)
         if chain is None:
             continue
-        ones, row_scale = array(operand(chain.quantize, 1)), array(operand(node, 1))
-        if ones is None or row_scale is None:
+        codes, ones = array(chain.codes.inputs[0]), array(operand(chain.quantize, 1))
+        if codes is None or ones is None:
             continue  # constant-scales says so
-        if ones.shape != row_scale.shape or (ones != 1).any():
+        if ones.shape != codes.shape[:1] or (ones != 1).any():
             yield _name(chain.quantize), f"a scale of shape {ones.shape}", "a 1 per output channel"
         multipliers = array(operand(chain.codes, 1))
         if multipliers is not None and not (

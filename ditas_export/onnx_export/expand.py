@@ -51,7 +51,7 @@ def _expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
     constants = [
         chain.codes.inputs[0],
         chain.codes.inputs[1],
-        chain.quantize.inputs[1],
+        *chain.quantize.inputs[1:],
     ]
     graph.remove(unused, safe=True)
     for value in constants:

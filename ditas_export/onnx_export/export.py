@@ -28,6 +28,7 @@ from ditas_export.onnx_export.lowering import (
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.options import Target
 from ditas_export.quantization.ranges import Ranges
 
 CONFIG_KEY = "ditas_export.config"
@@ -46,6 +47,7 @@ def export_onnx(
     layout: Layout = "int4",
     ranges: Ranges = "token",
     adaln_bits: AdalnBits = 16,
+    target: Target = "portable",
 ) -> None:
     """Write a quantized DiT as standard QDQ ONNX, checked against the rules of the runtimes.
 
@@ -57,6 +59,7 @@ def export_onnx(
         layout: "int4" stores 4-bit weights as such, "int8" the same numbers as INT8 rows.
         ranges: of the activations; without effect where activations are float.
         adaln_bits: of the modulation weights.
+        target: the runtime whose forms to write; every runtime takes them, at its own speed.
 
     Raises:
         OnnxExportError: a float type that is neither fp32 nor fp16, a layout that the weights
@@ -78,6 +81,7 @@ def export_onnx(
                 ranges=ranges,
                 activation_bits=folded.activation_bits,
                 splits_output=module.endswith("attn.qkv"),
+                target=target,
             )
         bias = parameters[f"{module}.bias"]
         if module in adaln.weights:
@@ -93,6 +97,7 @@ def export_onnx(
         "layout": layout,
         "ranges": ranges if folded.activation_bits == 8 else None,
         "float_type": float_type,
+        "target": target,
     }
     describe(model, folded.config, form)
     save_model(model, path)
@@ -209,7 +214,7 @@ def read_config(path: Path) -> DiTConfig:
 
 
 def read_form(path: Path) -> dict[str, Any]:
-    """Return how a file was written: bits, layout, ranges, float type.
+    """Return how a file was written: bits, layout, ranges, float type, target.
 
     Raises:
         OnnxExportError: no ONNX file, or one of another origin.

@@ -5,6 +5,13 @@ computes what `calibration/modules.py::FakeQuantLinear` computes:
 
     y = (DQ(q) ŵᵀ + (DQ(q) rightᵀ) leftᵀ) · r + bias,      q = Q(x / r)
 
+For TensorRT a linear with low-rank factors takes its row scales out of the products, exact but for
+rounding. Both have one scalar scale σ then, and the builder makes one INT8 GEMM of the two, and one
+kernel of the sum where it can:
+
+    y = (DQ(q) (codes · m σ)ᵀ + (DQ(q) (right_codes · σ)ᵀ) leftᵀ · right_scale / row_scale)
+        · row_scale / σ · r + bias
+
 What the runtimes ask of the form (`contract.py` checks it): the last DequantizeLinear of a weight
 feeds its MatMul and nothing else, every MatMul has an activation Q/DQ and scales of its own, scales
 and zero points are constants, and INT4 feeds only a DequantizeLinear.
@@ -12,6 +19,7 @@ and zero points are constants, and INT4 feeds only a DequantizeLinear.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -21,7 +29,8 @@ import torch
 from ditas_export.calibration.fold import FoldedLinear
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.subgraph import Subgraph
-from ditas_export.quantization.integer import IntegerWeight, LowRank
+from ditas_export.options import Target
+from ditas_export.quantization.integer import MAX_CODE_8BIT, IntegerWeight, LowRank
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges, static_scale, unit_scale
 from ditas_export.quantization.weight_only import (
     BLOCK_SIZES,
@@ -31,6 +40,9 @@ from ditas_export.quantization.weight_only import (
 
 Layout = Literal["int4", "int8"]
 """How a 4-bit weight is stored: INT4 blocks, or the same numbers as INT8 rows."""
+
+LARGEST_PRODUCT = 2.0**14
+"""Bound of a product under a shared scale: with a low-rank part as large, a half still holds it."""
 
 
 def lower_linear(
@@ -42,6 +54,7 @@ def lower_linear(
     ranges: Ranges,
     activation_bits: int,
     splits_output: bool,
+    target: Target = "portable",
 ) -> ir.Value:
     """Write one quantized linear and return its output.
 
@@ -53,33 +66,34 @@ def lower_linear(
         ranges: of the activations.
         activation_bits: 8, or 16 for float activations.
         splits_output: the output is cut into parts, as qkv's is.
+        target: the runtime whose form to write, where they differ.
 
     Raises:
-        OnnxExportError: a layout or block size that the weight cannot take.
+        OnnxExportError: a layout or block size that the weight cannot take, or a low-rank factor
+            that overflows its float type.
     """
     if linear.weight.bits == 8 and layout == "int4":
         raise OnnxExportError("8-bit weights have no int4 layout; use layout int8")
     if linear.input_multiplier is not None:
         multiplier = graph.constant("input_multiplier", linear.input_multiplier)
         x = graph.node("Mul", [x, multiplier], name="Smooth")
-    if activation_bits == 8 and ranges == "token":
-        token = _token_ranges(graph, x, linear.bias.dtype)
-        normalized = graph.node("Div", [x, token], name="Normalize")
-        scale = unit_scale(linear.bias.dtype)
-        y = _integer_product(graph, normalized, linear, scale, layout)
-        y = graph.node("Mul", [y, token], name="Denormalize")
-        return _add_bias(graph, y, linear.bias)
     if activation_bits == 16:
-        y = _float_product(graph, x, linear, layout)
-    elif linear.low_rank is None and splits_output:
-        y = _opaque_product(graph, x, linear, layout)
+        return _add_bias(graph, _float_product(graph, x, linear, layout), _plain_bias(linear))
+    token = None
+    scale = static_scale(linear.static_range, linear.bias.dtype)
+    if ranges == "token":
+        token = _token_ranges(graph, x, linear.bias.dtype)
+        x = graph.node("Div", [x, token], name="Normalize")
+        scale = unit_scale(linear.bias.dtype)
+    if target == "tensorrt" and linear.low_rank is not None:
+        y = _shared_scale_product(graph, x, linear, linear.low_rank, scale, layout)
+    elif token is None and linear.low_rank is None and splits_output:
+        y = _opaque_product(graph, x, linear, scale, layout)
     else:
-        scale = static_scale(linear.static_range, linear.bias.dtype)
         y = _integer_product(graph, x, linear, scale, layout)
-    # After a bare MatMul, a bias of rank 3: ONNX Runtime turns MatMul + Add of rank 1, where the
-    # shapes are fixed, into a Gemm that 1.24 runs in float and that 1.31 refuses.
-    bias = linear.bias if linear.low_rank else linear.bias[None, None]
-    return _add_bias(graph, y, bias)
+    if token is None:
+        return _add_bias(graph, y, _plain_bias(linear))
+    return _add_bias(graph, graph.node("Mul", [y, token], name="Denormalize"), linear.bias)
 
 
 def lower_float_linear(
@@ -110,15 +124,17 @@ def _integer_product(
     graph: Subgraph, x: ir.Value, linear: FoldedLinear, scale: torch.Tensor, layout: Layout
 ) -> ir.Value:
     """Write the INT8 × INT8 products of a linear: x (…, K) -> (…, N), no bias."""
-    store = _int4_chain if layout == "int4" else _int8_rows
-    weight = store(graph, linear.weight)
+    codes = _integer_codes(graph, linear.weight, layout)
+    weight = _dequantize(graph, codes, "row_scale", linear.weight.row_scale, "weight")
     y = graph.node("MatMul", [_quantized_input(graph, x, scale, ""), weight])
     if linear.low_rank is None:
         return y
     return _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), linear.low_rank)
 
 
-def _opaque_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: Layout) -> ir.Value:
+def _opaque_product(
+    graph: Subgraph, x: ir.Value, linear: FoldedLinear, scale: torch.Tensor, layout: Layout
+) -> ir.Value:
     """Write a static product whose parts a builder cannot pull into the weight.
 
     TensorRT for RTX cuts the INT8 rows of a MatMul whose output is cut, and multiplies the pieces
@@ -127,9 +143,46 @@ def _opaque_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: 
     """
     weight = linear.weight
     doubled = replace(linear, weight=replace(weight, row_scale=weight.row_scale * 2))
-    scale = static_scale(linear.static_range, linear.bias.dtype)
     y = _integer_product(graph, x, doubled, scale, layout)
     return graph.node("Mul", [y, graph.scalar("half", 0.5, linear.bias.dtype)], name="Halve")
+
+
+def _shared_scale_product(
+    graph: Subgraph,
+    x: ir.Value,
+    linear: FoldedLinear,
+    low_rank: LowRank,
+    scale: torch.Tensor,
+    layout: Layout,
+) -> ir.Value:
+    """Write the INT8 × INT8 products under one scalar scale, their sum times the row scales.
+
+    TensorRT for RTX multiplies by row scales in a kernel of its own, once for the weight and once
+    for the right factor, before it can add; a scalar goes into the GEMM.
+    """
+    rows = linear.weight.row_scale.double()
+    shared = _shared_scale(linear.weight.codes.shape[1], float(scale))
+    left = low_rank.left.double() * low_rank.right_scale.double() / rows[:, None]
+    left = left.to(low_rank.left.dtype)
+    if not left.isfinite().all():
+        raise OnnxExportError(
+            f"a low-rank factor overflows {left.dtype} in the form for tensorrt; use precision "
+            f"fp32 or target portable"
+        )
+    scalar = torch.tensor(shared, dtype=scale.dtype)
+    codes = _integer_codes(graph, linear.weight, layout)
+    weight = _dequantize(graph, codes, "weight_scale", scalar, "weight")
+    y = graph.node("MatMul", [_quantized_input(graph, x, scale, ""), weight])
+    factors = replace(low_rank, left=left, right_scale=scalar)
+    y = _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), factors)
+    row_scale = graph.constant("row_scale", (rows / shared).to(scale.dtype))
+    return graph.node("Mul", [y, row_scale], name="Rescale")
+
+
+def _shared_scale(in_features: int, input_scale: float) -> float:
+    """Return the largest power of two with which no product of INT8 codes leaves the bound."""
+    largest = in_features * (MAX_CODE_8BIT + 1) * MAX_CODE_8BIT * input_scale
+    return 2.0 ** math.floor(math.log2(LARGEST_PRODUCT / largest))
 
 
 def _float_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: Layout) -> ir.Value:
@@ -139,17 +192,24 @@ def _float_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: L
     return y if linear.low_rank is None else _add_branch(graph, y, x, linear.low_rank)
 
 
+def _plain_bias(linear: FoldedLinear) -> torch.Tensor:
+    """Return a bias to add to a product that no range multiplies.
+
+    After a bare MatMul, a bias of rank 3: ONNX Runtime turns MatMul + Add of rank 1, where the
+    shapes are fixed, into a Gemm that 1.24 runs in float and that 1.31 refuses.
+    """
+    return linear.bias if linear.low_rank else linear.bias[None, None]
+
+
 def _add_bias(graph: Subgraph, y: ir.Value, bias: torch.Tensor) -> ir.Value:
     """Write y + bias."""
     return graph.node("Add", [y, graph.constant("bias", bias)], name="AddBias")
 
 
 def _add_branch(graph: Subgraph, y: ir.Value, x: ir.Value, low_rank: LowRank) -> ir.Value:
-    """Write y + (x rightᵀ) leftᵀ, the right factor INT8 with a scale per column, the left float."""
+    """Write y + (x rightᵀ) leftᵀ, the right factor INT8, the left float."""
     codes = graph.constant("right_codes", low_rank.right_codes.T)
-    scale = graph.constant("right_scale", low_rank.right_scale)
-    zero = graph.constant("right_zero_point", torch.zeros(low_rank.rank, dtype=torch.int8))
-    right = graph.node("DequantizeLinear", [codes, scale, zero], name="right_Dequantize", axis=1)
+    right = _dequantize(graph, codes, "right_scale", low_rank.right_scale, "right")
     inner = graph.node("MatMul", [x, right], name="right_MatMul")
     left = graph.constant("left", low_rank.left.T)
     outer = graph.node("MatMul", [inner, left], name="left_MatMul")
@@ -166,17 +226,23 @@ def _quantized_input(graph: Subgraph, x: ir.Value, scale: torch.Tensor, prefix: 
     return graph.node("DequantizeLinear", [codes, *quantizer], name=f"{prefix}input_Dequantize")
 
 
+def _integer_codes(graph: Subgraph, weight: IntegerWeight, layout: Layout) -> ir.Value:
+    """Write the integers of a weight as INT8 [K, N]."""
+    if layout == "int8":
+        return graph.constant("int8_codes", weight.int8_rows().T)
+    return _int4_chain(graph, weight)
+
+
 def _int4_chain(graph: Subgraph, weight: IntegerWeight) -> ir.Value:
     """Write a weight as INT4 codes whose INT8 rows the runtime makes when it loads.
 
-    `DQ(codes [N, K], multipliers in fp16) → Transpose → Q(ones) → DQ(row_scale) `: the products
-    codes · m are integers, exact in fp16, and the quantizer's ones are per channel because a
-    builder crashes on a scalar there.
+    `DQ(codes [N, K], multipliers in fp16) → Transpose → Q(ones)`, and a DequantizeLinear after it:
+    the products codes · m are integers, exact in fp16, and the quantizer's ones are per channel
+    because a builder crashes on a scalar there.
     """
     rows = weight.codes.shape[0]
     codes = graph.int4_constant("codes", weight.codes)
     multipliers = graph.constant("multipliers", weight.multipliers.to(torch.float16))
-    zero = graph.constant("weight_zero_point", torch.zeros(rows, dtype=torch.int8))
     products = graph.node(
         "DequantizeLinear",
         [codes, multipliers],
@@ -186,22 +252,21 @@ def _int4_chain(graph: Subgraph, weight: IntegerWeight) -> ir.Value:
     )
     columns = graph.node("Transpose", [products], name="weight_Transpose", perm=[1, 0])
     ones = graph.constant("ones", torch.ones(rows, dtype=torch.float16))
-    integers = graph.node("QuantizeLinear", [columns, ones, zero], name="weight_Quantize", axis=1)
-    row_scale = graph.constant("row_scale", weight.row_scale)
-    return graph.node(
-        "DequantizeLinear", [integers, row_scale, zero], name="weight_Dequantize", axis=1
-    )
+    zeros = graph.constant("zeros", torch.zeros(rows, dtype=torch.int8))
+    return graph.node("QuantizeLinear", [columns, ones, zeros], name="weight_Quantize", axis=1)
 
 
-def _int8_rows(graph: Subgraph, weight: IntegerWeight) -> ir.Value:
-    """Write a weight as INT8 [K, N], one scale per output channel."""
-    rows = weight.codes.shape[0]
-    integers = graph.constant("int8_codes", weight.int8_rows().T)
-    zero = graph.constant("weight_zero_point", torch.zeros(rows, dtype=torch.int8))
-    row_scale = graph.constant("row_scale", weight.row_scale)
-    return graph.node(
-        "DequantizeLinear", [integers, row_scale, zero], name="weight_Dequantize", axis=1
-    )
+def _dequantize(
+    graph: Subgraph, codes: ir.Value, scale_name: str, scale: torch.Tensor, part: str
+) -> ir.Value:
+    """Write INT8 codes [K, N] times a scale per column, or one scalar."""
+    zero = torch.zeros(scale.shape, dtype=torch.int8)
+    operands = [
+        codes,
+        graph.constant(scale_name, scale),
+        graph.constant(f"{part}_zero_point", zero),
+    ]
+    return graph.node("DequantizeLinear", operands, name=f"{part}_Dequantize", axis=1)
 
 
 def _weight_only(graph: Subgraph, weight: WeightOnlyWeight) -> ir.Value:

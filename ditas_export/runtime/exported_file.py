@@ -34,6 +34,11 @@ class ExportedFileRunner:
         """Shape of the model behind the runner."""
         return self._config
 
+    @property
+    def device(self) -> torch.device:
+        """The CPU: files are fed and answer in NumPy arrays, whatever computes between."""
+        return torch.device("cpu")
+
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """Return ε and the learned variance, (N, 2C, H, W) float32 on the latents' device.
 

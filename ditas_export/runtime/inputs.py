@@ -25,6 +25,24 @@ def require_inputs(
     Raises:
         RunnerError: a shape or a label that does not fit the model.
     """
+    require_fitting(config, latents, timesteps, class_labels.cpu())
+    return {
+        "latents": latents.detach().cpu().float().contiguous().numpy(),
+        "timesteps": timesteps.detach().cpu().long().contiguous().numpy(),
+        "class_labels": class_labels.detach().cpu().long().contiguous().numpy(),
+    }
+
+
+def require_fitting(
+    config: DiTConfig, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+) -> None:
+    """Refuse inputs that do not fit a model; the arguments are those of `require_inputs`.
+
+    Labels that lie on a GPU are not looked at: reading them would make the host wait.
+
+    Raises:
+        RunnerError: a shape or a label that does not fit the model.
+    """
     side = config.input_size
     expected = (latents.shape[0], config.in_channels, side, side)
     if tuple(latents.shape) != expected:
@@ -38,15 +56,10 @@ def require_inputs(
                 f"{name} are {tuple(vector.shape)}; with {latents.shape[0]} latents the model "
                 f"takes ({latents.shape[0]},)"
             )
-    if class_labels.numel() and not 0 <= class_labels.amin() <= class_labels.amax() <= (
-        config.null_class
-    ):
+    if not class_labels.is_cpu or not class_labels.numel():
+        return
+    if not 0 <= class_labels.amin() <= class_labels.amax() <= config.null_class:
         raise RunnerError(
             f"class labels run from {int(class_labels.amin())} to {int(class_labels.amax())}; the "
             f"model knows 0 to {config.null_class}, the last for no class"
         )
-    return {
-        "latents": latents.detach().cpu().float().contiguous().numpy(),
-        "timesteps": timesteps.detach().cpu().long().contiguous().numpy(),
-        "class_labels": class_labels.detach().cpu().long().contiguous().numpy(),
-    }

@@ -16,10 +16,13 @@ import numpy as np
 from ditas_export.errors import RunnerError
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 from ditas_export.runtime.optimized_cache import optimized_model
+from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
+from ditas_export.runtime.rtx_provider import rtx_device
 
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider", *CPU)
 TENSORRT = ("TensorrtExecutionProvider", *CUDA)
+TENSORRT_RTX = (RTX_PROVIDER, *CPU)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Session entry under which weight-only linears keep float activations; by default they do not."""
@@ -152,13 +155,12 @@ def session_options(threads: int | None, session_entries: Mapping[str, str]) -> 
 def open_session(path: Path, options: Any, providers: Sequence[str], device_id: int = 0) -> Any:
     """Open a session, or say why ONNX Runtime would not."""
     runtime = _onnxruntime()
-    if absent := [name for name in providers if name not in runtime.get_available_providers()]:
-        raise RunnerError(
-            f"this onnxruntime has no {', '.join(absent)}; it has "
-            f"{', '.join(runtime.get_available_providers())}; for a GPU: "
-            f"pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        )
-    placed = [name if name in CPU else (name, {"device_id": device_id}) for name in providers]
+    placed = None
+    if RTX_PROVIDER in providers:  # what a session does not give to its devices, it runs on the CPU
+        options.add_provider_for_devices([rtx_device(runtime, device_id)], {})
+    else:
+        _require_available(runtime, providers)
+        placed = [name if name in CPU else (name, {"device_id": device_id}) for name in providers]
     try:
         session = runtime.InferenceSession(str(path), options, providers=placed)
     except Exception as error:  # onnxruntime's exceptions share no base but this
@@ -170,6 +172,16 @@ def open_session(path: Path, options: Any, providers: Sequence[str], device_id: 
             f"machine; check the GPU driver and the CUDA libraries, or use --device cpu"
         )
     return session
+
+
+def _require_available(runtime: ModuleType, providers: Sequence[str]) -> None:
+    """Refuse providers that this build of ONNX Runtime does not have."""
+    known = runtime.get_available_providers()
+    if absent := [name for name in providers if name not in known]:
+        raise RunnerError(
+            f"this onnxruntime has no {', '.join(absent)}; it has {', '.join(known)}; for a GPU: "
+            f"pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        )
 
 
 def _onnxruntime() -> ModuleType:

@@ -17,13 +17,23 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
-from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, TENSORRT, OnnxRuntimeRunner
+from ditas_export.runtime.onnxruntime_runner import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    TENSORRT_RTX,
+    OnnxRuntimeRunner,
+)
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
 from ditas_export.runtime.optimized_cache import default_cache
+from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
-Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"]
+Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"]
 """Backends to choose from."""
+
+GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
+"""ONNX Runtime's providers for runtimes that are not on CPUs."""
 
 ARTIFACT_SUFFIX = ".ditas.safetensors"
 PLAN_SUFFIXES = (".plan", ".engine")
@@ -50,14 +60,16 @@ def open_runner(
     """Open a model in the backend that is asked for, or in the fastest that is installed.
 
     Args:
-        model: an exported `.onnx`, a quantized model (`.ditas.safetensors`), which PyTorch runs
-            fake-quantized, or what `load_dit` takes, which PyTorch runs in float32.
+        model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model
+            (`.ditas.safetensors`), which PyTorch runs fake-quantized, or what `load_dit` takes,
+            which PyTorch runs in float32.
         runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
-            Runtime. `tensorrt` runs an `.onnx` in ONNX Runtime's TensorRT provider.
+            Runtime. `tensorrt` runs an engine in the product that built it, and an `.onnx` in ONNX
+            Runtime's TensorRT provider; `nv-tensorrt-rtx` an `.onnx` in NVIDIA's plug-in for it.
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
         num_heads: of a checkpoint that does not say.
-        cache: folder of ONNX Runtime's optimized models; None is the user's.
+        cache: folder of what runtimes optimized or compiled; None is the user's.
 
     Raises:
         RunnerError: a backend that is missing, or that cannot run this kind of model.
@@ -66,9 +78,7 @@ def open_runner(
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
     if model.endswith(PLAN_SUFFIXES):
-        raise RunnerError(
-            f"{model} is an engine; this version samples from the .onnx that it was built from"
-        )
+        return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
     if model.endswith(".onnx"):
         path = Path(model)
         runner = _file_opener(path, runtime, device, threads, cache or default_cache())()
@@ -85,6 +95,20 @@ def open_runner(
     loaded = load_dit(model, num_heads=num_heads)
     runner = TorchRunner(loaded.model, device=device)
     return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.sha256)
+
+
+def _open_plan(
+    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+) -> OpenedModel:
+    """Open an engine in the product that built it."""
+    if runtime not in ("auto", "tensorrt"):
+        raise RunnerError(f"{runtime} does not run the engine {path}; use --runtime tensorrt")
+    if not device.startswith("cuda"):
+        raise RunnerError(f"{path} is an engine, and runs on GPUs; use --device cuda")
+    if threads is not None:
+        raise RunnerError("an engine has no threads to set; leave out --threads")
+    runner = TensorRTRunner(path, device=f"cuda:{device_index(device)}", cache=cache)
+    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
 
 
 def _open_artifact(path: Path, device: str) -> OpenedModel:
@@ -113,9 +137,9 @@ def _file_opener(
         raise RunnerError(f"openvino is not installed; {INSTALL}")
     if runtime == "openvino" or (runtime == "auto" and not on_gpu and has_openvino):
         return lambda: OpenVINORunner(path, threads=threads)
-    if runtime == "tensorrt" and not on_gpu:
+    if runtime in GPU_PROVIDERS and not on_gpu:
         raise RunnerError("TensorRT runs on GPUs; use --device cuda")
-    providers = TENSORRT if runtime == "tensorrt" else CUDA if on_gpu else CPU
+    providers = GPU_PROVIDERS.get(runtime, CUDA if on_gpu else CPU)
     return lambda: OnnxRuntimeRunner(
         path, threads=threads, providers=providers, device_id=device_index(device), cache=cache
     )

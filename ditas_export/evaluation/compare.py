@@ -1,0 +1,247 @@
+"""A float file against a quantized file or an engine, on the inputs of a real trajectory.
+
+Both are fed the x_t of the float trajectory, so errors do not add up over time steps. Within a step
+they do: a linear gets what its own model feeds it. The *first diverging* linear is the first in the
+order of the network whose output has an SNR below `linear_db`, over the inputs at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditas_export.artifact_files import require_writable
+from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.metadata import EngineMetadata, metadata_path
+from ditas_export.errors import VerificationError
+from ditas_export.evaluation.inputs import StepInputs, feeds_of, trajectory_inputs
+from ditas_export.evaluation.linear_outputs import (
+    comparable_part,
+    linear_outputs,
+    output_bytes,
+)
+from ditas_export.evaluation.metrics import Difference, finite_or_none
+from ditas_export.evaluation.options import CompareOptions
+from ditas_export.evaluation.polygraphy_runs import (
+    onnx_runner,
+    onnx_runner_with_outputs,
+    plan_runner,
+    run_both,
+    save_inputs,
+)
+from ditas_export.onnx_export.export import read_config
+from ditas_export.runtime.open_runner import PLAN_SUFFIXES
+
+Differences = Mapping[str, Difference]
+"""Output or linear -> how far it is from the float model's."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage, what of it is done, and the whole."""
+
+HELD_BYTES = 2**29
+"""Outputs of linears of one model that are held at once, unless those of one step take more."""
+
+WORST = 5
+"""Linears that are listed as the worst."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepComparison:
+    """What was found at one time step."""
+
+    timestep: int  # of the full schedule, 0 to 999
+    outputs: Differences
+    linears: Differences  # in the order of the network; empty if none were compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What was found at all time steps; SNR in dB."""
+
+    steps: tuple[StepComparison, ...]
+    options: CompareOptions
+
+    @property
+    def outputs(self) -> Differences:
+        """Every output, over all time steps."""
+        return _joined([step.outputs for step in self.steps])
+
+    @property
+    def linears(self) -> Differences:
+        """Every linear, over all time steps."""
+        return _joined([step.linears for step in self.steps])
+
+    @property
+    def total_db(self) -> float:
+        """SNR over all time steps, of the worst output."""
+        return min(difference.snr_db for difference in self.outputs.values())
+
+    @property
+    def matches(self) -> bool | None:
+        """Whether the total reaches the threshold; None where none was given."""
+        if self.options.threshold_db is None:
+            return None
+        return self.total_db >= self.options.threshold_db
+
+    def first_diverging(self, linears: Differences) -> str | None:
+        """Return the first linear below `linear_db`, in the order of the network, if any."""
+        return next(
+            (name for name, found in linears.items() if found.snr_db < self.options.linear_db),
+            None,
+        )
+
+    def worst_linears(self) -> list[tuple[str, Difference]]:
+        """Return the linears of lowest SNR over all time steps, worst first."""
+        return sorted(self.linears.items(), key=lambda item: item[1].snr_db)[:WORST]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as JSON values; null for what is infinite or not a number."""
+        settings = dataclasses.asdict(self.options)
+        return {
+            "options": {
+                name: value if isinstance(value, int | float | None) else str(value)
+                for name, value in settings.items()
+            },
+            "matches": self.matches,
+            "total_snr_db": finite_or_none(self.total_db),
+            "outputs": _figures(self.outputs),
+            "first_diverging_linear": self.first_diverging(self.linears),
+            "linears": _figures(self.linears),
+            "steps": [
+                {
+                    "timestep": step.timestep,
+                    "outputs": _figures(step.outputs),
+                    "first_diverging_linear": self.first_diverging(step.linears),
+                    "linears": _figures(step.linears),
+                }
+                for step in self.steps
+            ],
+        }
+
+
+def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -> Comparison:
+    """Compare a model with the float model at every time step of a trajectory.
+
+    Args:
+        options: the two files, what is sampled, and the thresholds.
+        on_progress: called with a stage, what of it is done, and the whole.
+
+    Raises:
+        OnnxExportError: a file that this package did not write, or without the named linears.
+        VerificationError: files of two different DiTs.
+        EngineError: an engine that cannot run here.
+        RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
+        ArtifactError: the inputs cannot be written.
+    """
+    advance = on_progress or (lambda _stage, _done, _total: None)
+    config = _common_config(options)
+    if options.gen_inputs is not None:
+        require_writable(options.gen_inputs)
+    is_plan = _is_plan(options.model)
+    # An engine that cannot run here is refused before anything is sampled.
+    model = plan_runner(options.model) if is_plan else onnx_runner(options.model)
+    inputs = trajectory_inputs(
+        options, on_step=lambda done, total: advance("Sampling in float", done, total)
+    )
+    if options.gen_inputs is not None:
+        save_inputs(options.gen_inputs, feeds_of(inputs))
+    advance("Comparing outputs", 0, 1)
+    outputs = [
+        {name: _difference(value, found[name]) for name, value in wanted.items()}
+        for wanted, found in run_both(onnx_runner(options.reference), model, feeds_of(inputs))
+    ]
+    advance("Comparing outputs", 1, 1)
+    linears: Sequence[Differences] = [{} for _ in inputs]
+    if options.linears and not is_plan:
+        linears = _compare_linears(options, config, inputs, advance)
+    steps = tuple(
+        StepComparison(timestep=entry.timestep, outputs=of_outputs, linears=of_linears)
+        for entry, of_outputs, of_linears in zip(inputs, outputs, linears, strict=True)
+    )
+    return Comparison(steps=steps, options=options)
+
+
+def _is_plan(model: Path) -> bool:
+    """Return whether a file is an engine by its name; every other is taken for ONNX."""
+    return model.name.endswith(PLAN_SUFFIXES)
+
+
+def _common_config(options: CompareOptions) -> DiTConfig:
+    """Return the DiT that both files hold."""
+    reference = read_config(options.reference)
+    if _is_plan(options.model):
+        model = EngineMetadata.load(metadata_path(options.model)).dit
+    else:
+        model = read_config(options.model)
+    if model != reference:
+        raise VerificationError(
+            f"{options.model} holds another DiT than {options.reference} ({model} against "
+            f"{reference}); write the reference with ditas-export --reference"
+        )
+    return reference
+
+
+def _compare_linears(
+    options: CompareOptions, config: DiTConfig, inputs: Sequence[StepInputs], advance: OnProgress
+) -> Sequence[Differences]:
+    """Return the differences of every block linear, step by step.
+
+    As many steps at once as `HELD_BYTES` allow: Polygraphy holds what the first model gives until
+    the second has run.
+    """
+    wanted_names = linear_outputs(options.reference, config)
+    found_names = linear_outputs(options.model, config)
+    reference = onnx_runner_with_outputs(options.reference, list(wanted_names.values()))
+    model = onnx_runner_with_outputs(options.model, list(found_names.values()))
+    feeds = feeds_of(inputs)
+    at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
+    differences: list[Differences] = []
+    for start in range(0, len(feeds), at_once):
+        for wanted, found in run_both(reference, model, feeds[start : start + at_once]):
+            differences.append(
+                {
+                    name: _linear_difference(name, wanted[value], found[found_names[name]], config)
+                    for name, value in wanted_names.items()
+                }
+            )
+        advance("Comparing linears", len(differences), len(feeds))
+    return differences
+
+
+def _difference(wanted: Any, found: Any) -> Difference:
+    """Return the difference of two arrays."""
+    return Difference.between(torch.from_numpy(wanted), torch.from_numpy(found))
+
+
+def _linear_difference(name: str, wanted: Any, found: Any, config: DiTConfig) -> Difference:
+    """Return the difference of a linear's outputs, where they are comparable."""
+    parts = (
+        comparable_part(name, torch.from_numpy(value), config.hidden_size)
+        for value in (wanted, found)
+    )
+    return Difference.between(*parts)
+
+
+def _joined(steps: Sequence[Differences]) -> Differences:
+    """Return the differences over all steps, name by name."""
+    return {name: reduce(add, (step[name] for step in steps)) for name in steps[0]}
+
+
+def _figures(differences: Differences) -> dict[str, dict[str, float | None]]:
+    """Return the figures of differences as JSON values."""
+    return {
+        name: {
+            "snr_db": finite_or_none(found.snr_db),
+            "max_abs": finite_or_none(found.max_abs),
+            "mean_abs": finite_or_none(found.mean_abs),
+            "relative": finite_or_none(found.relative),
+        }
+        for name, found in differences.items()
+    }

@@ -1,0 +1,69 @@
+"""What a model is fed along a trajectory: real inputs to compare two models on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ditas_export.diffusion.classes import parse_classes
+from ditas_export.diffusion.guidance import ModelInputs, guided_inputs, plain_inputs
+from ditas_export.diffusion.sampling import Step, trajectory
+from ditas_export.evaluation.options import CompareOptions
+from ditas_export.runtime.exported_file import Feed
+from ditas_export.runtime.inputs import require_inputs
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepInputs:
+    """What a model is fed at one time step."""
+
+    timestep: int  # of the full schedule, 0 to 999
+    feed: Feed  # with guidance, the class rows and then the null-class rows
+
+
+def model_inputs(step: Step, cfg_scale: float, null_class: int) -> ModelInputs:
+    """Return what the model was called with at a step of a trajectory."""
+    if cfg_scale == 1.0:
+        return plain_inputs(step.latents, step.timestep, step.class_labels)
+    return guided_inputs(step.latents, step.timestep, step.class_labels, null_class=null_class)
+
+
+def trajectory_inputs(
+    options: CompareOptions, *, on_step: Callable[[int, int], None] | None = None
+) -> tuple[StepInputs, ...]:
+    """Sample with the reference file and return what it was fed, step by step.
+
+    Args:
+        options: the reference, classes, steps, guidance, seed.
+        on_step: called with (steps done, in all).
+
+    Raises:
+        RunnerError: classes, images or steps that cannot be sampled, or a file that ONNX Runtime
+            refuses.
+        OnnxExportError: a file of another origin.
+    """
+    gathered = []
+    with OnnxRuntimeRunner(options.reference) as runner:
+        config = runner.config
+        classes = parse_classes(
+            options.classes, num_classes=config.num_classes, count=options.images, seed=options.seed
+        )
+        for step in trajectory(
+            runner,
+            classes=classes,
+            steps=options.steps,
+            cfg_scale=options.cfg_scale,
+            seed=options.seed,
+        ):
+            given = model_inputs(step, options.cfg_scale, config.null_class)
+            feed = require_inputs(config, given.latents, given.timesteps, given.class_labels)
+            gathered.append(StepInputs(timestep=step.timestep, feed=feed))
+            if on_step is not None:
+                on_step(len(gathered), options.steps)
+    return tuple(gathered)
+
+
+def feeds_of(inputs: Sequence[StepInputs]) -> list[Feed]:
+    """Return the feeds alone, in order: what Polygraphy loads and saves."""
+    return [entry.feed for entry in inputs]

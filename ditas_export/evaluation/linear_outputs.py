@@ -1,0 +1,67 @@
+"""The outputs of the block linears as outputs of the graph, in a copy of an exported file.
+
+Float and quantized files name the nodes of a linear after its path, `blocks.3.attn.qkv/…`; the last
+of them gives what the linear gives, bias and low-rank branch included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from torch import Tensor
+
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.sites import linear_sites, value_rows
+from ditas_export.errors import OnnxExportError
+
+
+def linear_outputs(path: Path, config: DiTConfig) -> dict[str, str]:
+    """Return linear -> name of the value it gives, in the order of the network.
+
+    Raises:
+        OnnxExportError: a linear that has no nodes of its own in the file.
+    """
+    last: dict[str, str] = {}
+    for node in onnx.load(str(path), load_external_data=False).graph.node:
+        last[node.name.partition("/")[0]] = node.output[0]
+    sites = [site.name for site in linear_sites(config.depth)]
+    if absent := [name for name in sites if name not in last]:
+        raise OnnxExportError(
+            f"{path} has no nodes named {absent[0]}/…; compare files as ditas-export wrote them, "
+            f"or use --no-linears"
+        )
+    return {name: last[name] for name in sites}
+
+
+def with_outputs(path: Path, values: list[str]) -> bytes:
+    """Return an ONNX file that gives more values after its own outputs.
+
+    Tensors in a file of their own stay there: the bytes refer to it by its name.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def comparable_part(linear: str, output: Tensor, hidden_size: int) -> Tensor:
+    """Return the part of a linear's output that folding leaves as it is in the float model.
+
+    The V rows of `attn.qkv` carry the smoothing of `attn.proj`, 1/s, in the quantized file: of qkv
+    q and k are left. What becomes of v shows in the output of `attn.proj`.
+
+    Args:
+        linear: its path.
+        output: (N, T, out).
+        hidden_size: D of the model.
+    """
+    if linear.endswith("attn.qkv"):
+        return output[..., : value_rows(hidden_size).start]
+    return output
+
+
+def output_bytes(config: DiTConfig, *, rows: int) -> int:
+    """Return the bytes of all that the block linears give for a batch, in float32."""
+    features = 5 * config.hidden_size + config.mlp_hidden_size  # qkv 3, proj 1, fc2 1; fc1
+    return 4 * rows * config.num_tokens * features * config.depth

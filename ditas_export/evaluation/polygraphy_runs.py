@@ -1,0 +1,116 @@
+"""Two models through Polygraphy's `Comparator`, one after the other; errors as one line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from polygraphy import config as polygraphy_config  # type: ignore[import-untyped]
+from polygraphy.backend.onnxrt import OnnxrtRunner  # type: ignore[import-untyped]
+from polygraphy.comparator import Comparator  # type: ignore[import-untyped]
+from polygraphy.exception import PolygraphyException  # type: ignore[import-untyped]
+from polygraphy.json import save_json  # type: ignore[import-untyped]
+from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
+
+from ditas_export.artifact_files import atomic_path
+from ditas_export.engine.make import current_gpu
+from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
+from ditas_export.engine.products import PRODUCTS, RTX
+from ditas_export.errors import RunnerError
+from ditas_export.evaluation.linear_outputs import with_outputs
+from ditas_export.runtime.exported_file import Feed
+from ditas_export.runtime.onnxruntime_runner import (
+    ACCURATE_WEIGHT_ONLY,
+    CPU,
+    open_session,
+    session_options,
+)
+from ditas_export.runtime.tensorrt_plan import load_product
+
+Outputs = Mapping[str, np.ndarray[Any, Any]]
+"""Name of an output -> its value."""
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Session entry: where the external data of a model in memory lie."""
+
+
+def run_both(
+    reference: Any, model: Any, feeds: Sequence[Feed]
+) -> Iterator[tuple[Outputs, Outputs]]:
+    """Yield, feed by feed, what two Polygraphy runners give.
+
+    The second runner opens when the first is closed: idle ONNX Runtime sessions spin.
+
+    Raises:
+        RunnerError: a runner that cannot be opened or does not take the feeds.
+    """
+    with _one_line_errors():
+        results = Comparator.run([reference, model], data_loader=list(feeds))
+    first, second = (iterations for _, iterations in results)
+    for wanted, found in zip(first, second, strict=True):
+        yield dict(wanted.items()), dict(found.items())
+
+
+def onnx_runner(path: Path) -> Any:
+    """Return a Polygraphy runner of an exported file in ONNX Runtime."""
+    options = session_options(None, ACCURATE_WEIGHT_ONLY)
+    return OnnxrtRunner(lambda: open_session(path, options, CPU), name=str(path))
+
+
+def onnx_runner_with_outputs(path: Path, values: list[str]) -> Any:
+    """Return a Polygraphy runner of an exported file that gives more of its values."""
+    entries = {**ACCURATE_WEIGHT_ONLY, EXTERNAL_FOLDER: str(path.resolve().parent)}
+    options = session_options(None, entries)
+    onnxruntime = importlib.import_module("onnxruntime")
+
+    def open_copy() -> Any:
+        copy = with_outputs(path, values)
+        return onnxruntime.InferenceSession(copy, options, providers=list(CPU))
+
+    return OnnxrtRunner(open_copy, name=str(path))
+
+
+def plan_runner(plan: Path) -> Any:
+    """Return a Polygraphy runner of an engine, with the product that built it.
+
+    Raises:
+        EngineError: no metadata beside the plan, a product that is not installed, or a plan of
+            another version or GPU.
+        RunnerError: a product whose libraries do not load, or no GPU.
+    """
+    metadata = EngineMetadata.load(metadata_path(plan))
+    product = PRODUCTS[metadata.product]
+    version = str(load_product(product).__version__)
+    gpu = current_gpu()
+    if gpu is None:
+        raise RunnerError(
+            f"{plan} runs on an NVIDIA GPU, and PyTorch finds none here; compare its ONNX file"
+        )
+    require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
+    polygraphy_config.USE_TENSORRT_RTX = product is RTX  # read when the next line imports
+    backend = importlib.import_module("polygraphy.backend.trt")
+    return backend.TrtRunner(backend.EngineFromBytes(plan.read_bytes()), name=str(plan))
+
+
+def save_inputs(path: Path, feeds: Sequence[Feed]) -> None:
+    """Write feeds for `polygraphy run --load-inputs`; atomic.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    with _one_line_errors(), atomic_path(path) as partial:
+        save_json(list(feeds), str(partial))
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Keep Polygraphy's log off the screen, and turn its exceptions into one line."""
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            yield
+    except PolygraphyException as error:
+        raise RunnerError(f"Polygraphy: {' '.join(str(error).split())}") from error

@@ -1,0 +1,39 @@
+"""A DiT rounded to nearest, with random low-rank factors: right for speed, not for quality."""
+
+from __future__ import annotations
+
+import torch
+
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.model import DiT
+from ditas_export.dit.sites import linear_sites
+from ditas_export.quantization.integer import LowRank, quantize_rows, round_to_blocks
+
+RANK = 32
+BLOCK_SIZE = 48
+
+
+def randomly_quantized(model: DiT, *, rank: int = RANK) -> QuantizedDiT:
+    """Round the linears to nearest and give each random low-rank factors."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = model.state_dict()
+    linears = {}
+    for site in linear_sites(model.config.depth):
+        weight = parameters.pop(f"{site.name}.weight")
+        codes, scale = quantize_rows(torch.randn(rank, weight.shape[1], generator=generator))
+        linears[site.name] = QuantizedLinear(
+            weight=round_to_blocks(weight, block_size=BLOCK_SIZE),
+            low_rank=LowRank(
+                left=1e-3 * torch.randn(weight.shape[0], rank, generator=generator),
+                right_codes=codes,
+                right_scale=scale,
+            ),
+            bias=parameters.pop(f"{site.name}.bias"),
+            smoothing_scale=torch.ones(weight.shape[1]),
+            alpha=None,
+            step_ranges=torch.tensor([8.0]),
+            output_snr_db=float("nan"),
+        )
+    return QuantizedDiT(
+        config=model.config, float_parameters=parameters, linears=linears, activation_bits=8
+    )

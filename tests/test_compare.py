@@ -1,0 +1,328 @@
+"""A model against the float model on a float trajectory: inputs, figures, diverging linears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from quantized_fixture import TINY, exported, exported_reference, snr_db, tiny_dit
+
+from ditas_export.diffusion.sampling import trajectory
+from ditas_export.dit.sites import linear_sites
+from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.errors import EngineError, OnnxExportError, RunnerError, VerificationError
+from ditas_export.evaluation import compare as compare_module
+from ditas_export.evaluation import polygraphy_runs
+from ditas_export.evaluation.compare import Comparison, compare
+from ditas_export.evaluation.inputs import trajectory_inputs
+from ditas_export.evaluation.linear_outputs import linear_outputs, output_bytes
+from ditas_export.evaluation.metrics import Difference
+from ditas_export.evaluation.options import CompareOptions
+from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
+from ditas_export.onnx_export.export import export_reference
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from ditas_export.runtime.torch_runner import TorchRunner
+
+LINEARS = [site.name for site in linear_sites(TINY.depth)]
+BROKEN = "blocks.1.attn.proj"
+
+
+def good() -> Path:
+    """8-bit weights, no low-rank branch: every linear is within 30 dB of float."""
+    return exported(weight_bits=8, layout="int8", rank=0)
+
+
+def options(model: Path, **settings: Any) -> CompareOptions:
+    chosen = {"classes": "3,7", "steps": 3, **settings}
+    return CompareOptions(reference=exported_reference(), model=model, **chosen)
+
+
+@pytest.fixture(scope="module")
+def close() -> Comparison:
+    return compare(options(good()))
+
+
+@pytest.fixture(scope="module")
+def broken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`good`, but one linear in the middle gives half as much again."""
+    model = onnx.load(str(good()))
+    for tensor in model.graph.initializer:
+        if tensor.name == f"{BROKEN}/row_scale":
+            scaled = numpy_helper.to_array(tensor) * np.float32(1.5)
+            tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+    path = tmp_path_factory.mktemp("broken") / "broken.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def far(broken_file: Path) -> Comparison:
+    return compare(options(broken_file))
+
+
+def test_figures_of_a_difference() -> None:
+    generator = np.random.default_rng(0)
+    wanted = generator.standard_normal((5, 7)).astype(np.float32)
+    found = (wanted + 0.1 * generator.standard_normal((5, 7))).astype(np.float32)
+    error = found.astype(np.float64) - wanted
+    halves = [
+        Difference.between(torch.from_numpy(wanted[rows]), torch.from_numpy(found[rows]))
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    joined = halves[0] + halves[1]
+    ratio = (wanted.astype(np.float64) ** 2).sum() / (error**2).sum()
+    # Sums in another order: float64 rounding.
+    assert joined.snr_db == pytest.approx(10 * np.log10(ratio), rel=1e-12)
+    assert joined.max_abs == np.abs(error).max()
+    assert joined.mean_abs == pytest.approx(np.abs(error).mean(), rel=1e-12)
+    assert joined.relative == pytest.approx(np.abs(error).sum() / np.abs(wanted).sum(), rel=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_no_number_is_no_match(value: float) -> None:
+    fine = Difference.between(torch.ones(3), torch.ones(3))
+    assert fine.snr_db == math.inf
+    odd = Difference.between(torch.ones(3), torch.tensor([1.0, value, 1.0]))
+    for joined in (odd, fine + odd, odd + fine):
+        assert joined.snr_db == -math.inf
+        assert not math.isfinite(joined.max_abs)
+
+
+def test_inputs_are_those_of_the_float_trajectory_both_halves() -> None:
+    inputs = trajectory_inputs(options(good(), seed=4))
+    with TorchRunner(tiny_dit()) as runner:
+        steps = list(trajectory(runner, classes=(3, 7), steps=3, cfg_scale=1.5, seed=4))
+    assert [entry.timestep for entry in inputs] == [step.timestep for step in steps]
+    for entry, step in zip(inputs, steps, strict=True):
+        assert entry.feed["class_labels"].tolist() == [3, 7, 10, 10]
+        assert entry.feed["timesteps"].tolist() == [step.timestep] * 4
+        halves = torch.from_numpy(entry.feed["latents"]).chunk(2)
+        assert torch.equal(*halves)
+        # PyTorch and ONNX Runtime round differently; three steps multiply that.
+        torch.testing.assert_close(halves[0], step.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_without_guidance_there_is_one_half() -> None:
+    for entry in trajectory_inputs(options(good(), cfg_scale=1.0)):
+        assert entry.feed["class_labels"].tolist() == [3, 7]
+
+
+def test_outputs_are_compared_as_the_runners_give_them(close: Comparison) -> None:
+    inputs = trajectory_inputs(options(good()))
+    with OnnxRuntimeRunner(good()) as quantized, TorchRunner(tiny_dit()) as floating:
+        for entry, step in zip(inputs, close.steps, strict=True):
+            arguments = [torch.from_numpy(value) for value in entry.feed.values()]
+            expected = snr_db(floating(*arguments), quantized(*arguments))
+            assert step.outputs["model_output"].snr_db == pytest.approx(expected, abs=0.1)
+    assert close.total_db > 40
+
+
+def test_a_file_against_itself_is_equal() -> None:
+    same = compare(options(exported_reference(), threshold_db=100))
+    assert same.total_db == math.inf
+    assert same.matches is True
+    assert all(found.max_abs == 0 for found in same.linears.values())
+    assert same.to_dict()["total_snr_db"] is None
+    json.dumps(same.to_dict(), allow_nan=False)
+
+
+def test_linears_of_a_good_file_do_not_diverge(close: Comparison) -> None:
+    """V of qkv carries proj's smoothing: were it compared, qkv would be at 15 dB or below."""
+    assert list(close.linears) == LINEARS
+    assert all(found.snr_db > 30 for found in close.linears.values())
+    assert close.first_diverging(close.linears) is None
+    assert close.matches is None
+
+
+def test_the_first_diverging_linear_is_the_broken_one(far: Comparison) -> None:
+    assert far.first_diverging(far.linears) == BROKEN
+    assert [far.first_diverging(step.linears) for step in far.steps] == [BROKEN] * 3
+    # 1.5 times the output: 6 dB. Those before it do not notice.
+    assert far.linears[BROKEN].snr_db == pytest.approx(6.0, abs=0.5)
+    before = LINEARS[: LINEARS.index(BROKEN)]
+    assert all(far.linears[name].snr_db > 30 for name in before)
+    assert far.worst_linears()[0][0] == BROKEN
+    assert far.to_dict()["first_diverging_linear"] == BROKEN
+
+
+def test_debug_outputs_are_what_the_linears_give() -> None:
+    """Against forward hooks of the PyTorch model."""
+    model, reference = tiny_dit(), exported_reference()
+    (entry, *_) = trajectory_inputs(options(good()))
+    hooked: dict[str, torch.Tensor] = {}
+    for name in LINEARS:
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: hooked.update({name: output})
+        )
+    model(*[torch.from_numpy(value) for value in entry.feed.values()])
+    names = linear_outputs(reference, TINY)
+    runner = onnx_runner_with_outputs(reference, list(names.values()))
+    ((given, _),) = run_both(runner, runner, [entry.feed])
+    for name, value in names.items():
+        # float32 sums in another order
+        torch.testing.assert_close(torch.from_numpy(given[value]), hooked[name], rtol=0, atol=1e-4)
+
+
+def test_linears_that_do_not_fit_are_compared_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, far: Comparison
+) -> None:
+    fed: list[int] = []
+    run = compare_module.run_both
+    monkeypatch.setattr(
+        compare_module, "run_both", lambda *given: fed.append(len(given[2])) or run(*given)
+    )
+    monkeypatch.setattr(compare_module, "HELD_BYTES", 1)
+    assert compare(far.options).linears == far.linears
+    assert fed == [3, 1, 1, 1]  # the outputs, then the linears
+
+
+def test_held_bytes_are_those_of_the_outputs() -> None:
+    (entry, *_) = trajectory_inputs(options(good()))
+    names = list(linear_outputs(good(), TINY).values())
+    runner = onnx_runner_with_outputs(good(), names)
+    ((given, _),) = run_both(runner, runner, [entry.feed])
+    rows = len(entry.feed["latents"])
+    assert output_bytes(TINY, rows=rows) == sum(given[name].nbytes for name in names)
+
+
+def test_float16_files_are_compared_too() -> None:
+    half = compare(options(exported_reference(torch.float16), steps=2))
+    assert half.total_db > 40
+    assert all(found.snr_db > 40 for found in half.linears.values())
+
+
+def test_tensors_in_a_file_of_their_own(tmp_path: Path, close: Comparison) -> None:
+    path = tmp_path / "big.onnx"
+    onnx.save(
+        onnx.load(str(good())),
+        str(path),
+        save_as_external_data=True,
+        location="big.onnx.data",
+        size_threshold=1024,
+    )
+    assert compare(options(path)).to_dict()["linears"] == close.to_dict()["linears"]
+
+
+def test_one_session_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle ONNX Runtime sessions keep their threads spinning."""
+    opened: list[weakref.ref[Any]] = []
+    open_session = polygraphy_runs.open_session
+
+    def watched(*arguments: Any) -> Any:
+        assert all(session() is None for session in opened)
+        session = open_session(*arguments)
+        opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(polygraphy_runs, "open_session", watched)
+    compare(options(good(), linears=False))
+    assert len(opened) == 2
+
+
+def test_the_linears_can_be_left_out() -> None:
+    comparison = compare(options(good(), linears=False, steps=2))
+    assert comparison.linears == {}
+    assert comparison.first_diverging(comparison.linears) is None
+
+
+def test_files_of_two_models(tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    export_reference(tiny_dit(type(TINY)(**{**TINY.to_dict(), "num_classes": 4})), other)
+    with pytest.raises(VerificationError, match="holds another DiT than"):
+        compare(options(other))
+
+
+def test_files_without_named_linears(tmp_path: Path) -> None:
+    model = onnx.load(str(good()))
+    for node in model.graph.node:
+        node.name = ""
+    path = tmp_path / "nameless.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(OnnxExportError, match=r"no nodes named blocks\.0\.attn\.qkv/.*--no-linear"):
+        compare(options(path))
+
+
+@pytest.mark.parametrize("name", ["linear_db", "threshold_db"])
+def test_thresholds_are_finite(name: str) -> None:
+    with pytest.raises(VerificationError, match="give a number of decibels"):
+        options(good(), **{name: math.nan})
+
+
+def write_plan(folder: Path, *, product: str, content: bytes = b"plan") -> Path:
+    """Write something with the metadata of an engine of the tiny model."""
+    plan = folder / "out.plan"
+    plan.write_bytes(content)
+    EngineMetadata(
+        product=product,
+        version=_installed_rtx(),
+        plan_sha256=hashlib.sha256(content).hexdigest(),
+        plan_bytes=len(content),
+        onnx_name="out.onnx",
+        onnx_sha256="",
+        config=TINY.to_dict(),
+        form={},
+        options={"compute_capabilities": [], "version_compatible": False},
+        gpu=None,
+        layers=None,
+    ).save(metadata_path(plan))
+    return plan
+
+
+def _installed_rtx() -> str:
+    return str(pytest.importorskip("tensorrt_rtx", reason="extra [rtx]").__version__)
+
+
+def test_a_plan_is_compared_by_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close: Comparison
+) -> None:
+    """A stand-in runs the quantized file in place of the engine."""
+    plan = write_plan(tmp_path, product="rtx")
+    monkeypatch.setattr(
+        compare_module, "plan_runner", lambda _: polygraphy_runs.onnx_runner(good())
+    )
+    comparison = compare(options(plan))
+    assert comparison.outputs == close.outputs
+    assert comparison.linears == {}
+
+
+def test_a_plan_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polygraphy_runs, "current_gpu", lambda: None)
+    with pytest.raises(RunnerError, match=r"runs on an NVIDIA GPU, and PyTorch finds none here"):
+        compare(options(write_plan(tmp_path, product="rtx")))
+
+
+def test_a_plan_needs_its_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write_plan(tmp_path, product="tensorrt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EngineError, match="TensorRT is not installed; run: pip install"):
+        compare(options(plan))
+
+
+def test_a_plan_without_metadata(tmp_path: Path) -> None:
+    (tmp_path / "out.plan").write_bytes(b"plan")
+    with pytest.raises(EngineError, match="does not describe an engine"):
+        compare(options(tmp_path / "out.plan"))
+
+
+def test_polygraphys_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real `TrtRunner` of TensorRT for RTX, on a plan that is none."""
+    monkeypatch.setattr(
+        polygraphy_runs, "current_gpu", lambda: Gpu(name="some GPU", compute_capability="8.9")
+    )
+    with pytest.raises(RunnerError, match=r"^Polygraphy: [^\n]*deserialize[^\n]*$"):
+        compare(options(write_plan(tmp_path, product="rtx"), steps=2))
+
+
+def test_the_runner_is_polygraphys() -> None:
+    assert isinstance(polygraphy_runs.onnx_runner(good()), OnnxrtRunner)

@@ -1,0 +1,367 @@
+"""The runner of plans: a stand-in for either product, host memory for the GPU's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from quantized_fixture import TINY, example_inputs, exported, snr_db
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ditas_export.artifact_files import sha256_of_file
+from ditas_export.cli.sample import app
+from ditas_export.diffusion.sampling import sample, trajectory
+from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.products import RTX
+from ditas_export.errors import ArtifactError, DitasExportError, EngineError, RunnerError
+from ditas_export.runtime import tensorrt_runner
+from ditas_export.runtime.cuda_stream import CudaStream
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from ditas_export.runtime.open_runner import open_runner
+from ditas_export.runtime.tensorrt_plan import load_plan, load_product
+from ditas_export.runtime.tensorrt_runner import TensorRTRunner
+
+TESTS = Path(__file__).parent
+ADA = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
+VERSIONS = {"tensorrt": "10.13.3.9", "rtx": "1.7.1.116"}
+
+
+class HostStream:
+    """Plays a CUDA stream: runs everything at once, and counts."""
+
+    gpu = ADA
+    handle = 7
+
+    def __init__(self, device: str) -> None:
+        assert device.startswith("cuda")
+        self.device = torch.device("cpu")
+        self.captured = self.replayed = 0
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        yield
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            launch()
+
+        return replay
+
+
+def load_fake(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location(name, TESTS / folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+
+
+Behave = Callable[[str], None]
+
+
+@pytest.fixture
+def behave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Behave:
+    """Put the stand-ins in place; the function says what goes wrong."""
+    monkeypatch.setenv("FAKE_TENSORRT_RECORD", str(tmp_path / "calls.json"))
+    monkeypatch.setattr(tensorrt_runner, "CudaStream", HostStream)
+
+    def load(behaviour: str) -> None:
+        monkeypatch.setenv("FAKE_TENSORRT_BEHAVIOUR", behaviour)
+        load_fake("fake_tensorrt", "tensorrt", monkeypatch)
+        load_fake("fake_tensorrt_rtx", "tensorrt_rtx", monkeypatch)
+
+    load("")
+    return load
+
+
+def made_plan(folder: Path, product: str = "tensorrt", **changes: Any) -> Path:
+    plan = folder / "out.plan"
+    plan.write_bytes(b"a plan")
+    facts: dict[str, Any] = {
+        "product": product,
+        "version": VERSIONS[product],
+        "plan_sha256": sha256_of_file(plan),
+        "plan_bytes": 6,
+        "onnx_name": "out.onnx",
+        "onnx_sha256": "0" * 64,
+        "config": TINY.to_dict(),
+        "form": {},
+        "options": {"version_compatible": False, "compute_capabilities": []},
+        "gpu": ADA,
+        "layers": None,
+    }
+    EngineMetadata(**facts | changes).save(metadata_path(plan))
+    return plan
+
+
+def calls(folder: Path, kind: str) -> list[Any]:
+    return [call for call in json.loads((folder / "calls.json").read_text()) if call[0] == kind]
+
+
+def formula(latents: Tensor, timesteps: Tensor) -> Tensor:
+    eps = latents + timesteps[:, None, None, None] / 1000
+    return torch.cat([eps, -eps], dim=1)
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_a_plan_is_run(tmp_path: Path, product: str) -> None:
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        assert runner.config == TINY
+        assert VERSIONS[product] in runner.description
+        assert ADA.name in runner.description
+        for seed in range(3):
+            latents, timesteps, labels = example_inputs(seed=seed)
+            found = runner(latents, timesteps, labels)
+            assert torch.equal(found, formula(latents, timesteps))
+            assert found.device == latents.device
+
+
+@pytest.mark.usefixtures("behave")
+def test_an_output_is_not_written_to_again(tmp_path: Path) -> None:
+    with TensorRTRunner(made_plan(tmp_path)) as runner:
+        latents, timesteps, labels = example_inputs()
+        first = runner(latents, timesteps, labels)
+        runner(latents + 1, timesteps, labels)
+        assert torch.equal(first, formula(latents, timesteps))
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize(("product", "captures"), [("tensorrt", 2), ("rtx", 0)])
+def test_a_batch_size_is_set_up_once(tmp_path: Path, product: str, captures: int) -> None:
+    """TensorRT for RTX captures inside; from outside, both would be nested."""
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        for rows in (1, 3, 1, 3, 3):
+            runner(torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows))
+        stream: Any = runner._stream
+    assert len(calls(tmp_path, "context")) == 2
+    assert Counter(shape[0] for _, name, shape in calls(tmp_path, "shape")) == {1: 3, 3: 3}
+    assert stream.captured == captures
+    assert stream.replayed == (5 if captures else 0)
+    executed = [rows for _, handle, rows in calls(tmp_path, "execute") if handle == stream.handle]
+    assert executed == [1, 1, 3, 3, 1, 3, 3]  # the first of a size warms up
+
+
+@pytest.mark.usefixtures("behave")
+def test_rtx_compiles_at_once_and_captures_itself(tmp_path: Path) -> None:
+    with TensorRTRunner(made_plan(tmp_path, "rtx")):
+        pass
+    assert calls(tmp_path, "set") == [
+        ["set", "cuda_graph_strategy", "WHOLE_GRAPH_CAPTURE"],
+        ["set", "dynamic_shapes_kernel_specialization_strategy", "EAGER"],
+    ]
+
+
+@pytest.mark.usefixtures("behave")
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    plan, cache = made_plan(tmp_path, "rtx"), tmp_path / "new" / "cache"
+    with TensorRTRunner(plan, cache=cache) as runner:
+        assert not list(cache.iterdir())
+        runner(*example_inputs())
+        (kept,) = cache.iterdir()
+        assert kept.read_bytes() == b"+compiled"
+    with TensorRTRunner(plan, cache=cache) as runner:
+        assert calls(tmp_path, "deserialize kernels") == [["deserialize kernels", "+compiled"]]
+        runner(*example_inputs())
+    assert list(cache.iterdir()) == [kept]
+    assert kept.read_bytes() == b"+compiled+compiled"
+
+
+@pytest.mark.usefixtures("behave")
+def test_tensorrt_has_no_kernels_to_keep(tmp_path: Path) -> None:
+    with TensorRTRunner(made_plan(tmp_path), cache=tmp_path / "cache") as runner:
+        runner(*example_inputs())
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.usefixtures("behave")
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"the folder .*file does not exist"):
+        TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "file")
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_batch_outside_the_profile_is_refused(tmp_path: Path, rows: int) -> None:
+    with TensorRTRunner(made_plan(tmp_path)) as runner:
+        inputs = torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows)
+        with pytest.raises(RunnerError, match=f"a batch of {rows} rows; the plan takes 1 to 4 "):
+            runner(*inputs)
+
+
+@pytest.mark.usefixtures("behave")
+def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
+    latents, timesteps, labels = example_inputs()
+    with TensorRTRunner(made_plan(tmp_path)) as runner:
+        with pytest.raises(RunnerError, match=r"the model takes \(N, 3, 8, 8\)"):
+            runner(latents[:, :2], timesteps, labels)
+        with pytest.raises(RunnerError, match="class labels run from"):
+            runner(latents, timesteps, labels + 100)
+    with pytest.raises(RunnerError, match="this runner is closed"):
+        runner(latents, timesteps, labels)
+
+
+@pytest.mark.parametrize("product", VERSIONS)
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("refuses", "does not take the plan: Error Code 1: the magic tag$"),
+        ("no memory", "cannot prepare a batch of 2: it gave no reason"),
+        ("no shape", "cannot prepare a batch of 2"),
+        ("fails", "failed: Error Code 3: an illegal memory access"),
+        ("complains", "reports: Error Code 3: an illegal memory access"),
+        ("raises", "failed: incompatible function arguments"),
+    ],
+)
+def test_what_the_product_reports_is_one_line(
+    tmp_path: Path, behave: Behave, product: str, behaviour: str, message: str
+) -> None:
+    behave(behaviour)
+    latents, timesteps, labels = (tensor[:2] for tensor in example_inputs())
+    with pytest.raises(RunnerError, match=message) as caught:
+        TensorRTRunner(made_plan(tmp_path, product))(latents, timesteps, labels)
+    assert "\n" not in str(caught.value)
+    assert VERSIONS[product] in str(caught.value)
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "10.13.2.6"}, r"built with TensorRT 10\.13\.2\.6"),
+        ({"gpu": Gpu(name="NVIDIA L4", compute_capability="8.9")}, "was built on NVIDIA L4"),
+        ({"plan_sha256": "0" * 64}, "describes another plan"),
+        ({"config": {"depth": 2, "colour": 3}}, "describe no DiT"),
+    ],
+)
+def test_a_plan_for_another_place_is_not_deserialized(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        TensorRTRunner(made_plan(tmp_path, **changes))
+    assert not (tmp_path / "calls.json").exists()
+
+
+def test_the_real_product_says_why_it_refuses() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
+    trt = load_product(RTX)
+    with pytest.raises(RunnerError, match=r"RTX does not take the plan: .*Error Code") as caught:
+        load_plan(trt, b"no plan", title="RTX", kernels=b"")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"there is no file .*out\.plan; build it"):
+        TensorRTRunner(tmp_path / "out.plan")
+    (tmp_path / "out.plan").write_bytes(b"a plan")
+    with pytest.raises(EngineError, match="does not describe an engine"):
+        TensorRTRunner(tmp_path / "out.plan")
+
+
+def test_a_missing_product_is_named(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed")
+    with pytest.raises(EngineError, match=r"TensorRT is not installed; run: pip install"):
+        TensorRTRunner(made_plan(tmp_path))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RunnerError, match="device cuda:1 was asked for, but there are 1 GPUs"):
+        CudaStream("cuda:1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
+    words = [str(made_plan(tmp_path, "rtx")), "-o", str(tmp_path / "out"), "--device", "cuda"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    *_, line = result.stderr.strip().splitlines()
+    assert "sees no CUDA GPU" in line
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("behave")
+def test_engines_are_opened_by_their_suffix(tmp_path: Path) -> None:
+    plan = made_plan(tmp_path)
+    opened = open_runner(str(plan), device="cuda:1", cache=tmp_path / "cache")
+    assert isinstance(opened.runner, TensorRTRunner)
+    assert opened.sha256 == sha256_of_file(plan)
+    for settings, message in (
+        ({"runtime": "openvino", "device": "cuda"}, "openvino does not run the engine"),
+        ({"device": "cpu"}, "runs on GPUs; use --device cuda"),
+        ({"device": "cuda", "threads": 2}, "an engine has no threads to set"),
+    ):
+        with pytest.raises(DitasExportError, match=message):
+            open_runner(str(plan), **settings)
+
+
+@pytest.mark.usefixtures("behave")
+def test_the_sampling_loop_runs_a_plan(tmp_path: Path) -> None:
+    class Formula:
+        config = TINY
+
+        def __call__(self, latents: Tensor, timesteps: Tensor, _labels: Tensor) -> Tensor:
+            return formula(latents, timesteps)
+
+    reference: Any = Formula()
+    settings: dict[str, Any] = {"classes": [3, 7], "steps": 4, "seed": 2}
+    with TensorRTRunner(made_plan(tmp_path)) as runner:
+        found = sample(runner, device=runner.device, **settings)
+    assert torch.equal(found, sample(reference, **settings))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) -> None:
+    """Tensors of the meta device have shapes only: whatever copied them out would raise."""
+
+    class Shapes:
+        config: DiTConfig = TINY
+
+        def __call__(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+            assert latents.is_meta
+            assert timesteps.is_cpu
+            assert labels.is_cpu
+            return torch.cat([latents, latents], dim=1)
+
+    runner: Any = Shapes()
+    steps = trajectory(
+        runner, classes=[1, 2], steps=20, sampler=sampler, cfg_scale=cfg_scale, device="meta"
+    )
+    assert all(step.next_latents.is_meta for step in steps)
+
+
+@pytest.mark.gpu
+def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
+    from ditas_export.cli.build import app as build
+
+    plan, inputs = tmp_path / "out.plan", example_inputs()
+    assert CliRunner().invoke(build, [str(exported()), "-o", str(plan)]).exit_code == 0
+    with OnnxRuntimeRunner(exported()) as runner:
+        expected = runner(*inputs)
+    with TensorRTRunner(plan, cache=tmp_path / "cache") as runner:
+        found = runner(*(tensor.to(runner.device) for tensor in inputs))
+        assert found.device == runner.device
+        assert snr_db(expected, found.cpu()) > 40  # rounding ties
+        for _ in range(3):  # captured by now
+            assert torch.equal(runner(*inputs), found.cpu())
