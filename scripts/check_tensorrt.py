@@ -3,11 +3,12 @@
     python scripts/check_tensorrt.py
 
 The bundled model and a DiT-XL/2 of random weights, both rounded to nearest: right for structure and
-speed, not for quality. Every layout × range × precision is built and its layer report read; with a
-GPU each plan is run by the driver, compared with onnxruntime on the same file, and timed with CUDA
-events against the float16 file's engine, PyTorch in bfloat16, and the same compiled. A round opens
-a form, warms it up, times it and closes it before the next. Prints Markdown tables. Without a GPU
-it builds and says that the rest was not run. Exit code 1: a build was refused, or lost INT8.
+speed, not for quality. Every layout × range × precision of `--target tensorrt` is built and its
+layer report read; with a GPU each plan is run by the driver, compared with onnxruntime on the same
+file, and timed with CUDA events against the float16 file's engine, PyTorch in bfloat16, and the
+same compiled. A round opens a form, warms it up, times it and closes it before the next. Prints
+Markdown tables. Without a GPU it builds and says that the rest was not run. Exit code 1: a build
+was refused, or lost INT8.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def all_forms(model: DiT, quantized: QuantizedDiT, folder: Path) -> list[Form]:
             path: Path, dtype: str = precision, ranges: str = ranges, layout: str = layout
         ) -> None:
             folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[dtype])
-            export_onnx(folded, path, layout=layout, ranges=ranges)
+            export_onnx(folded, path, layout=layout, ranges=ranges, target="tensorrt")
 
         name = f"{layout} {ranges} {precision}"
         forms.append(Form(name=name, plan=folder / f"{name}.plan", write=write))
