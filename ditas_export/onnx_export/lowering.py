@@ -25,6 +25,7 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
+from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedLinear
 from ditas_export.errors import OnnxExportError
@@ -40,6 +41,9 @@ from ditas_export.quantization.weight_only import (
 
 Layout = Literal["int4", "int8"]
 """How a 4-bit weight is stored: INT4 blocks, or the same numbers as INT8 rows."""
+
+RANK_MULTIPLE = 8
+"""Ranks of the form for TensorRT."""
 
 LARGEST_PRODUCT = 2.0**14
 """Bound of a product under a shared scale: with a low-rank part as large, a half still holds it."""
@@ -173,10 +177,23 @@ def _shared_scale_product(
     codes = _integer_codes(graph, linear.weight, layout)
     weight = _dequantize(graph, codes, "weight_scale", scalar, "weight")
     y = graph.node("MatMul", [_quantized_input(graph, x, scale, ""), weight])
-    factors = replace(low_rank, left=left, right_scale=scalar)
+    factors = _filled_up(replace(low_rank, left=left, right_scale=scalar))
     y = _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), factors)
     row_scale = graph.constant("row_scale", (rows / shared).to(scale.dtype))
     return graph.node("Mul", [y, row_scale], name="Rescale")
+
+
+def _filled_up(low_rank: LowRank) -> LowRank:
+    """Return the same factors with zeros up to a rank that is a multiple of 8.
+
+    Of other ranks TensorRT for RTX makes eight kernels more in every block.
+    """
+    missing = -low_rank.right_codes.shape[0] % RANK_MULTIPLE
+    return replace(
+        low_rank,
+        left=functional.pad(low_rank.left, (0, missing)),
+        right_codes=functional.pad(low_rank.right_codes, (0, 0, 0, missing)),
+    )
 
 
 def _shared_scale(in_features: int, input_scale: float) -> float:
