@@ -53,8 +53,12 @@ class Difference:
 
     @property
     def snr_db(self) -> float:
-        """10 · log10(Σ reference² / Σ error²); infinity if equal."""
-        return _decibels(self.signal, self.noise)
+        """10 · log10(Σ reference² / Σ error²); infinity if equal, −infinity if not finite."""
+        if self.noise == 0:
+            return math.inf
+        if not (self.signal > 0 and math.isfinite(self.noise)):
+            return -math.inf
+        return 10 * math.log10(self.signal / self.noise)
 
     @property
     def mean_abs(self) -> float:
@@ -74,20 +78,9 @@ def snr_db(reference: Tensor, output: Tensor) -> float:
         reference: any shape.
         output: the same shape.
     """
-    signal = float((reference.double() ** 2).sum())
-    noise = float(((output.double() - reference.double()) ** 2).sum())
-    return _decibels(signal, noise)
+    return Difference.between(reference, output).snr_db
 
 
 def finite_or_none(value: float) -> float | None:
     """Return a figure as JSON takes it, of 6 digits; None if infinite or not a number."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Return 10 · log10(signal / noise); −infinity where an output is no finite number."""
-    if noise == 0:
-        return math.inf
-    if not (signal > 0 and math.isfinite(noise)):
-        return -math.inf
-    return 10 * math.log10(signal / noise)

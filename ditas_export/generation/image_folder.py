@@ -83,12 +83,14 @@ class ImageFolder:
         return not all(self.file(index).is_file() for index in indices)
 
     def write(self, batch: SampledBatch) -> None:
-        """Write the images of a batch, those that are there already included.
+        """Write the images of a batch that are not there yet.
 
         Raises:
             ArtifactError: a file cannot be written.
         """
         for row, index in enumerate(batch.indices):
+            if self.file(index).is_file():
+                continue
             if batch.pixels is not None:
                 write_png(self.file(index), batch.pixels[row])
                 continue

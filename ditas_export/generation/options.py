@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ditas_export.errors import RunnerError
 
+SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
+CfgChannelsChoice = Literal["3", "all"]
+RuntimeChoice = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"]
+DeviceChoice = Literal["cpu", "cuda"]
+
 CHOICES: dict[str, tuple[str, ...]] = {
-    "sampler": ("ddpm", "ddim", "dpm++"),
-    "cfg_channels": ("3", "all"),
-    "runtime": ("auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"),
-    "device": ("cpu", "cuda"),
+    "sampler": get_args(SamplerChoice),
+    "cfg_channels": get_args(CfgChannelsChoice),
+    "runtime": get_args(RuntimeChoice),
+    "device": get_args(DeviceChoice),
 }
 """Options that take one of a few values."""
 
@@ -27,15 +32,13 @@ class SampleOptions:
     classes: str = "random"
     num: int | None = None
     steps: int = 50
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    sampler: SamplerChoice = "ddpm"
     cfg_scale: float = 4.0
-    cfg_channels: Literal["3", "all"] = "3"
+    cfg_channels: CfgChannelsChoice = "3"
     seed: int = 0
     batch: int = 8
-    runtime: Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"] = (
-        "auto"
-    )
-    device: Literal["cpu", "cuda"] = "cpu"
+    runtime: RuntimeChoice = "auto"
+    device: DeviceChoice = "cpu"
     threads: int | None = None
     vae: str | None = None
     npz: Path | None = None
