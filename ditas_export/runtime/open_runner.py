@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.export import read_form
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -27,6 +29,7 @@ from ditas_export.runtime.onnxruntime_runner import (
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
 from ditas_export.runtime.optimized_cache import default_cache
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
+from ditas_export.runtime.torch_int8 import Int8Runner
 from ditas_export.runtime.torch_runner import TorchRunner
 
 Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"]
@@ -35,7 +38,6 @@ Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-te
 GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
 """ONNX Runtime's providers for runtimes that are not on CPUs."""
 
-ARTIFACT_SUFFIX = ".ditas.safetensors"
 PLAN_SUFFIXES = (".plan", ".engine")
 
 
@@ -60,12 +62,13 @@ def open_runner(
     """Open a model in the backend that is asked for, or in the fastest that is installed.
 
     Args:
-        model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model
-            (`.ditas.safetensors`), which PyTorch runs fake-quantized, or what `load_dit` takes,
-            which PyTorch runs in float32.
+        model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model that
+            `ditas-export --save-artifact` wrote, which PyTorch runs by INT8 products, or what
+            `load_dit` takes, which PyTorch runs in float32.
         runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
-            Runtime. `tensorrt` runs an engine in the product that built it, and an `.onnx` in ONNX
-            Runtime's TensorRT provider; `nv-tensorrt-rtx` an `.onnx` in NVIDIA's plug-in for it.
+            Runtime, which takes no bf16 file there. `tensorrt` runs an engine in the product that
+            built it, and an `.onnx` in ONNX Runtime's TensorRT provider; `nv-tensorrt-rtx` an
+            `.onnx` in NVIDIA's plug-in for it.
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
         num_heads: of a checkpoint that does not say.
@@ -83,14 +86,16 @@ def open_runner(
         path = Path(model)
         runner = _file_opener(path, runtime, device, threads, cache or default_cache())()
         return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
+        given = f"CHECKPOINT --artifact {model}" if is_artifact else model
         raise RunnerError(
-            f"{runtime} runs exported files, not {model}; run: ditas-export --model {model} "
+            f"{runtime} runs exported files, not {model}; run: ditas-export --model {given} "
             f"out.onnx, and sample from out.onnx"
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    if model.endswith(ARTIFACT_SUFFIX):
+    if is_artifact:
         return _open_artifact(Path(model), device)
     loaded = load_dit(model, num_heads=num_heads)
     runner = TorchRunner(loaded.model, device=device)
@@ -111,13 +116,34 @@ def _open_plan(
     return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
 
 
+def _is_artifact(path: Path) -> bool:
+    """Tell whether a file is a quantized model, by its header; whoever reads it checks the rest."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return ARTIFACT_FORMAT in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _open_artifact(path: Path, device: str) -> OpenedModel:
-    """Open a quantized model in PyTorch, with the activation ranges it was made for."""
+    """Open a quantized model in PyTorch, with the activation ranges it was made for.
+
+    Its float side is float32 on a CPU and float16 on a GPU, as in the files that are exported for
+    them. A model of float activations has no integer products, and runs fake-quantized.
+    """
     quantized = QuantizedDiT.load(path)
-    model = fake_quantized_dit(fold_smoothing(quantized), ranges=quantized.settings["ranges"])
-    return OpenedModel(
-        runner=TorchRunner(model, device=device), source=str(path), sha256=sha256_of_file(path)
+    ranges = quantized.settings["ranges"]
+    folded = fold_smoothing(
+        quantized, dtype=torch.float16 if device.startswith("cuda") else torch.float32
     )
+    runner = (
+        Int8Runner(folded, ranges=ranges, device=device)
+        if quantized.activation_bits == 8
+        else TorchRunner(fake_quantized_dit(folded, ranges=ranges), device=device)
+    )
+    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
 
 
 def _file_opener(
@@ -139,10 +165,20 @@ def _file_opener(
         return lambda: OpenVINORunner(path, threads=threads)
     if runtime in GPU_PROVIDERS and not on_gpu:
         raise RunnerError("TensorRT runs on GPUs; use --device cuda")
+    if not (on_gpu or onnxruntime_takes(path)):
+        raise RunnerError(
+            f"{path} is bf16, and onnxruntime has no bfloat16 kernels on CPUs; use --runtime "
+            f"openvino ({INSTALL}), or an engine of it: ditas-build {path}"
+        )
     providers = GPU_PROVIDERS.get(runtime, CUDA if on_gpu else CPU)
     return lambda: OnnxRuntimeRunner(
         path, threads=threads, providers=providers, device_id=device_index(device), cache=cache
     )
+
+
+def onnxruntime_takes(path: Path) -> bool:
+    """Return whether ONNX Runtime has CPU kernels for an exported file's float type."""
+    return bool(read_form(path).get("float_type") != "bf16")
 
 
 def device_index(device: str) -> int:

@@ -48,7 +48,8 @@ class TorchRunner:
             timesteps.to(self.device),
             class_labels.to(self.device),
         )
-        return output.to(latents.device, torch.float32)
+        # A copy always: the next pass of a CUDA graph writes over what this one returned.
+        return output.to(latents.device, torch.float32, copy=True)
 
     def __enter__(self) -> Self:
         """Return the runner, ready."""
