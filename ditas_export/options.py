@@ -9,10 +9,13 @@ from typing import Literal
 
 from ditas_export.errors import OnnxExportError
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 Target = Literal["portable", "onnxruntime", "tensorrt"]
-"""Whose forms a file has where runtimes differ; every runtime takes every file."""
+"""Whose forms a file has where runtimes differ; every runtime takes every form.
+
+One float type is less common: ONNX Runtime has no bfloat16 kernels on CPUs.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
-    "precision": (None, "fp32", "fp16"),
+    "precision": (None, "fp32", "fp16", "bf16"),
     "target": tuple(PREFERENCES),
     "adaln": (16, 8, 4),
 }
@@ -81,7 +84,8 @@ class ExportOptions:
         """Refuse values that no form of the file has.
 
         Raises:
-            OnnxExportError: an unknown value, or 8-bit weights in the 4-bit layout.
+            OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, or a bf16 file for
+                onnxruntime.
         """
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -90,6 +94,11 @@ class ExportOptions:
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
+        if self.precision == "bf16" and self.target == "onnxruntime":
+            raise OnnxExportError(
+                "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "
+                "tensorrt or portable"
+            )
 
     @property
     def float_side(self) -> Precision:
@@ -108,7 +117,7 @@ class ExportOptions:
 
     @property
     def states_path(self) -> Path:
-        """Where the calibration states are kept until the model is quantized."""
+        """Where the calibration states, sampled in part or whole, are kept until quantized."""
         return self.output.with_name(f"{self.output.name}.states")
 
     @property

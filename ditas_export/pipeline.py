@@ -45,7 +45,11 @@ from ditas_export.onnx_export.vae import (
 from ditas_export.options import PREFERENCES, ExportOptions, Precision
 from ditas_export.quantization.ranges import Ranges
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it, and how much there is in all."""
@@ -260,6 +264,7 @@ def _states(
         settings,
         checkpoint_sha256=loaded.sha256,
         ranks=ranks,
+        progress_file=options.states_path,
         on_step=lambda done, total: on_progress("sample", done, total),
     )
     ranks.first(lambda: _save_states(options, states))

@@ -45,6 +45,13 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="ditas-export-tests-")
 """Where exported files live until the tests end."""
 
 
+_ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+
+
 def tiny_dit(config: DiTConfig = TINY, *, seed: int = 0) -> DiT:
     """Return a DiT of plausible random weights, in evaluation mode."""
     model = DiT(config)
@@ -223,7 +230,7 @@ def folded_linear(
 
 def write_linear(path: Path, linear: FoldedLinear, **settings: Any) -> None:
     """Write one linear alone: input `x` (N, T, K), output `y` (N, T, out), in its float type."""
-    dtype = ir.DataType.FLOAT if linear.bias.dtype == torch.float32 else ir.DataType.FLOAT16
+    dtype = _ONNX_TYPES[linear.bias.dtype]
     out_features, in_features = linear.weight.codes.shape
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(("N", 5, in_features)))
     anchor = ir.Node("", "Identity", [x], name="anchor")

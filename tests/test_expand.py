@@ -22,6 +22,8 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
         (torch.float32, "static", 0, 4, "portable"),
         (torch.float16, "static", 4, 8, "portable"),
         (torch.float16, "token", 4, 16, "tensorrt"),
+        (torch.bfloat16, "token", 4, 8, "portable"),
+        (torch.bfloat16, "static", 4, 4, "tensorrt"),
     ],
 )
 def test_expanding_equals_exporting(

@@ -36,19 +36,16 @@ from ditas_export.onnx_export.export import export_onnx, read_config, read_form
 pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 
 LINEARS = [site.name for site in linear_sites(TINY.depth)]
-FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = [
-    *itertools.product(
-        ("portable",), ("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (0, 5)
-    ),
-    *itertools.product(
-        ("tensorrt",), ("fp32", "fp16"), ("token", "static"), ("int4", "int8"), (5,)
-    ),
+    *itertools.product(("portable",), FLOAT_TYPES, ("token", "static"), ("int4", "int8"), (0, 5)),
+    *itertools.product(("tensorrt",), FLOAT_TYPES, ("token", "static"), ("int4", "int8"), (5,)),
 ]
 """Target, float type, ranges, layout, rank: all there are."""
 
 QUICK = [
     *itertools.product(("portable",), ("fp32", "fp16"), ("token", "static"), ("int4",), (5,)),
+    ("tensorrt", "bf16", "token", "int8", 5),
     # the form whose qkv the builder multiplies in float unless something guards it
     ("portable", "fp32", "static", "int8", 0),
 ]
@@ -108,6 +105,22 @@ def test_every_form_of_the_bundled_model_is_all_integer_products(
     export_onnx(folded, path, layout=layout, ranges=ranges, target=target)
     names = [site.name for site in linear_sites(model.config.depth)]
     require_integer_products(path, names, layout=layout)
+
+
+@pytest.mark.parametrize("form", [("token", "int8", 32), ("static", "int8", 32)], ids=str)
+def test_bfloat16_takes_the_kernels_of_float16(tmp_path: Path, form: tuple[str, str, int]) -> None:
+    ranges, layout, rank = form
+    quantized = quantized_tiny_dit(load_dit("digits").model, rank=rank)
+    path = tmp_path / "digits.onnx"
+    reports = []
+    for dtype in (torch.float16, torch.bfloat16):
+        folded = fold_smoothing(quantized, dtype=dtype)
+        export_onnx(folded, path, layout=layout, ranges=ranges, target="tensorrt")
+        reports.append(layer_report(layers_of(path), read_config(path), read_form(path)))
+    half, brain = reports
+    assert brain.blocks == half.blocks
+    assert all(block.has_fused_attention for block in brain.blocks)
+    assert brain.extra_streams == half.extra_streams == 0
 
 
 def test_the_low_rank_factor_joins_the_integer_product() -> None:

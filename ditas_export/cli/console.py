@@ -28,7 +28,7 @@ STAGE_NAMES = {
     "sample": "Sampling calibration states",
     "quantize": "Quantizing linears",
     "export": "Writing ONNX",
-    "verify": "Verifying in ONNX Runtime",
+    "verify": "Verifying",
 }
 
 

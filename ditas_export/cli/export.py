@@ -78,7 +78,11 @@ def export(
     ] = None,
     precision: Annotated[
         str | None,
-        _option("Float side: fp32 (CPUs) or fp16 (GPUs).", "precision", shown="as --target says"),
+        _option(
+            "Float side: fp32 (CPUs), fp16 (GPUs) or bf16 (GPUs, where fp16 overflows).",
+            "precision",
+            shown="as --target says",
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -151,7 +155,7 @@ def export(
             result = _run(options, ranks, show=ranks.is_first and not (quiet or as_json))
         if ranks.is_first:
             _report(result, options, as_json=as_json, quiet=quiet)
-        if not result.verification.matches:
+        if result.verification.matches is False:
             raise typer.Exit(EXIT_MISMATCH)
 
 
@@ -163,11 +167,11 @@ def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quie
         from ditas_export.cli.summary import print_summary
 
         print_summary(Console(), result, options)
-    if not result.verification.matches:
-        found, bound = result.verification.match_db, result.verification.match_bound_db
+    file, bound = result.verification.file, result.verification.match_bound_db
+    if file is not None and not result.verification.matches:
         Console(stderr=True).print(
             f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
-            f"{found:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
+            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
             soft_wrap=True,
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from ditas_export.evaluation.verify import Verification
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
+from ditas_export.runtime.openvino_runner import INSTALL as OPENVINO_INSTALL
 
 WORST = 5
 
@@ -18,13 +20,8 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
     table = Table(title=f"{options.output}  ({size / 2**20:.2f} MiB)", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    finals = ", ".join(f"{value:.1f}" for value in verification.final_db)
-    table.add_row("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals})")
-    table.add_row("single step against float", f"{verification.single_step_db:.1f} dB")
-    table.add_row(
-        "file against fake-quantized forward",
-        f"{verification.match_db:.1f} dB (at least {verification.match_bound_db:.0f})",
-    )
+    for name, text in _proof(verification):
+        table.add_row(name, text)
     table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
     parts = ", ".join(
         f"{part.replace('_', ' ')} {count / 2**10:,.0f}"
@@ -32,8 +29,10 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
         if count
     )
     table.add_row("KiB by part", parts)
-    kernels = ", ".join(f"{count} {kernel}" for kernel, count in verification.kernels.items())
-    table.add_row("kernels", kernels)
+    if verification.file is not None:
+        kernels = verification.file.kernels.items()
+        listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels)
+        table.add_row("kernels", listed or f"not listed by {verification.file.runtime}")
     table.add_row("float linears", ", ".join(_families(manifest["float_linears"])))
     worst = sorted(result.quantized.linears.items(), key=lambda item: item[1].output_snr_db)
     table.add_row(
@@ -44,6 +43,34 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
         table.add_row("VAE decoder", str(options.vae_path))
     table.add_row("manifest", str(options.manifest_path))
     console.print(table)
+    if verification.file is None:
+        console.print(_unproven(options), markup=False, highlight=False, soft_wrap=True)
+
+
+def _proof(verification: Verification) -> list[tuple[str, str]]:
+    """Return what was measured, and of what: the file, or the fake-quantized forward alone."""
+    file = verification.file
+    finals = ", ".join(f"{value:.1f}" for value in verification.final_db)
+    whose = "" if file else ", fake-quantized forward"
+    match = (
+        f"{file.match_db:.1f} dB (at least {verification.match_bound_db:.0f})"
+        if file
+        else "not measured: the file was not run"
+    )
+    return [
+        ("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals}){whose}"),
+        ("single step against float", f"{verification.single_step_db:.1f} dB{whose}"),
+        ("file against fake-quantized forward", match),
+    ]
+
+
+def _unproven(options: ExportOptions) -> str:
+    """Say that the file itself was not run, and what runs it."""
+    return (
+        f"{options.output} was not run: no runtime installed here takes {options.float_side}; "
+        f"{OPENVINO_INSTALL} and export again, or ditas-build {options.output} and ditas-compare "
+        f"FP32.onnx with the engine, on its GPU"
+    )
 
 
 def _families(names: list[str]) -> list[str]:

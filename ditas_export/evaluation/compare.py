@@ -37,7 +37,7 @@ from ditas_export.evaluation.polygraphy_runs import (
     save_inputs,
 )
 from ditas_export.onnx_export.export import read_config
-from ditas_export.runtime.open_runner import PLAN_SUFFIXES
+from ditas_export.runtime.open_runner import PLAN_SUFFIXES, onnxruntime_takes
 
 Differences = Mapping[str, Difference]
 """Output or linear -> how far it is from the float model's."""
@@ -135,13 +135,15 @@ def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -
 
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
-        VerificationError: files of two different DiTs.
+        VerificationError: files of two different DiTs, or a bf16 file, which ONNX Runtime does not
+            run.
         EngineError: an engine that cannot run here.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
         ArtifactError: the inputs cannot be written.
     """
     advance = on_progress or (lambda _stage, _done, _total: None)
     config = _common_config(options)
+    _require_onnxruntime_files(options)
     if options.gen_inputs is not None:
         require_writable(options.gen_inputs)
     is_plan = _is_plan(options.model)
@@ -186,6 +188,16 @@ def _common_config(options: CompareOptions) -> DiTConfig:
             f"{reference}); write the reference with ditas-export --reference"
         )
     return reference
+
+
+def _require_onnxruntime_files(options: CompareOptions) -> None:
+    """Refuse files of a float type for which ONNX Runtime has no kernels here."""
+    files = [options.reference] + [options.model] * (not _is_plan(options.model))
+    if refused := [path for path in files if not onnxruntime_takes(path)]:
+        raise VerificationError(
+            f"{refused[0]} is bf16, and onnxruntime, in which files are compared, has no bfloat16 "
+            f"kernels on CPUs; compare an engine of it (ditas-build), or the same model in fp16"
+        )
 
 
 def _compare_linears(

@@ -62,8 +62,8 @@ def export_onnx(
         target: the runtime whose forms to write; every runtime takes them, at its own speed.
 
     Raises:
-        OnnxExportError: a float type that is neither fp32 nor fp16, a layout that the weights
-            cannot take, or a graph that breaks a rule.
+        OnnxExportError: a float type other than fp32, fp16 and bf16, a layout that the
+            weights cannot take, or a graph that breaks a rule.
         ArtifactError: the file cannot be written.
     """
     float_type = _float_type(folded.dtype)
@@ -111,7 +111,7 @@ def export_reference(model: DiT, path: Path) -> None:
         path: the file; past 2 GB the tensors go to `<path>.data`.
 
     Raises:
-        OnnxExportError: a float type that is neither fp32 nor fp16.
+        OnnxExportError: a float type other than fp32, fp16 and bf16.
         ArtifactError: the file cannot be written.
     """
     parameters = model.state_dict()
@@ -242,8 +242,8 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def _float_type(dtype: torch.dtype) -> str:
-    """Return "fp32" or "fp16"."""
-    names = {torch.float32: "fp32", torch.float16: "fp16"}
+    """Return "fp32", "fp16" or "bf16"."""
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     if dtype not in names:
-        raise OnnxExportError(f"an ONNX file is written in fp32 or fp16, not {dtype}")
+        raise OnnxExportError(f"an ONNX file is written in fp32, fp16 or bf16, not {dtype}")
     return names[dtype]

@@ -59,6 +59,14 @@ class _LinearShell(nn.Module):
         )
 
 
+class _Float32Convolution(nn.Conv2d):
+    """A convolution in float32 between casts: opset 21 has none in bfloat16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve; input and result are in one float type."""
+        return super().forward(input.float()).to(input.dtype)
+
+
 class _Interface(nn.Module):
     """float32 latents in and out, whatever the network's float type."""
 
@@ -93,6 +101,8 @@ def export_skeleton(
         shell = _LinearShell(path, linear.out_features)
         model.get_submodule(parent).add_module(child, shell)
     kept = {name: parameters[name].detach().cpu() for name, _ in model.named_parameters()}
+    if dtype == torch.bfloat16:
+        _convolve_in_float32(model, kept)
     model.load_state_dict(kept, strict=True, assign=True)
     graph_model = _trace(_Interface(model.eval(), dtype), config)
     _drop_allowzero(graph_model.graph)
@@ -100,6 +110,21 @@ def export_skeleton(
     strip_metadata(graph_model)
     graph_model.ir_version = IR_VERSION
     return graph_model
+
+
+def _convolve_in_float32(model: DiT, parameters: dict[str, Tensor]) -> None:
+    """Put the patch embedding between casts and its parameters in float32, both in place."""
+    name = "x_embedder.proj"
+    convolution = model.x_embedder.proj
+    model.x_embedder.proj = _Float32Convolution(
+        convolution.in_channels,
+        convolution.out_channels,
+        kernel_size=model.config.patch_size,
+        stride=model.config.patch_size,
+        device="meta",
+    )
+    for part in ("weight", "bias"):
+        parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"].float()
 
 
 def _linears(model: DiT) -> Iterator[tuple[str, nn.Linear]]:

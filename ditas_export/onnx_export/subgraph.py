@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from ditas_export.quantization.integer import pack_int4
@@ -14,6 +15,7 @@ from ditas_export.quantization.integer import pack_int4
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int8: ir.DataType.INT8,
     torch.int64: ir.DataType.INT64,
 }
@@ -35,8 +37,7 @@ class Subgraph:
         dtype = _DTYPES[tensor.dtype]
 
         def evaluate() -> ir.TensorProtocol:
-            array = tensor.detach().cpu().contiguous().numpy()
-            return ir.Tensor(array, dtype, name=full_name)
+            return TorchTensor(tensor.detach().cpu().contiguous(), name=full_name)
 
         shape = ir.Shape(tensor.shape)
         return self._register(full_name, ir.LazyTensor(evaluate, dtype, shape, name=full_name))
