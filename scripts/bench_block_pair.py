@@ -2,7 +2,8 @@
 
     python scripts/bench_block_pair.py --rounds 7
 
-Random weights, low-rank branch of rank 32 included: right for speed, not for quality. A round
+Random weights, low-rank branch of rank 32 included: right for speed, not for quality. Files are
+exported with `--target onnxruntime` for that runtime, `portable` for OpenVINO. A round
 opens a session, warms it up, times it and closes it before the next form: idle sessions keep their
 threads spinning. Prints medians and ratios to the float file as a Markdown table.
 """
@@ -75,7 +76,7 @@ def main() -> None:
         for ranges in ("token", "static"):
             for layout in ("int4", "int8"):
                 path = Path(folder) / f"{layout}-{ranges}.onnx"
-                export_onnx(folded, path, layout=layout, ranges=ranges)
+                export_onnx(folded, path, layout=layout, ranges=ranges, target="onnxruntime")
                 files[f"onnxruntime {layout} {ranges}"] = path
         forms: dict[str, Callable[[], Runner]] = {
             name: lambda path=path: OnnxRuntimeRunner(path, threads=args.threads)
@@ -84,8 +85,11 @@ def main() -> None:
         if args.openvino:
             from ditas_export.runtime.openvino_runner import OpenVINORunner
 
-            for name in ("float", "int4 token", "int4 static"):
-                path = files[f"onnxruntime {name}"]
+            portable = {"float": files["onnxruntime float"]}
+            for ranges in ("token", "static"):
+                portable[f"int4 {ranges}"] = Path(folder) / f"portable-{ranges}.onnx"
+                export_onnx(folded, portable[f"int4 {ranges}"], layout="int4", ranges=ranges)
+            for name, path in portable.items():
                 forms[f"openvino {name}"] = lambda path=path: OpenVINORunner(
                     path, threads=args.threads
                 )

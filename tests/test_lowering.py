@@ -20,6 +20,10 @@ HALF_ROUNDING = 1e-3
 """Two roundings to half precision, 2⁻¹¹ each: what one linear may differ by in float16."""
 
 
+TARGETS = [(0, "portable"), (4, "portable"), (4, "onnxruntime"), (4, "tensorrt")]
+"""Ranks and targets: where a low-rank branch is, each target has a form of its own."""
+
+
 def random_input(seed: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, 5, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -41,7 +45,7 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 @pytest.mark.parametrize("layout", ["int4", "int8"])
 @pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize(("rank", "target"), [(0, "portable"), (4, "portable"), (4, "tensorrt")])
+@pytest.mark.parametrize(("rank", "target"), TARGETS)
 @pytest.mark.parametrize("splits_output", [False, True])
 def test_same_codes_give_the_same_numbers(
     tmp_path: Path, layout: str, ranges: str, rank: int, target: str, splits_output: bool
@@ -79,7 +83,7 @@ def test_same_input_gives_the_same_numbers_but_for_ties(
 
 
 @pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize(("rank", "target"), [(0, "portable"), (4, "portable"), (4, "tensorrt")])
+@pytest.mark.parametrize(("rank", "target"), TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layouts_agree_bit_for_bit(
     tmp_path: Path, ranges: str, rank: int, target: str, dtype: torch.dtype
@@ -104,7 +108,7 @@ def test_layouts_agree_bit_for_bit(
 
 @pytest.mark.parametrize("layout", ["int4", "int8"])
 @pytest.mark.parametrize("ranges", ["token", "static"])
-@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+@pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
 def test_half_precision_agrees_to_its_rounding(
     tmp_path: Path, layout: str, ranges: str, target: str
 ) -> None:
@@ -154,15 +158,22 @@ def test_eight_bit_weights(tmp_path: Path, ranges: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("magnitude", [0.0, RANGE_FLOOR / 8])
 def test_a_vanishing_token_has_the_floor_as_its_range(
-    tmp_path: Path, dtype: torch.dtype, magnitude: float
+    tmp_path: Path, dtype: torch.dtype, target: str, magnitude: float
 ) -> None:
     linear = folded_linear(K, dtype=dtype)
     module = FakeQuantLinear(linear, ranges="token", activation_bits=8)
     path = tmp_path / "linear.onnx"
     write_linear(
-        path, linear, layout="int4", ranges="token", activation_bits=8, splits_output=False
+        path,
+        linear,
+        layout="int4",
+        ranges="token",
+        activation_bits=8,
+        splits_output=False,
+        target=target,
     )
     x = random_input(dtype=dtype)
     x[0, 0] = magnitude

@@ -73,13 +73,14 @@ def test_static_ranges_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("ranges", ["token", "static"])
-def test_the_form_for_tensorrt_runs_in_onnxruntime_all_the_same(ranges: str) -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> None:
     inputs = example_inputs()
     reference = fake_quantized_dit(FOLDED, ranges=ranges)(*inputs)
     outputs = []
     for layout in ("int4", "int8"):
-        path = exported(layout=layout, ranges=ranges, rank=4, target="tensorrt")
-        assert read_form(path)["target"] == "tensorrt"
+        path = exported(layout=layout, ranges=ranges, rank=4, target=target)
+        assert read_form(path)["target"] == target
         kernels = matmul_kernels(path)
         for name, product in itertools.product(FOLDED.linears, ("MatMul", "right_MatMul")):
             assert kernels[f"{name}/{product}"] == "MatMulIntegerToFloat"
@@ -223,7 +224,7 @@ def test_unwritable_targets(tmp_path: Path) -> None:
 
 
 def test_other_float_types_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OnnxExportError, match=r"fp32 or fp16, not torch\.float64"):
+    with pytest.raises(OnnxExportError, match=r"fp32, fp16 or bf16, not torch\.float64"):
         export_reference(tiny_dit().double(), tmp_path / "out.onnx")
 
 

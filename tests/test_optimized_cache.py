@@ -30,6 +30,14 @@ def test_the_kept_model_gives_the_same_bytes_with_the_same_kernels(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_norms_are_not_fused_with_the_sums_before_them(tmp_path: Path) -> None:
+    with OnnxRuntimeRunner(exported(), threads=2, cache=tmp_path):
+        (entry,) = tmp_path.iterdir()
+        kinds = [node.op_type for node in onnx.load(str(entry / "model.onnx")).graph.node]
+    assert "SkipLayerNormalization" not in kinds
+    assert kinds.count("LayerNormalization") == 2 * TINY.depth + 1
+
+
 def test_a_second_start_does_not_optimize(tmp_path: Path) -> None:
     targets: list[Path] = []
 

@@ -12,6 +12,11 @@ kernel of the sum where it can:
     y = (DQ(q) (codes · m σ)ᵀ + (DQ(q) (right_codes · σ)ᵀ) leftᵀ · right_scale / row_scale)
         · row_scale / σ · r + bias
 
+For ONNX Runtime, which adds a bias in a pass of its own, the bias of such a linear is one more row
+of the left factor, and 1/r, or 1 without r, one more column of its input:
+
+    y = (DQ(q) ŵᵀ + [DQ(q) rightᵀ | 1/r] [leftᵀ; bias]) · r
+
 What the runtimes ask of the form (`contract.py` checks it): the last DequantizeLinear of a weight
 feeds its MatMul and nothing else, every MatMul has an activation Q/DQ and scales of its own, scales
 and zero points are constants, and INT4 feeds only a DequantizeLinear.
@@ -93,11 +98,14 @@ def lower_linear(
         y = _shared_scale_product(graph, x, linear, linear.low_rank, scale, layout)
     elif token is None and linear.low_rank is None and splits_output:
         y = _opaque_product(graph, x, linear, scale, layout)
+    elif target == "onnxruntime" and linear.low_rank is not None and scale.dtype == torch.float32:
+        y = _biased_product(graph, x, linear, linear.low_rank, scale, layout, token)
+        return y if token is None else _denormalize(graph, y, token)
     else:
         y = _integer_product(graph, x, linear, scale, layout)
     if token is None:
         return _add_bias(graph, y, _plain_bias(linear))
-    return _add_bias(graph, graph.node("Mul", [y, token], name="Denormalize"), linear.bias)
+    return _add_bias(graph, _denormalize(graph, y, token), linear.bias)
 
 
 def lower_float_linear(
@@ -122,6 +130,11 @@ def _token_ranges(graph: Subgraph, x: ir.Value, dtype: torch.dtype) -> ir.Value:
     lowest = graph.node("ReduceMin", [x, axis], keepdims=1)
     floor = graph.scalar("range_floor", RANGE_FLOOR, dtype)
     return graph.node("Max", [highest, graph.node("Neg", [lowest]), floor], name="Range")
+
+
+def _denormalize(graph: Subgraph, y: ir.Value, token: ir.Value) -> ir.Value:
+    """Write y · r."""
+    return graph.node("Mul", [y, token], name="Denormalize")
 
 
 def _integer_product(
@@ -149,6 +162,31 @@ def _opaque_product(
     doubled = replace(linear, weight=replace(weight, row_scale=weight.row_scale * 2))
     y = _integer_product(graph, x, doubled, scale, layout)
     return graph.node("Mul", [y, graph.scalar("half", 0.5, linear.bias.dtype)], name="Halve")
+
+
+def _biased_product(
+    graph: Subgraph,
+    x: ir.Value,
+    linear: FoldedLinear,
+    low_rank: LowRank,
+    scale: torch.Tensor,
+    layout: Layout,
+    token: ir.Value | None,
+) -> ir.Value:
+    """Write the INT8 × INT8 products of a linear and its bias, over r where there are ranges.
+
+    In float32 only: 1/r reaches 2¹⁴, and a bias so many times as large overflows a half.
+    """
+    y = _integer_product(graph, x, replace(linear, low_rank=None), scale, layout)
+    inner = _right_product(graph, _quantized_input(graph, x, scale, "right_"), low_rank)
+    if token is None:
+        one_more = graph.axes("one_more_column", [0, 0, 0, 0, 0, 1])
+        one = graph.scalar("one", 1.0, scale.dtype)
+        inner = graph.node("Pad", [inner, one_more, one], name="AppendOne")
+    else:
+        inverse = graph.node("Reciprocal", [token])
+        inner = graph.node("Concat", [inner, inverse], name="AppendInverseRange", axis=-1)
+    return _add_left_product(graph, y, inner, torch.cat([low_rank.left.T, linear.bias[None]]))
 
 
 def _shared_scale_product(
@@ -225,11 +263,21 @@ def _add_bias(graph: Subgraph, y: ir.Value, bias: torch.Tensor) -> ir.Value:
 
 def _add_branch(graph: Subgraph, y: ir.Value, x: ir.Value, low_rank: LowRank) -> ir.Value:
     """Write y + (x rightᵀ) leftᵀ, the right factor INT8, the left float."""
+    return _add_left_product(graph, y, _right_product(graph, x, low_rank), low_rank.left.T)
+
+
+def _right_product(graph: Subgraph, x: ir.Value, low_rank: LowRank) -> ir.Value:
+    """Write x rightᵀ, (…, rank)."""
     codes = graph.constant("right_codes", low_rank.right_codes.T)
     right = _dequantize(graph, codes, "right_scale", low_rank.right_scale, "right")
-    inner = graph.node("MatMul", [x, right], name="right_MatMul")
-    left = graph.constant("left", low_rank.left.T)
-    outer = graph.node("MatMul", [inner, left], name="left_MatMul")
+    return graph.node("MatMul", [x, right], name="right_MatMul")
+
+
+def _add_left_product(
+    graph: Subgraph, y: ir.Value, inner: ir.Value, left: torch.Tensor
+) -> ir.Value:
+    """Write y + inner @ left."""
+    outer = graph.node("MatMul", [inner, graph.constant("left", left)], name="left_MatMul")
     return graph.node("Add", [y, outer], name="AddLowRank")
 
 
