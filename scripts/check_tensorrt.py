@@ -5,10 +5,10 @@
 The bundled model and a DiT-XL/2 of random weights, both rounded to nearest: right for structure and
 speed, not for quality. Every layout × range × precision of `--target tensorrt` is built and its
 layer report read; with a GPU each plan is run by the driver, compared with onnxruntime on the same
-file, and timed with CUDA events against the float16 file's engine, PyTorch in bfloat16, and the
-same compiled. A round opens a form, warms it up, times it and closes it before the next. Prints
-Markdown tables. Without a GPU it builds and says that the rest was not run. Exit code 1: a build
-was refused, or lost INT8.
+file (OpenVINO for bf16, which onnxruntime does not run on CPUs), and timed with CUDA events against
+the float16 file's engine, PyTorch in bfloat16, and the same compiled. A round opens a form, warms
+it up, times it and closes it before the next. Prints Markdown tables. Without a GPU it builds and
+says that the rest was not run. Exit code 1: a build was refused, or lost INT8.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ from ditas_export.errors import DitasExportError
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from ditas_export.runtime.open_runner import onnxruntime_takes
+from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
 BATCHES = (1, 2, 8, 32)
 OPTIONS = BuildOptions(batch=BatchRange(smallest=1, usual=8, largest=32))
-FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASELINE = "float fp16"
 NOT_RUN = "Nothing was run: this machine has no CUDA GPU that PyTorch sees."
 
@@ -68,7 +70,7 @@ class Form:
     problem: str = ""
     seconds: float = 0.0  # of the build
     size_mib: float = 0.0
-    snr_db: float | None = None  # of a single step against onnxruntime; None where not run
+    snr_db: float | None = None  # of a single step against the file on the CPU; None where not run
 
     @property
     def is_sound(self) -> bool:
@@ -156,9 +158,9 @@ def check(form: Form, product: Product, config: DiTConfig, folder: Path) -> None
 
 
 def run_once(form: Form, onnx: Path, config: DiTConfig, written: dict[str, object]) -> None:
-    """Read the inspector and compare one step with onnxruntime."""
+    """Read the inspector and compare one step with the file on the CPU."""
     inputs = example_inputs(config, batch=2)
-    with OnnxRuntimeRunner(onnx) as runner:
+    with OnnxRuntimeRunner(onnx) if onnxruntime_takes(onnx) else OpenVINORunner(onnx) as runner:
         expected = runner(*inputs)
     with TensorRTRunner(form.plan) as runner:
         form.snr_db = snr_db(expected, runner(*inputs))
@@ -240,7 +242,7 @@ def print_builds(name: str, forms: list[Form]) -> None:
     """Print what the builder made of every form."""
     print(f"\n### {name}: builds\n")
     print("| form | linears as INT8×INT8 GEMM | INT4 kept | kernels | of a block | extra streams "
-          "| fused attention | plan MiB | build s | SNR dB to onnxruntime |")  # fmt: skip
+          "| fused attention | plan MiB | build s | SNR dB to the file on the CPU |")  # fmt: skip
     print("|" + "---|" * 10)
     for form in forms:
         print(f"| {form.name} | {' | '.join(build_cells(form))} |")
