@@ -69,7 +69,7 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
     Raises:
         QuantizationError: a folded value overflows `dtype`.
     """
-    parameters = {name: tensor.double() for name, tensor in quantized.float_parameters.items()}
+    parameters = dict(quantized.float_parameters)
     width = quantized.config.hidden_size
     folded: dict[str, FoldedLinear] = {}
     for block in range(quantized.config.depth):
@@ -78,8 +78,7 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         proj = _with_normal_row_scales(proj, dtype)
         qkv = _with_normal_row_scales(_divide_value_rows(qkv, proj.smoothing_scale, width), dtype)
         fc1, fc2 = (_with_normal_row_scales(linear, dtype) for linear in (fc1, fc2))
-        _fold_into_adaln(parameters, block, "msa", qkv, width)
-        _fold_into_adaln(parameters, block, "mlp", fc1, width)
+        _fold_into_adaln(parameters, block, qkv, fc1, width, dtype)
         folded[sites["attn.qkv"]] = _round_linear(qkv, dtype)
         folded[sites["attn.proj"]] = _round_linear(proj, dtype)
         folded[sites["mlp.fc1"]] = _round_linear(fc1, dtype)
@@ -137,17 +136,22 @@ def _with_normal_row_scales(linear: QuantizedLinear, dtype: torch.dtype) -> Quan
 
 
 def _fold_into_adaln(
-    parameters: dict[str, Tensor], block: int, branch: str, linear: QuantizedLinear, width: int
+    parameters: dict[str, Tensor],
+    block: int,
+    qkv: QuantizedLinear,
+    fc1: QuantizedLinear,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Divide what a block's modulation makes by s, in the given (owned) parameters."""
-    s = linear.smoothing_scale
-    weight = parameters[f"{adaln_name(block)}.weight"].clone()
-    bias = parameters[f"{adaln_name(block)}.bias"].clone()
-    shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
-    weight[shift], bias[shift] = weight[shift] / s[:, None], bias[shift] / s
-    weight[scale], bias[scale] = weight[scale] / s[:, None], (bias[scale] + 1 - s) / s
-    parameters[f"{adaln_name(block)}.weight"] = weight
-    parameters[f"{adaln_name(block)}.bias"] = bias
+    """Replace a block's modulation by one that makes its outputs over s, rounded to `dtype`."""
+    names = [f"{adaln_name(block)}.{part}" for part in ("weight", "bias")]
+    weight, bias = (parameters[name].to(torch.float64, copy=True) for name in names)
+    for branch, linear in (("msa", qkv), ("mlp", fc1)):
+        s = linear.smoothing_scale
+        shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
+        weight[shift], bias[shift] = weight[shift] / s[:, None], bias[shift] / s
+        weight[scale], bias[scale] = weight[scale] / s[:, None], (bias[scale] + 1 - s) / s
+    parameters.update(zip(names, (weight.to(dtype), bias.to(dtype)), strict=True))
 
 
 def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> QuantizedLinear:
