@@ -22,7 +22,7 @@ from torch.nn import functional
 from ditas_export.calibration.calibrate import WIDTH_PER_RANK
 from ditas_export.calibration.methods import ALPHA_GRID, FIXED_ALPHA
 from ditas_export.calibration.states import CalibrationStates
-from ditas_export.diffusion.guidance import ModelInputs, guided_inputs, plain_inputs
+from ditas_export.diffusion.guidance import ModelInputs, model_inputs
 from ditas_export.dit.model import DiT
 from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import CalibrationError
@@ -221,10 +221,13 @@ def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]
     device = model.pos_embed.device
     labels = torch.tensor(states.settings.classes, device=device)
     for latents, timestep in zip(states.latents.to(device), states.timesteps, strict=True):
-        if states.settings.cfg_scale == 1.0:
-            yield plain_inputs(latents, int(timestep), labels)
-        else:
-            yield guided_inputs(latents, int(timestep), labels, null_class=model.config.null_class)
+        yield model_inputs(
+            latents,
+            int(timestep),
+            labels,
+            cfg_scale=states.settings.cfg_scale,
+            null_class=model.config.null_class,
+        )
 
 
 @contextmanager

@@ -48,6 +48,15 @@ def guided_inputs(
     return plain_inputs(torch.cat([latents, latents]), timestep, torch.cat([class_labels, nulls]))
 
 
+def model_inputs(
+    latents: Tensor, timestep: int, class_labels: Tensor, *, cfg_scale: float, null_class: int
+) -> ModelInputs:
+    """Return the inputs of one step: guided, or plain where a scale of 1 blends nothing."""
+    if cfg_scale == 1.0:
+        return plain_inputs(latents, timestep, class_labels)
+    return guided_inputs(latents, timestep, class_labels, null_class=null_class)
+
+
 def guided_channel_count(in_channels: int, cfg_channels: CfgChannels) -> int:
     """Return how many ε channels guidance acts on.
 

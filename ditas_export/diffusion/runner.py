@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -54,3 +55,19 @@ class Runner(Protocol):
     ) -> None:
         """Free what the runner holds."""
         ...
+
+
+class Closing(ABC):
+    """A context manager that closes what it holds at the end."""
+
+    def __enter__(self) -> Self:
+        """Return itself, ready."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held; it cannot be used afterwards."""

@@ -23,8 +23,7 @@ from ditas_export.diffusion.guidance import (
     CfgChannels,
     guide,
     guided_channel_count,
-    guided_inputs,
-    plain_inputs,
+    model_inputs,
 )
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
@@ -137,11 +136,12 @@ def trajectory(
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
     def predict(latents: Tensor, timestep: int) -> Tensor:
-        if cfg_scale == 1.0:
-            inputs = plain_inputs(latents, timestep, labels)
-            return runner(inputs.latents, inputs.timesteps, inputs.class_labels)
-        inputs = guided_inputs(latents, timestep, labels, null_class=runner.config.null_class)
+        inputs = model_inputs(
+            latents, timestep, labels, cfg_scale=cfg_scale, null_class=runner.config.null_class
+        )
         output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        if cfg_scale == 1.0:
+            return output
         return guide(output, cfg_scale=cfg_scale, channels=channels)
 
     def walk() -> Iterator[Step]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.guidance import ModelInputs, guided_inputs, plain_inputs
+from ditas_export.diffusion.guidance import ModelInputs, model_inputs
 from ditas_export.diffusion.sampling import Step, trajectory
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.runtime.exported_file import Feed
@@ -22,11 +22,15 @@ class StepInputs:
     feed: Feed  # with guidance, the class rows and then the null-class rows
 
 
-def model_inputs(step: Step, cfg_scale: float, null_class: int) -> ModelInputs:
+def inputs_at(step: Step, cfg_scale: float, null_class: int) -> ModelInputs:
     """Return what the model was called with at a step of a trajectory."""
-    if cfg_scale == 1.0:
-        return plain_inputs(step.latents, step.timestep, step.class_labels)
-    return guided_inputs(step.latents, step.timestep, step.class_labels, null_class=null_class)
+    return model_inputs(
+        step.latents,
+        step.timestep,
+        step.class_labels,
+        cfg_scale=cfg_scale,
+        null_class=null_class,
+    )
 
 
 def trajectory_inputs(
@@ -56,7 +60,7 @@ def trajectory_inputs(
             cfg_scale=options.cfg_scale,
             seed=options.seed,
         ):
-            given = model_inputs(step, options.cfg_scale, config.null_class)
+            given = inputs_at(step, options.cfg_scale, config.null_class)
             feed = require_inputs(config, given.latents, given.timesteps, given.class_labels)
             gathered.append(StepInputs(timestep=step.timestep, feed=feed))
             if on_step is not None:

@@ -23,7 +23,7 @@ from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
-from ditas_export.evaluation.inputs import model_inputs
+from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
@@ -246,7 +246,7 @@ def _run(
             seed=seed,
         ):
             if gather and seed == settings.seeds[0] and step.index % every == 0:
-                inputs.append(model_inputs(step, settings.cfg_scale, runner.config.null_class))
+                inputs.append(inputs_at(step, settings.cfg_scale, runner.config.null_class))
             last = step.next_latents
             count()
         finals.append(last)

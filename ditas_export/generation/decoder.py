@@ -6,6 +6,7 @@ pixels do not depend on its batch mates, not by one bit.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditas_export.diffusion.runner import Closing
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.vae import (
     LATENTS_NAME,
@@ -71,7 +73,7 @@ class Decoder(Protocol):
         ...
 
 
-class _ImageByImage:
+class _ImageByImage(Closing):
     """A `Decoder` that checks its latents and decodes them one by one.
 
     A backend gives `_backend`, None once closed, `_decode` and `description`.
@@ -107,20 +109,11 @@ class _ImageByImage:
         images = [self._decode(image[None].detach().float()) for image in latents]
         return torch.cat(images).to(latents.device)
 
+    @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the pixels of one image, (1, 3, H, W) float32, on any device."""
-        raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        """Return the decoder, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Free the weights or the session."""
         self._backend = None
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.export import read_config
@@ -19,7 +20,7 @@ Feed = dict[str, np.ndarray[Any, Any]]
 """The three inputs by name, in the types of the files' interface."""
 
 
-class ExportedFileRunner:
+class ExportedFileRunner(Closing):
     """A `Runner` of an ONNX file: checks what it is fed and whether it is still open.
 
     A backend gives `_session`, None once closed, and `_infer`.
@@ -50,19 +51,10 @@ class ExportedFileRunner:
         feed = require_inputs(self._config, latents, timesteps, class_labels)
         return torch.from_numpy(self._infer(feed)).to(latents.device)
 
+    @abstractmethod
     def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
         """Return `model_output`, an array that the backend does not write to again."""
-        raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        """Return the runner, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Free the session; its threads may spin after a run, so do not keep idle ones."""
         self._session = None

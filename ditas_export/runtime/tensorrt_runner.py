@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, require_writable
+from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS
@@ -59,7 +59,7 @@ class PreparedBatch:
             buffer.copy_(inputs[name], non_blocking=not inputs[name].is_pinned())
 
 
-class TensorRTRunner:
+class TensorRTRunner(Closing):
     """Runs a plan on a GPU; its memory lives until the runner is closed.
 
     Every batch size has a context and buffers of its own, set up when it is first met.
@@ -189,16 +189,7 @@ class TensorRTRunner:
             with atomic_path(self._kernels) as partial:
                 partial.write_bytes(compiled_kernels(loaded.kernels))
 
-    def __enter__(self) -> Self:
-        """Return the runner, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Free the GPU's memory."""
         self._batches.clear()
         self._plan = None

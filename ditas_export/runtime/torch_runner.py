@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import torch
 from torch import Tensor
 
+from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import RunnerError
 
 
-class TorchRunner:
+class TorchRunner(Closing):
     """Runs a `DiT` without gradients, in the float type of its own parameters.
 
     The model is moved to `device` and put into evaluation mode, in place. Inputs may lie on any
@@ -51,14 +49,5 @@ class TorchRunner:
         # A copy always: the next pass of a CUDA graph writes over what this one returned.
         return output.to(latents.device, torch.float32, copy=True)
 
-    def __enter__(self) -> Self:
-        """Return the runner, ready."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Hold on to nothing but the model, which the caller owns."""
