@@ -44,6 +44,7 @@ from ditas_export.onnx_export.vae import (
 )
 from ditas_export.options import PREFERENCES, ExportOptions, Precision
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.timings import Timings
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -91,13 +92,20 @@ def export(
     loaded = _load(options, ranks)
     ranks.first(lambda: _check_vae(options, loaded))
     say(f"model: {loaded.source}")
-    quantized = _quantized(options, loaded, ranks, on_progress, say)
-    verification, manifest = ranks.first(lambda: _write(options, loaded, quantized, on_progress))
+    timings = Timings()
+    quantized = _quantized(options, loaded, ranks, timings, on_progress, say)
+    verification, manifest = ranks.first(
+        lambda: _write(options, loaded, quantized, timings, on_progress)
+    )
     return ExportResult(quantized=quantized, verification=verification, manifest=manifest)
 
 
 def _write(
-    options: ExportOptions, loaded: LoadedDiT, quantized: QuantizedDiT, on_progress: OnProgress
+    options: ExportOptions,
+    loaded: LoadedDiT,
+    quantized: QuantizedDiT,
+    timings: Timings,
+    on_progress: OnProgress,
 ) -> tuple[Verification, dict[str, Any]]:
     """Write every file that was asked for; return the proof and the manifest."""
     if options.save_artifact is not None:
@@ -106,21 +114,24 @@ def _write(
     ranges = options.ranges or quantized.settings["ranges"]
     folded = fold_smoothing(quantized, dtype=DTYPES[options.float_side])
     on_progress("export", 0, 1)
-    export_onnx(
-        folded,
-        options.output,
-        layout=layout,
-        ranges=ranges,
-        adaln_bits=options.adaln,
-        target=options.target,
-    )
-    if options.reference is not None:
-        export_reference(loaded.model, options.reference)
-    if options.vae is not None and options.vae_path is not None:
-        export_vae_decoder(options.vae, options.vae_path)
+    with timings.part("export"):
+        export_onnx(
+            folded,
+            options.output,
+            layout=layout,
+            ranges=ranges,
+            adaln_bits=options.adaln,
+            target=options.target,
+        )
+        if options.reference is not None:
+            export_reference(loaded.model, options.reference)
+        if options.vae is not None and options.vae_path is not None:
+            export_vae_decoder(options.vae, options.vae_path)
     on_progress("export", 1, 1)
-    verification = _verify(options, loaded, folded, ranges, on_progress)
+    with timings.part("verification"):
+        verification = _verify(options, loaded, folded, ranges, on_progress)
     manifest = _manifest(options, loaded, quantized, layout, ranges, verification)
+    manifest["seconds"] = {part: round(value, 1) for part, value in timings.seconds.items()}
     write_manifest(options.manifest_path, manifest)
     return verification, manifest
 
@@ -176,6 +187,7 @@ def _quantized(
     options: ExportOptions,
     loaded: LoadedDiT,
     ranks: Ranks,
+    timings: Timings,
     on_progress: OnProgress,
     say: Callable[[str], None],
 ) -> QuantizedDiT:
@@ -197,7 +209,8 @@ def _quantized(
         say(note)
     device = _device(options)
     loaded.model.to(device)
-    states = _states(options, loaded, ranks, on_progress)
+    with timings.part("sampling"):
+        states = _states(options, loaded, ranks, on_progress)
     peak = peak_bytes(config, states, settings, ranks)
     share = settings.share_for(states, config)
     say(
@@ -220,6 +233,7 @@ def _quantized(
         progress_file=options.progress_path,
         ranks=ranks,
         on_linear=count,
+        timings=timings,
     )
     ranks.first(lambda: options.states_path.unlink(missing_ok=True))
     loaded.model.to("cpu")

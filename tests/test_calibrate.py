@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +9,7 @@ import pytest
 import torch
 from quantized_fixture import tiny_dit
 
-from ditas_export.calibration.calibrate import (
-    QuantizationSettings,
-    peak_bytes,
-    quantize_dit,
-)
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.calibration.states import (
     CalibrationSettings,
@@ -105,6 +103,51 @@ def test_same_inputs_give_the_same_bytes(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) -> None:
+    """Two of three batches are kept; the third starts anew; other settings take nothing."""
+    settings = CalibrationSettings(steps=4, classes=(3, 7, 1, 4, 9))
+    whole = collect_states(model, settings, checkpoint_sha256="tiny")
+    progress = tmp_path / "states"
+    steps: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        assert total == 12
+        steps.append(done)
+        if done == 10:
+            raise Stop
+
+    with pytest.raises(Stop):
+        collect_states(
+            model, settings, checkpoint_sha256="tiny", progress_file=progress, on_step=stop
+        )
+    kept = progress.read_bytes()
+    steps.clear()
+    resumed = collect_states(
+        model,
+        settings,
+        checkpoint_sha256="tiny",
+        progress_file=progress,
+        on_step=lambda done, _: steps.append(done),
+    )
+    assert steps == [9, 10, 11, 12]
+    assert torch.equal(resumed.latents, whole.latents)
+    for name, value in whole.input_maxima.items():
+        assert torch.equal(resumed.input_maxima[name], value), name
+    for other, sha256 in ((replace(settings, seed=1), "tiny"), (settings, "another")):
+        progress.write_bytes(kept)
+        steps.clear()
+        collect_states(
+            model,
+            other,
+            checkpoint_sha256=sha256,
+            progress_file=progress,
+            on_step=lambda done, _: steps.append(done),
+        )
+        assert len(steps) == 12
+    progress.write_bytes(b"no safetensors")
+    collect_states(model, settings, checkpoint_sha256="tiny", progress_file=progress)
+
+
 def test_states_come_back_and_belong_to_their_checkpoint(
     states: CalibrationStates, tmp_path: Path
 ) -> None:
@@ -133,6 +176,8 @@ def test_small_models_walk_with_more_states(model: DiT, states: CalibrationState
     small = replace(model.config, input_size=16)  # 64 tokens
     assert QuantizationSettings().share_for(paper, small) == 65_536 / (50 * 12 * 2 * 64)
     assert QuantizationSettings().share_for(paper, preset_config("DiT-XL/2")) == 0.25
+    large = replace(preset_config("DiT-XL/2"), input_size=64)  # 1024 tokens
+    assert QuantizationSettings().share_for(paper, large) == 76_800 / (50 * 12 * 2 * 1024)
     middle = replace(model.config, input_size=24)  # 144 tokens: 0.38 of the states
     kept = walk_states(
         replace(paper, timesteps=torch.arange(50), settings=CalibrationSettings(classes=(1,) * 12)),
@@ -202,12 +247,46 @@ def test_not_finite_activations_are_named(model: DiT) -> None:
         collect_states(broken, CalibrationSettings(steps=2, classes=(0,)), checkpoint_sha256="tiny")
 
 
-def test_memory_is_estimated(model: DiT, states: CalibrationStates) -> None:
-    small, large = (
-        peak_bytes(model.config, states, QuantizationSettings(walk_share=share))
-        for share in (0.25, 1.0)
+MEASURED = """
+import torch
+from pathlib import Path
+from dataclasses import replace
+from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_dit
+from ditas_export.calibration.states import CalibrationSettings, CalibrationStates
+from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.dit.sites import in_features, linear_sites
+
+torch.set_num_threads(1)
+config = DiTConfig(hidden_size=288, depth=1, num_heads=4)
+model = DiT(config)
+randomize(model, seed=0)
+maxima = {site.name: torch.ones(2, in_features(config, site)) for site in linear_sites(1)}
+def states(samples):
+    return CalibrationStates(
+        latents=torch.randn(2, samples, 4, 32, 32), timesteps=torch.tensor([999, 0]),
+        input_maxima=maxima, settings=CalibrationSettings(steps=2, classes=(1,) * samples),
+        checkpoint_sha256="none")
+settings = QuantizationSettings(alpha_grid=(0.5,), walk_share=1.0)
+quantize_dit(model, states(1), settings)  # what the libraries take
+def peak():  # ru_maxrss starts from that of the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+before = peak()
+whole = states(64)
+quantize_dit(model, whole, settings)
+print(peak() - before, peak_bytes(config, whole, settings))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_estimated() -> None:
+    """A process of its own, whose resident set is measured: 300 MB of hidden states."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], capture_output=True, text=True, check=False
     )
-    assert 0 < small < large
+    assert done.returncode == 0, done.stderr
+    measured, estimated = map(int, done.stdout.split())
+    assert estimated / 1.5 < measured < 1.5 * estimated
 
 
 @pytest.mark.gpu

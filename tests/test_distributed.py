@@ -86,11 +86,12 @@ def test_moments_agree_to_1e_6(pair: tuple[Found, Found]) -> None:
     moments, squares, tokens = two_ranks.reduced(SINGLE)
     x, x_hat = (torch.cat(parts).double() for parts in zip(*two_ranks.token_batches(), strict=True))
     centred = x_hat - x_hat.mean(0)
+    outputs = x @ two_ranks.weight().double().T
     wanted = {
         "quantized": centred.T @ centred / len(x),
-        "cross": (x - x.mean(0)).T @ centred / len(x),
+        "cross": (outputs - outputs.mean(0)).T @ centred / len(x),
         "quantized_mean": x_hat.mean(0),
-        "float_mean": x.mean(0),
+        "output_mean": outputs.mean(0),
     }
     for found in pair:
         for name, reference in wanted.items():

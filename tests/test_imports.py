@@ -19,6 +19,8 @@ ORDER = (
     "errors",
     "artifact_files",
     "distributed",
+    "fast_matmul",
+    "timings",
     "options",
     "quantization",
     "dit",

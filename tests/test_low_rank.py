@@ -2,24 +2,51 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rounding import correlated_moment, random_weight
+from test_rounding import correlated_moment, quadratic_error, random_weight
+from torch import Tensor
 
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization.low_rank import fit_output_error, fit_weight_error, truncated_svd
-from ditas_export.quantization.rounding import InputMoments, quadratic_error
+from ditas_export.quantization.rounding import InputMoments
 
 EVEN = torch.ones(20, dtype=torch.float64)
 
 
-def test_truncated_svd_is_exact_at_full_rank_and_errs_less_with_rank() -> None:
-    matrix = random_weight(6, 9)
-    errors = []
-    for rank in range(1, 7):
+def with_singular_values(values: Tensor, rows: int, columns: int) -> Tensor:
+    """A random matrix of these singular values, float64."""
+    left = torch.linalg.qr(random_weight(rows, len(values), seed=2)).Q
+    right = torch.linalg.qr(random_weight(columns, len(values), seed=3)).Q
+    return left * values @ right.T
+
+
+SPECTRA = {
+    "flat": random_weight(60, 90),
+    "equal": with_singular_values(torch.ones(60), 60, 90),
+    "steep": with_singular_values(10.0 ** -torch.arange(60), 60, 90),
+    "planted": random_weight(60, 90) + 100 * random_weight(60, 5) @ random_weight(5, 90),
+    "pairs": with_singular_values(torch.arange(30.0).repeat_interleave(2), 60, 90),
+    "zero": torch.zeros(60, 90, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+def test_truncated_svd_is_the_best_approximation(name: str, dtype: torch.dtype, tall: bool) -> None:
+    """Against the exact SVD in float64; the bound on the energy is the docstring's."""
+    matrix = (SPECTRA[name].T if tall else SPECTRA[name]).to(dtype)
+    values = torch.linalg.svdvals(matrix.double())
+    energy = float(values.square().sum())
+    for rank in (1, 4, 32, 59, 60):
         left, right = truncated_svd(matrix, rank)
-        errors.append(float((matrix - left @ right).norm()))
-        assert torch.allclose(right @ right.T, torch.eye(rank, dtype=torch.float64), atol=1e-12)
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-12
+        assert left.dtype == right.dtype == dtype
+        assert left.shape == (matrix.shape[0], rank)
+        error = float((matrix.double() - left.double() @ right.double()).square().sum())
+        best = float(values[rank:].square().sum())
+        assert best - 1e-12 * energy <= error <= best + 2 * rank * torch.finfo(dtype).eps * energy
+        basis = left if left.shape[0] <= right.shape[1] else right.mT
+        unit = torch.eye(rank, dtype=dtype)
+        assert torch.allclose(basis.mT @ basis, unit, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_the_weight_fit_is_the_best_up_to_the_rounding_of_its_factor() -> None:
@@ -38,7 +65,7 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
     values = torch.linalg.svdvals(matrix @ moments.cholesky)
     best = float(values[4:].square().sum())
     error = quadratic_error(
-        matrix - fit_output_error(matrix, moments, 4, EVEN).dequantize(), moments
+        matrix - fit_output_error(matrix @ moments.cholesky, moments, 4, EVEN).dequantize(), moments
     )
     plain = quadratic_error(matrix - fit_weight_error(matrix, 4).dequantize(), moments)
     # The moment's condition number amplifies the INT8 rounding of the input factor.
@@ -49,7 +76,7 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
 def test_left_is_solved_for_the_rounded_right() -> None:
     matrix = random_weight(20, 48)
     moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
-    factors = fit_output_error(matrix, moments, 3, EVEN)
+    factors = fit_output_error(matrix @ moments.cholesky, moments, 3, EVEN)
     error = quadratic_error(matrix - factors.dequantize(), moments)
     for sign in (-1, 1):
         moved = (factors.left * (1 + sign * 1e-3)) @ factors.right()
@@ -68,7 +95,7 @@ def test_output_weights_spend_the_rank_where_errors_count() -> None:
     moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
     scale = torch.ones(20, dtype=torch.float64)
     scale[3:5] = 50.0
-    plain = fit_output_error(matrix, moments, 4, EVEN)
-    scaled = fit_output_error(matrix * scale[:, None], moments, 4, 1 / scale)
+    plain = fit_output_error(matrix @ moments.cholesky, moments, 4, EVEN)
+    scaled = fit_output_error(scale[:, None] * matrix @ moments.cholesky, moments, 4, 1 / scale)
     expected = plain.dequantize() * scale[:, None]
     assert torch.allclose(scaled.dequantize(), expected, rtol=1e-6, atol=1e-9)

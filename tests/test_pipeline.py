@@ -88,6 +88,15 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     assert manifest["file"]["layout"] == "int4"
     assert set(manifest["linears"]) == set(result.quantized.linears)
     assert 4 < manifest["bits_per_weight"] < 8
+    assert list(manifest["seconds"]) == [
+        "sampling",
+        "passing on",
+        "alpha search",
+        "moments",
+        "rounding and low rank",
+        "export",
+        "verification",
+    ]
     assert sum(manifest["bytes_by_part"].values()) < asked.output.stat().st_size
     assert manifest["versions"]["onnxruntime"] == onnxruntime.__version__
     for found, expected in zip(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditas_export.calibration import solve
 from ditas_export.calibration.methods import METHODS, method_named
 from ditas_export.calibration.solve import (
     RIDGE,
@@ -22,7 +23,7 @@ from ditas_export.calibration.solve import (
 )
 from ditas_export.errors import CalibrationError
 from ditas_export.quantization.integer import round_to_blocks
-from ditas_export.quantization.rounding import damped, lower_cholesky
+from ditas_export.quantization.rounding import InputMoments
 from ditas_export.quantization.smoothing import smoothing_scale
 
 SETTINGS = LinearSettings(
@@ -49,15 +50,16 @@ def problem(seed: int = 0, outlier: float = 30.0) -> tuple[Tensor, Tensor, Tenso
     weight[:, 7] /= outlier
     bias = torch.randn(24, generator=generator)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(x_float.split(250), x_quantized.split(250), strict=True)
+    def batches(stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for x_f, x_q in zip(x_float.split(250), x_quantized.split(250), strict=True):
+            yield x_f[::stride], x_q[::stride]
 
     maxima = torch.stack([part.abs().amax(0) for part in x_float.split(100)])
     return weight, bias, maxima, LinearInputs(tokens=600, batches=batches)
 
 
 def all_tokens(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
-    parts = list(inputs.batches())
+    parts = list(inputs.batches(1))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -76,27 +78,36 @@ def output_error(
     return float((got - wanted).square().sum() / wanted.square().sum())
 
 
-def test_moments_are_the_centred_averages() -> None:
+@pytest.mark.parametrize("rows", [24, 80])
+def test_moments_are_the_centred_averages(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer outputs than inputs, and more; the Gram matrix in panels that do not divide it."""
+    monkeypatch.setattr(solve, "GRAM_PANEL", 20)
+    weight = torch.randn(rows, 48, generator=torch.Generator().manual_seed(5))
     _, _, _, inputs = problem()
     x_float, x_quantized = (part.double() for part in all_tokens(inputs))
-    moments = JointMoments.accumulate(inputs.batches())
-    centred_float = x_float - x_float.mean(0)
+    moments = JointMoments.accumulate(weight, inputs.batches(1))
+    outputs = x_float @ weight.double().T
     centred = x_quantized - x_quantized.mean(0)
+    gram = centred.T @ centred / 600
+    cross = (outputs - outputs.mean(0)).T @ centred / 600
     # Float32 products of values up to ~400, summed over 600 tokens.
-    assert torch.allclose(moments.quantized, centred.T @ centred / 600, rtol=1e-4, atol=1e-2)
-    assert torch.allclose(moments.cross, centred_float.T @ centred / 600, rtol=1e-4, atol=1e-2)
-    assert torch.allclose(moments.float_mean, x_float.mean(0), atol=1e-4)
+    assert torch.allclose(moments.quantized, gram, rtol=1e-4, atol=1e-2)
+    assert torch.equal(moments.quantized, moments.quantized.T)
+    assert (moments.cross - cross).norm() < 1e-5 * cross.norm()
+    assert torch.allclose(moments.output_mean, outputs.mean(0), atol=1e-3)
+    assert torch.allclose(moments.quantized_mean, x_quantized.mean(0), atol=1e-4)
 
 
 def test_the_target_minimises_the_ridge_problem() -> None:
     """W* against ordinary least squares on the tokens themselves, with λ as extra rows."""
     weight, _, _, inputs = problem(outlier=1.0)
     x_float, x_quantized = (part.double() for part in all_tokens(inputs))
-    moments = JointMoments.accumulate([(a.double(), b.double()) for a, b in inputs.batches()])
-    moment = damped(moments.quantized, RIDGE)
+    doubles = [(a.double(), b.double()) for a, b in inputs.batches(1)]
+    moments = JointMoments.accumulate(weight.double(), doubles)
+    factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
     s = torch.linspace(0.5, 2.0, 48, dtype=torch.float64)
-    got = corrected_target(weight, s, moments, moment, lower_cholesky(moment))
-    ridge = float(moment[0, 0] - moments.quantized[0, 0])
+    got = corrected_target(weight, s, moments, factors)
+    ridge = float(factors.moment[0, 0] - moments.quantized[0, 0])
     anchor = ridge**0.5 * torch.eye(48, dtype=torch.float64)
     rows = torch.cat([(x_quantized - x_quantized.mean(0)) / 600**0.5, anchor])
     wanted = torch.cat(
@@ -199,12 +210,19 @@ def test_float_activations_pass_unrounded() -> None:
     assert torch.allclose(static, codes * (2.0 / 127))
 
 
-def test_the_token_sample_is_even_and_bounded() -> None:
+def test_the_token_sample_is_bounded() -> None:
     x = torch.arange(10_000.0)[:, None]
-    inputs = LinearInputs(tokens=10_000, batches=lambda: [(x[:333], x[:333]), (x[333:], x[333:])])
-    sample, other = sample_tokens(inputs)
-    assert torch.equal(sample, other)
-    assert torch.equal(sample.flatten(), torch.arange(0.0, 10_000.0, 3.0))
+    asked = []
+
+    def batches(stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+        asked.append(stride)
+        yield x[:5000:stride], -x[:5000:stride]
+        yield x[5000::stride], -x[5000::stride]
+
+    sample, other = sample_tokens(LinearInputs(tokens=10_000, batches=batches))
+    assert asked == [3]
+    assert torch.equal(sample, -other)
+    assert torch.equal(sample, torch.cat([x[:5000:3], x[5000::3]]))
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from quantized_fixture import snr_db, tiny_dit
 
+from ditas_export.calibration import walk as walk_module
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.methods import METHODS, Method
 from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.solve import LinearSettings
+from ditas_export.calibration.solve import LinearInputs, LinearSettings
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
@@ -18,7 +20,7 @@ from ditas_export.calibration.states import (
     recorded_maxima,
     walk_states,
 )
-from ditas_export.calibration.walk import WalkStates, walk
+from ditas_export.calibration.walk import WalkStates, row_batches, walk
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
 from ditas_export.dit.outliers import plant_outliers
@@ -156,6 +158,60 @@ def test_the_walks_share_is_even(states: CalibrationStates) -> None:
         assert set(counts[[3, 7, 1, 4]].tolist()) <= {rows // 8, rows // 8 + 1, rows // 8 - 1}
     with pytest.raises(CalibrationError, match=r"pick one in \(0, 1\]"):
         walk_states(states, null_class=10, share=0.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25, 1 / 16, 1 / 40])
+def test_the_walks_share_of_the_papers_setting_is_even(share: float) -> None:
+    """Steps and samples are each seen equally often, and no state twice."""
+    steps, samples = 50, 12
+    states = CalibrationStates(
+        latents=torch.arange(600.0).reshape(steps, samples, 1, 1, 1),
+        timesteps=torch.arange(steps),
+        input_maxima={},
+        settings=CalibrationSettings(classes=tuple(range(samples))),
+        checkpoint_sha256="none",
+    )
+    inputs = walk_states(states, null_class=1000, share=share)
+    half = len(inputs.timesteps) // 2
+    assert half == int(600 * share)
+    assert len(set(inputs.latents[:half].flatten().tolist())) == half
+    for labels, count in ((inputs.timesteps[:half], steps), (inputs.class_labels[:half], samples)):
+        seen = torch.bincount(labels, minlength=count)
+        assert seen.max() - seen.min() <= 1
+    period = -(-steps // max(1, half // samples))
+    for sample in range(samples) if half >= samples else ():
+        own = inputs.timesteps[:half][inputs.class_labels[:half] == sample]
+        assert own.max() - own.min() >= steps - 2 * period  # all along the trajectory
+
+
+def test_long_rows_go_fewer_at_a_time() -> None:
+    assert [rows.stop - rows.start for rows in row_batches(40, 64)] == [16, 16, 8]
+    assert [rows.stop - rows.start for rows in row_batches(10, 256)] == [4, 4, 2]
+    assert [rows.stop - rows.start for rows in row_batches(2, 5000)] == [1, 1]
+
+
+def test_every_stride_sees_every_position(
+    model: DiT, states: CalibrationStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear's sampled inputs are every third token, in turn from the first, second and third."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(*arguments: Any) -> None:
+        inputs: LinearInputs = arguments[3]
+        assert inputs.tokens == 48 * 16
+        whole, sampled = ([x for x, _ in inputs.batches(stride)] for stride in (1, 3))
+        seen.extend(zip(whole, sampled, strict=True))
+        raise CalibrationError("seen")
+
+    monkeypatch.setattr(walk_module, "solve_linear", look)
+    inputs = walk_states(states, null_class=10, share=1.0)
+    settings = site_settings(METHODS["ditas-plus"])
+    with pytest.raises(CalibrationError, match="seen"):
+        list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+    assert len(seen) == 3
+    for number, (whole, sampled) in enumerate(seen):
+        expected = whole.unflatten(0, (16, 16))[:, number % 3 :: 3].flatten(0, 1)
+        assert torch.allclose(sampled, expected, atol=1e-6)
 
 
 def test_unguided_states_have_one_half(model: DiT) -> None:

@@ -50,16 +50,23 @@ def token_batches() -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
+def weight() -> Tensor:
+    """24 outputs of 48 channels."""
+    return torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
+
+
 def reduced(ranks: Ranks) -> tuple[JointMoments, Tensor, Tensor]:
     """The moments, the root mean squares, and this rank's part of the token sample."""
     batches = token_batches()
     first, last = (7 * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     mine = batches[first:last]
-    inputs = LinearInputs(
-        tokens=7 * 731, batches=lambda: mine, first_token=first * 731, ranks=ranks
-    )
+
+    def batches(stride: int) -> list[tuple[Tensor, Tensor]]:
+        return [(x[::stride], x_hat[::stride]) for x, x_hat in mine]
+
+    inputs = LinearInputs(tokens=7 * 731, batches=batches, ranks=ranks)
     squares = walk.rms(torch.cat([x for x, _ in mine]), ranks)
-    return JointMoments.accumulate(mine, ranks), squares, sample_tokens(inputs)[0]
+    return JointMoments.accumulate(weight(), mine, ranks), squares, sample_tokens(inputs)[0]
 
 
 def quantized(ranks: Ranks, states: CalibrationStates, **settings: Any) -> QuantizedDiT:
@@ -129,7 +136,7 @@ def calibrate(ranks: Ranks, folder: Path) -> dict[str, Any]:
             message(lambda: ill_sampling(ranks)),
             message(lambda: ill_walk(ranks, states)),
             message(lambda: ranks.first(refuse)),
-            message(lambda: walk.rank_rows(16, ranks)),
+            message(lambda: walk.rank_batches(16, 16, ranks)),
         ],
     }
 

@@ -20,14 +20,16 @@ from ditas_export.calibration.quantized_dit import (
     linear_from_parts,
     linear_to_parts,
 )
-from ditas_export.calibration.solve import LinearSettings
+from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
 from ditas_export.calibration.states import CalibrationStates, walk_states
-from ditas_export.calibration.walk import ROWS_PER_BATCH, WalkStates, rank_rows, walk
+from ditas_export.calibration.walk import WalkStates, rank_batches, walk
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.timings import Timings
 
 PROGRESS_FORMAT = "ditas-export calibration progress 1"
 
@@ -40,6 +42,10 @@ WALK_SHARE = 0.25
 
 MIN_WALK_TOKENS = 65_536
 """Small models and short calibrations walk with more: moments take tokens, not states."""
+
+MAX_WALK_TOKENS = 76_800
+"""Long rows and long calibrations walk with less: what a quarter of the paper's setting is at 256
+pixels."""
 
 WIDTH_PER_RANK = 36
 """`rank auto` is the paper's share, 32 of 1152."""
@@ -120,14 +126,16 @@ class QuantizationSettings:
     def share_for(self, states: CalibrationStates, config: DiTConfig) -> float:
         """Return the share of the states that the walk sees: as asked, or a quarter.
 
-        A quarter is raised, up to all, to what gives 65 536 tokens with both guidance halves.
+        A quarter is raised, up to all, to what gives 65 536 tokens with both guidance halves, and
+        lowered to what gives 76 800.
         """
         if self.walk_share is not None:
             return self.walk_share
         steps, samples = states.latents.shape[:2]
         halves = 1 if states.settings.cfg_scale == 1.0 else 2
         tokens = steps * samples * halves * config.num_tokens
-        return min(1.0, max(WALK_SHARE, MIN_WALK_TOKENS / tokens))
+        wanted = min(max(WALK_SHARE * tokens, MIN_WALK_TOKENS), MAX_WALK_TOKENS)
+        return min(1.0, wanted / tokens)
 
     def notes(self, config: DiTConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
@@ -154,6 +162,7 @@ class QuantizationSettings:
         }
 
 
+@fast_float32_matmul()
 def quantize_dit(
     model: DiT,
     states: CalibrationStates,
@@ -162,6 +171,7 @@ def quantize_dit(
     progress_file: Path | None = None,
     ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
+    timings: Timings | None = None,
 ) -> QuantizedDiT:
     """Quantize every block linear of a DiT; the same result on every rank.
 
@@ -174,6 +184,7 @@ def quantize_dit(
             Rank 0 alone reads and writes it.
         ranks: the processes that share the work.
         on_linear: called with each finished linear, in walk order.
+        timings: where the time goes.
 
     Raises:
         QuantizationError: a rank or block size that does not fit the model.
@@ -211,6 +222,7 @@ def quantize_dit(
         per_site.__getitem__,
         known=known,
         ranks=ranks,
+        timings=timings,
     )
     for site, linear in solved:
         linears[site.name] = linear
@@ -244,21 +256,24 @@ def peak_bytes(
     settings: QuantizationSettings,
     ranks: Ranks = SINGLE,
 ) -> int:
-    """Return the bytes that the walk of this rank will hold beside the model, roughly.
+    """Return the bytes that the walk of this rank will hold beside the model, to about a third.
 
-    Four streams of hidden states, fc2's inputs of a batch, and the moments of the widest linear.
+    Two streams of hidden states; with them either the attention's outputs in both, or what fc2
+    takes to solve: its second moment, factors and copies, eight matrices of its inputs squared.
+    Then batches on their way through a linear, and the sample that α is searched on.
 
     Raises:
         CalibrationError: more ranks than batches of states.
     """
     share = settings.share_for(states, config)
     total = walk_states(states, null_class=config.null_class, share=share).latents.shape[0]
-    rows = len(range(total)[rank_rows(total, ranks)])
-    stream = rows * config.num_tokens * config.hidden_size * 4
-    batch = ROWS_PER_BATCH * config.num_tokens * config.mlp_hidden_size * 4
-    moments = config.mlp_hidden_size**2 * 8
-    sample = rows * config.num_tokens * config.mlp_hidden_size * 4 * 2
-    return 4 * stream + 6 * batch + 8 * moments + sample
+    batches = rank_batches(total, config.num_tokens, ranks)
+    sizes = [int(batch.stop - batch.start) for _, batch in batches]
+    stream = sum(sizes) * config.num_tokens * config.hidden_size * 4
+    moment = config.mlp_hidden_size**2 * 8
+    batch_bytes = max(sizes) * config.num_tokens * config.mlp_hidden_size * 4
+    sample = SAMPLE_TOKENS * config.mlp_hidden_size * 4
+    return 2 * stream + max(2 * stream, 8 * moment) + 6 * batch_bytes + 2 * sample
 
 
 def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> str:

@@ -23,9 +23,11 @@ from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT
 from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
 
 STATES_FORMAT = "ditas-export calibration states 1"
+BATCHES_FORMAT = "ditas-export sampled batches 1"
 
 SAMPLES_PER_BATCH = 2
 """Samples that go through the model at once, however many ranks share them: the same numbers."""
@@ -99,12 +101,14 @@ class CalibrationStates:
         )
 
 
+@fast_float32_matmul()
 def collect_states(
     model: DiT,
     settings: CalibrationSettings,
     *,
     checkpoint_sha256: str,
     ranks: Ranks = SINGLE,
+    progress_file: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationStates:
     """Sample with the float model once and return what calibration needs of it, on every rank.
@@ -114,15 +118,32 @@ def collect_states(
         settings: steps, guidance, classes, seed.
         checkpoint_sha256: of the model's checkpoint.
         ranks: the processes that share the samples; how many makes no difference to the result.
+        progress_file: written after every batch and left at the end; batches in it that were
+            sampled with the same checkpoint, settings and number of ranks are not sampled again.
+            Every rank keeps its own, those after the first under a name with their number, which
+            they remove.
         on_step: called with (steps done, steps in all) of this rank's batches.
 
     Raises:
         CalibrationError: an activation is not finite.
+        ArtifactError: the progress file cannot be written.
     """
     batches = sample_batches(len(settings.classes))
-    latents, maxima = ranks.together(
-        lambda: _sampled(model, settings, ranks.mine(batches), on_step or (lambda *_: None))
+    kept = _KeptBatches(
+        path=progress_file,
+        facts={
+            "checkpoint_sha256": checkpoint_sha256,
+            "settings": settings.to_dict(),
+            "rank": [ranks.rank, ranks.world_size],
+        },
     )
+    if progress_file is not None and not ranks.is_first:
+        kept.path = progress_file.with_name(f"{progress_file.name}.{ranks.rank}")
+    latents, maxima = ranks.together(
+        lambda: _sampled(model, settings, ranks.mine(batches), kept, on_step or (lambda *_: None))
+    )
+    if kept.path is not None and not ranks.is_first:
+        kept.path.unlink(missing_ok=True)
     shares = [iter(share) for share in ranks.gather(latents)]
     ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
     return CalibrationStates(
@@ -146,6 +167,7 @@ def _sampled(
     model: DiT,
     settings: CalibrationSettings,
     batches: Sequence[range],
+    kept: _KeptBatches,
     on_step: Callable[[int, int], None],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return every batch's latents, (steps, batch, C, H, W) each, and the maxima over all batches.
@@ -161,9 +183,11 @@ def _sampled(
         site.name: torch.zeros(settings.steps, in_features(model.config, site), device=device)
         for site in linear_sites(model.config.depth)
     }
-    latents: list[Tensor] = []
+    latents, earlier = kept.read()
+    for name, value in earlier.items():
+        maxima[name] = value.to(device)
     with recorded_maxima(model) as recorded:
-        for batch in batches:
+        for batch in batches[len(latents) :]:
             seen = []
             for step in trajectory(
                 runner,
@@ -181,8 +205,38 @@ def _sampled(
                 done = len(latents) * settings.steps + step.index + 1
                 on_step(done, len(batches) * settings.steps)
             latents.append(torch.stack(seen))
+            kept.write(latents, maxima)
     _require_finite(maxima)
     return latents, maxima
+
+
+@dataclass(slots=True, kw_only=True)
+class _KeptBatches:
+    """The batches that a rank has finished, in a file."""
+
+    path: Path | None
+    facts: Mapping[str, Any]  # all that they depend on
+
+    def write(self, latents: Sequence[Tensor], maxima: Mapping[str, Tensor]) -> None:
+        """Keep every batch's latents, and the maxima over all of them; atomic."""
+        if self.path is not None:
+            tensors = {f"maxima.{name}": value for name, value in maxima.items()}
+            tensors |= {f"latents.{index}": value for index, value in enumerate(latents)}
+            save_tensors(self.path, tensors, file_format=BATCHES_FORMAT, header=self.facts)
+
+    def read(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return what `write` was given by an interrupted run of the same facts; else nothing."""
+        if self.path is None or not self.path.is_file():
+            return [], {}
+        try:
+            tensors, header = load_tensors(self.path, file_format=BATCHES_FORMAT)
+        except ArtifactError:
+            return [], {}  # not ours: it is written anew
+        if header != self.facts:
+            return [], {}
+        count = sum(name.startswith("latents.") for name in tensors)
+        latents = [tensors.pop(f"latents.{index}") for index in range(count)]
+        return latents, {name.removeprefix("maxima."): value for name, value in tensors.items()}
 
 
 def _require_finite(maxima: Mapping[str, Tensor]) -> None:
@@ -221,7 +275,8 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
 def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> WalkStates:
     """Return the share of the states that the walk sees, both guidance halves of each.
 
-    Every step keeps the same share of the samples and every sample the same share of the steps.
+    One of 1, 2, 3 … states: steps are taken evenly and samples in turn, so every step keeps the
+    same share of the samples and every sample the same share of the steps, to one state.
 
     Args:
         states: all states.
@@ -234,15 +289,8 @@ def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> 
     if not 0 < share <= 1:
         raise CalibrationError(f"the walk's share of states is {share}; pick one in (0, 1]")
     steps, samples = states.latents.shape[:2]
-    period = max(1, int(1 / share))
-    chosen = [
-        (step, sample)
-        for step in range(steps)
-        for sample in range(samples)
-        if (step + sample) % period == 0
-    ]
-    step_of = torch.tensor([step for step, _ in chosen])
-    sample_of = torch.tensor([sample for _, sample in chosen])
+    chosen = torch.arange(max(1, steps * samples // int(1 / share)))
+    step_of, sample_of = chosen * steps // len(chosen), chosen % samples
     latents = states.latents[step_of, sample_of]
     timesteps = states.timesteps[step_of]
     labels = torch.tensor(states.settings.classes)[sample_of]

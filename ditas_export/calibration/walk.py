@@ -30,9 +30,20 @@ from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTBlock, modulate
 from ditas_export.dit.sites import LinearKind, LinearSite
 from ditas_export.errors import CalibrationError
+from ditas_export.timings import Timings
 
 ROWS_PER_BATCH = 16
-"""Rows (state and guidance half) that pass through a linear at once."""
+"""Rows (state and guidance half) that pass through a linear at once, where they are short."""
+
+TOKENS_PER_BATCH = 1024
+"""Tokens that pass through a linear at once, long rows fewer at a time: what a wide linear makes of
+them stays in the processor's cache, and is not asked of the system anew each time."""
+
+MEASURED_STRIDE = 3
+"""Every third token of fc1's output is measured; nothing else is made of that output. Three has no
+divisor in common with the width of any image."""
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +68,18 @@ class _Share:
     """Which rows are this rank's."""
 
     ranks: Ranks
-    first: int
+    batches: list[tuple[int, slice]]  # number of the batch, rows of all ranks
     total: int  # rows of all ranks
+
+    @property
+    def rows(self) -> slice:
+        """This rank's rows among those of all ranks."""
+        return slice(self.batches[0][1].start, self.batches[-1][1].stop)
+
+    def local_batches(self) -> Iterator[tuple[int, slice]]:
+        """Yield the batches, their rows counted from this rank's first."""
+        for number, rows in self.batches:
+            yield number, slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
 
 def rms(x: Tensor, ranks: Ranks = SINGLE) -> Tensor:
@@ -71,27 +92,27 @@ def rms(x: Tensor, ranks: Ranks = SINGLE) -> Tensor:
     return (total / count).sqrt().clamp(min=1e-12).to(x.dtype)
 
 
-def row_batches(rows: int) -> Iterator[slice]:
-    """Yield slices of at most `ROWS_PER_BATCH` rows that cover all rows."""
-    for start in range(0, rows, ROWS_PER_BATCH):
-        yield slice(start, min(start + ROWS_PER_BATCH, rows))
+def row_batches(rows: int, row_tokens: int = 1) -> Iterator[slice]:
+    """Yield slices that cover all rows, of at most 16 rows and, past one row, 1024 tokens."""
+    size = max(1, min(ROWS_PER_BATCH, TOKENS_PER_BATCH // row_tokens))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
-def rank_rows(rows: int, ranks: Ranks) -> slice:
-    """Return this rank's rows: whole batches, shared as evenly as can be.
+def rank_batches(rows: int, row_tokens: int, ranks: Ranks) -> list[tuple[int, slice]]:
+    """Return this rank's batches of rows with their numbers: neighbours, shared evenly.
 
     Raises:
         CalibrationError: more ranks than batches.
     """
-    batches = list(row_batches(rows))
+    batches = list(enumerate(row_batches(rows, row_tokens)))
     if len(batches) < ranks.world_size:
         raise CalibrationError(
             f"{ranks.world_size} processes for {rows} rows of calibration states; "
             f"launch at most {len(batches)}, or take more samples or steps"
         )
-    first = len(batches) * ranks.rank // ranks.world_size
-    last = len(batches) * (ranks.rank + 1) // ranks.world_size - 1
-    return slice(batches[first].start, batches[last].stop)
+    first, last = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return batches[first:last]
 
 
 SettingsOf = Callable[[LinearSite], LinearSettings]
@@ -105,6 +126,7 @@ def walk(
     *,
     known: Mapping[str, QuantizedLinear],
     ranks: Ranks = SINGLE,
+    timings: Timings | None = None,
 ) -> Iterator[tuple[LinearSite, QuantizedLinear]]:
     """Yield every linear of the model, quantized, in walk order; the same on every rank.
 
@@ -115,28 +137,33 @@ def walk(
         settings_of: how to quantize a site.
         known: linears solved by an earlier, interrupted walk: passed through, not solved again.
         ranks: the processes that share the rows.
+        timings: where the time goes.
 
     Raises:
         CalibrationError: a linear's output is not finite, or more ranks than batches of rows.
     """
     with torch.no_grad():
         total = states.latents.shape[0]
-        mine = rank_rows(total, ranks)
-        share = _Share(ranks=ranks, first=mine.start, total=total)
-        latents, timesteps = states.latents[mine], states.timesteps[mine]
-        class_labels = states.class_labels[mine]
+        batches = rank_batches(total, model.config.num_tokens, ranks)
+        share = _Share(ranks=ranks, batches=batches, total=total)
         embedded = [
-            model.embed(latents[batch], timesteps[batch], class_labels[batch])
-            for batch in row_batches(latents.shape[0])
+            model.embed(states.latents[rows], states.timesteps[rows], states.class_labels[rows])
+            for _, rows in batches
         ]
         hidden = torch.cat([part[0] for part in embedded])
         conditioning = torch.cat([part[1] for part in embedded])
+        del embedded
         streams = _Streams(floats=hidden, quantized=hidden.clone())
+        timings = timings or Timings()
         for index, block in enumerate(model.blocks):
             walker = _BlockWalk(
-                block, index, conditioning, streams, share, step_maxima, settings_of
+                block, index, conditioning, streams, share, step_maxima, settings_of, timings
             )
             yield from walker.run(known)
+
+
+Inputs = Callable[[slice, slice], tuple[Tensor, Tensor]]
+"""From rows and tokens of each to a linear's input in both streams, (rows, tokens, K) each."""
 
 
 class _BlockWalk:
@@ -151,6 +178,7 @@ class _BlockWalk:
         share: _Share,
         step_maxima: Mapping[str, Tensor],
         settings_of: SettingsOf,
+        timings: Timings,
     ) -> None:
         assert isinstance(block, DiTBlock)
         self.block = block
@@ -159,6 +187,7 @@ class _BlockWalk:
         self.share = share
         self.step_maxima = step_maxima
         self.settings_of = settings_of
+        self.timings = timings
         (
             self.shift_msa,
             self.scale_msa,
@@ -191,23 +220,23 @@ class _BlockWalk:
             streams.floats[rows] += gate * y_float
             streams.quantized[rows] += gate * y_quantized
 
-        def qkv_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+        def qkv_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
             shift, scale = self.shift_msa[rows], self.scale_msa[rows]
             norm = self.block.norm1
             return (
-                modulate(norm(streams.floats[rows]), shift, scale),
-                modulate(norm(streams.quantized[rows]), shift, scale),
+                modulate(norm(streams.floats[rows, tokens]), shift, scale),
+                modulate(norm(streams.quantized[rows, tokens]), shift, scale),
             )
 
-        def proj_inputs(rows: slice) -> tuple[Tensor, Tensor]:
-            return mixed.floats[rows], mixed.quantized[rows]
+        def proj_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+            return mixed.floats[rows, tokens], mixed.quantized[rows, tokens]
 
-        def fc1_inputs(rows: slice) -> tuple[Tensor, Tensor]:
+        def fc1_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
             shift, scale = self.shift_mlp[rows], self.scale_mlp[rows]
             norm = self.block.norm2
             return (
-                modulate(norm(streams.floats[rows]), shift, scale),
-                modulate(norm(streams.quantized[rows]), shift, scale),
+                modulate(norm(streams.floats[rows, tokens]), shift, scale),
+                modulate(norm(streams.quantized[rows, tokens]), shift, scale),
             )
 
         qkv = self._solve("attn.qkv", self.block.attn.qkv, qkv_inputs, known)
@@ -216,18 +245,20 @@ class _BlockWalk:
 
         proj = self._solve("attn.proj", self.block.attn.proj, proj_inputs, known)
         self._advance(proj, self.block.attn.proj, proj_inputs, add_attention)
+        mixed.floats = mixed.quantized = torch.empty(0)  # done with
         yield proj.site, proj.finished()
 
         fc1 = self._solve("mlp.fc1", self.block.mlp.fc1, fc1_inputs, known)
 
-        def fc2_inputs(rows: slice) -> tuple[Tensor, Tensor]:
-            x_float, x_quantized = fc1_inputs(rows)
+        def fc2_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+            x_float, x_quantized = fc1_inputs(rows, tokens)
             return (
                 self.block.mlp.act(self.block.mlp.fc1(x_float)),
                 self.block.mlp.act(fc1.output(x_quantized)),
             )
 
-        self._advance(fc1, self.block.mlp.fc1, fc1_inputs, lambda *_: None)
+        measured = slice(None, None, MEASURED_STRIDE)
+        self._advance(fc1, self.block.mlp.fc1, fc1_inputs, lambda *_: None, tokens=measured)
         yield fc1.site, fc1.finished()
 
         fc2 = self._solve("mlp.fc2", self.block.mlp.fc2, fc2_inputs, known)
@@ -238,7 +269,7 @@ class _BlockWalk:
         self,
         kind: LinearKind,
         linear: nn.Module,
-        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+        inputs: Inputs,
         known: Mapping[str, QuantizedLinear],
     ) -> _WalkedLinear:
         """Quantize one linear, or take it from `known`."""
@@ -249,27 +280,30 @@ class _BlockWalk:
         if site.name in known:
             return _WalkedLinear(site, settings, maxima, known=known[site.name])
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for rows in row_batches(self.streams.floats.shape[0]):
-                x_float, x_quantized = inputs(rows)
+        row_tokens = self.streams.floats.shape[1]
+
+        def batches(stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+            """From batch to batch other tokens come first, so that every position is seen."""
+            step = min(stride, row_tokens)
+            for number, rows in self.share.local_batches():
+                x_float, x_quantized = inputs(rows, slice(number % step, None, step))
                 yield x_float.flatten(0, 1), x_quantized.flatten(0, 1)
 
-        row_tokens = self.streams.floats.shape[1]
         source = LinearInputs(
-            tokens=self.share.total * row_tokens,
-            batches=batches,
-            first_token=self.share.first * row_tokens,
-            ranks=self.share.ranks,
+            tokens=self.share.total * row_tokens, batches=batches, ranks=self.share.ranks
         )
-        weights = self._output_weights(kind, linear, inputs)
-        solved = solve_linear(linear.weight, linear.bias, maxima, source, weights, settings)
+        with self.timings.part("passing on"):
+            weights = self._output_weights(kind, linear, inputs)
+        solved = solve_linear(
+            linear.weight, linear.bias, maxima, source, weights, settings, self.timings
+        )
         return _WalkedLinear(site, settings, maxima, solved=solved)
 
     def _output_weights(
         self,
         kind: LinearKind,
         linear: nn.Linear,
-        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+        inputs: Inputs,
     ) -> Tensor:
         """Return what an error of each output channel counts downstream, to first order, (N,).
 
@@ -286,8 +320,8 @@ class _BlockWalk:
         if kind == "mlp.fc1":
             return rms(self.block.mlp.fc2.weight)
         stride = -(-self.share.total // ROWS_PER_BATCH)
-        rows = slice(-self.share.first % stride, None, stride)
-        q, k, v = rms(linear(inputs(rows)[0]).flatten(0, 1), ranks).chunk(3)
+        rows = slice(-self.share.rows.start % stride, None, stride)
+        q, k, v = rms(linear(inputs(rows, ALL)[0]).flatten(0, 1), ranks).chunk(3)
         reader = rms(self.block.attn.proj.weight)
         return torch.cat([k / rms(q * k), q / rms(q * k), reader / rms(reader * v)])
 
@@ -295,20 +329,23 @@ class _BlockWalk:
         self,
         walked: _WalkedLinear,
         linear: nn.Module,
-        inputs: Callable[[slice], tuple[Tensor, Tensor]],
+        inputs: Inputs,
         consume: Callable[[slice, Tensor, Tensor], None],
+        *,
+        tokens: slice = ALL,
     ) -> None:
         """Pass both streams through a linear, measure its error, hand the outputs on."""
-        for rows in row_batches(self.streams.floats.shape[0]):
-            x_float, x_quantized = inputs(rows)
-            y_float = linear(x_float)
-            y_quantized = walked.output(x_quantized)
-            walked.measure(y_float, y_quantized)
-            if not walked.settings.method.target_correction:
-                y_quantized = y_float
-            consume(rows, y_float, y_quantized)
-        walked.reduce(self.share.ranks)
-        walked.require_finite()
+        with self.timings.part("passing on"):
+            for _, rows in self.share.local_batches():
+                x_float, x_quantized = inputs(rows, tokens)
+                y_float = linear(x_float)
+                y_quantized = walked.output(x_quantized)
+                walked.measure(y_float, y_quantized)
+                if not walked.settings.method.target_correction:
+                    y_quantized = y_float
+                consume(rows, y_float, y_quantized)
+            walked.reduce(self.share.ranks)
+            walked.require_finite()
 
 
 class _WalkedLinear:
@@ -351,8 +388,8 @@ class _WalkedLinear:
 
     def measure(self, y_float: Tensor, y_quantized: Tensor) -> None:
         """Add a batch of outputs to the error's account."""
-        self.signal += float((y_float.double() ** 2).sum())
-        self.noise += float(((y_quantized - y_float).double() ** 2).sum())
+        self.signal += _energy(y_float)
+        self.noise += _energy(y_quantized - y_float)
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up the accounts of all ranks."""
@@ -381,3 +418,8 @@ class _WalkedLinear:
             step_ranges=self.step_ranges.cpu(),
             output_snr_db=float(10 * torch.log10(torch.tensor(ratio, dtype=torch.float64))),
         )
+
+
+def _energy(y: Tensor) -> float:
+    """Return Σ y²: of each token in float32, of all of them in float64."""
+    return float(y.square().sum(dim=-1).sum(dtype=torch.float64))

@@ -41,6 +41,8 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
     )
     if options.vae_path is not None:
         table.add_row("VAE decoder", str(options.vae_path))
+    seconds = ", ".join(f"{part} {value:.0f}" for part, value in manifest["seconds"].items())
+    table.add_row("seconds", seconds)
     table.add_row("manifest", str(options.manifest_path))
     console.print(table)
     if verification.file is None:
