@@ -33,19 +33,26 @@ BLOCK_PAIR = DiTConfig(hidden_size=1152, depth=2, num_heads=16)
 
 def seconds_per_run(open_runner: Callable[[], Runner], batch: int, runs: int) -> float:
     """Open a runner, warm it up, and return the median seconds of a forward pass."""
+    with open_runner() as runner:
+        return median_seconds(runner, batch, runs)
+
+
+def median_seconds(runner: Runner, batch: int, runs: int) -> float:
+    """Warm a runner up and return the median seconds of a forward pass."""
+    config = runner.config
+    shape = (batch, config.in_channels, config.input_size, config.input_size)
     inputs = (
-        torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(1)),
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)),
         torch.full((batch,), 500),
         torch.arange(batch),
     )
-    with open_runner() as runner:
-        for _ in range(2):
-            runner(*inputs)
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            runner(*inputs)
-            times.append(time.perf_counter() - start)
+    for _ in range(2):
+        runner(*inputs)
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        runner(*inputs)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from bench_block_pair import cpu_facts, seconds_per_run
+from bench_block_pair import cpu_facts, median_seconds
 from random_quantized import RANK, randomly_quantized
 from torch import Tensor
 
@@ -92,9 +92,10 @@ def main() -> None:
         times: dict[tuple[str, int], list[float]] = {}
         for number in range(args.rounds):
             for name, opener in openers.items():
-                for batch in args.batch:
-                    seconds = seconds_per_run(opener, batch, args.runs)
-                    times.setdefault((name, batch), []).append(seconds)
+                with opener() as runner:
+                    for batch in args.batch:
+                        seconds = median_seconds(runner, batch, args.runs)
+                        times.setdefault((name, batch), []).append(seconds)
             print(f"round {number + 1}/{args.rounds}", file=sys.stderr, flush=True)
     versions = ", ".join(
         f"{name} {metadata.version(name)}"
@@ -145,13 +146,12 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
                 OpenVINORunner, files["portable", ranges], threads=threads, precision=precision
             )
     openers["PyTorch float32"] = partial(TorchRunner, model)
-    openers["PyTorch bfloat16"] = lambda: TorchRunner(copy.deepcopy(model).to(torch.bfloat16))
-    openers["PyTorch bfloat16, compiled"] = lambda: compiled(
-        copy.deepcopy(model).to(torch.bfloat16)
-    )
-    half = fold_smoothing(quantized, dtype=torch.bfloat16)
-    openers["PyTorch W4A8 token as INT8, compiled, bfloat16 beside it"] = lambda: compiled(
-        int8_dit(half, ranges="token")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    openers["PyTorch bfloat16"] = partial(TorchRunner, half)
+    openers["PyTorch bfloat16, compiled"] = partial(TorchRunner, compiled(copy.deepcopy(half)))
+    integers = int8_dit(fold_smoothing(quantized, dtype=torch.bfloat16), ranges="token")
+    openers["PyTorch W4A8 token as INT8, compiled, bfloat16 beside it"] = partial(
+        TorchRunner, compiled(integers)
     )
     return openers
 
@@ -171,7 +171,10 @@ def peers(config: DiTConfig, folder: Path, threads: int) -> Iterator[tuple[str, 
         path = post_training_quantized(reference, folder / "nncf.xml")
         yield "OpenVINO NNCF INT8", partial(OpenVINOModelRunner, path, config, threads)
     if importlib.util.find_spec("torchao"):
-        yield "PyTorch torchao INT8 dynamic, compiled", lambda: compiled(by_torchao(config))
+        yield (
+            "PyTorch torchao INT8 dynamic, compiled",
+            partial(TorchRunner, compiled(by_torchao(config))),
+        )
 
 
 def random_model(config: DiTConfig) -> DiT:
@@ -181,10 +184,10 @@ def random_model(config: DiTConfig) -> DiT:
     return model.eval()
 
 
-def compiled(model: DiT) -> TorchRunner:
-    """Return a runner of the compiled model."""
+def compiled(model: DiT) -> DiT:
+    """Have a model compiled when it first meets a batch size, and return it."""
     model.compile(dynamic=False)
-    return TorchRunner(model)
+    return model
 
 
 def dynamically_quantized(source: Path, target: Path) -> Path:
