@@ -134,7 +134,7 @@ class Builder:
         monitor.phase_start("Timing", "Building engine", 1000)
         monitor.phase_start("Too deep", "Timing", 5)
         monitor.phase_finish("Too deep")
-        for step in range(100 if BEHAVIOUR == "slow" else 3):
+        for step in range(1000 if BEHAVIOUR == "slow" else 3):
             time.sleep(0.15)
             if not monitor.step_complete("Timing", step):
                 record("cancelled", step)
