@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditas_export.errors import QuantizationError
+from ditas_export.quantization import rounding
 from ditas_export.quantization.integer import round_to_blocks, round_to_rows
 from ditas_export.quantization.rounding import (
     InputMoments,
@@ -51,12 +54,24 @@ def test_factors_are_what_they_say() -> None:
     )
 
 
+def test_a_whitened_error_has_the_energy_of_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In panels that do not divide the columns; against the quadratic form in float64."""
+    monkeypatch.setattr(rounding, "WHITENING_PANEL", 20)
+    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    difference = random_weight(5, 48)
+    whitened = moments.whiten(difference)
+    assert whitened.dtype == torch.float32
+    assert torch.allclose(whitened.double(), difference @ moments.cholesky, atol=1e-5)
+    energy = float(whitened.square().sum())
+    assert energy == pytest.approx(quadratic_error(difference, moments), rel=1e-5)
+
+
 @pytest.mark.parametrize("block_size", [8, 16, 48])
 def test_compensation_beats_nearest_on_the_output(block_size: int) -> None:
     weight = random_weight(32, 96)
     moments = InputMoments.from_second_moment(correlated_moment(96), damping=0.01)
     nearest = round_to_blocks(weight, block_size=block_size)
-    compensated = compensated_blocks(weight, moments, block_size=block_size)
+    compensated, _ = compensated_blocks(weight, moments, block_size=block_size)
     error_nearest = quadratic_error(weight - nearest.dequantize(), moments)
     error_compensated = quadratic_error(weight - compensated.dequantize(), moments)
     # The point of the algorithm; on such inputs the gain is several dB, not a few per cent.
@@ -67,7 +82,7 @@ def test_compensation_beats_nearest_in_8_bits() -> None:
     weight = random_weight(32, 96)
     moments = InputMoments.from_second_moment(correlated_moment(96), damping=0.01)
     error_nearest = quadratic_error(weight - round_to_rows(weight).dequantize(), moments)
-    compensated = compensated_rows(weight, moments)
+    compensated, _ = compensated_rows(weight, moments)
     assert compensated.bits == 8
     assert quadratic_error(weight - compensated.dequantize(), moments) < 0.5 * error_nearest
 
@@ -106,7 +121,7 @@ def test_8_bit_compensation_is_the_column_by_column_algorithm() -> None:
     expected = round_column_by_column(
         weight, moments.moment, scale=scale, block_size=150, multipliers=range(1, 2), top=127
     )
-    got = compensated_rows(weight, moments)
+    got, _ = compensated_rows(weight, moments)
     # Float32 against float64: a code may differ where both lie within 1e-4 of a tie, and what
     # follows in its row then differs too; no such tie is met here.
     assert torch.equal(got.codes, expected.to(torch.int8))
@@ -120,7 +135,7 @@ def test_4_bit_compensation_is_the_column_by_column_algorithm(block_size: int) -
     expected = round_column_by_column(
         weight, moments.moment, scale=scale, block_size=block_size, multipliers=range(1, 19), top=7
     )
-    got = compensated_blocks(weight, moments, block_size=block_size)
+    got, _ = compensated_blocks(weight, moments, block_size=block_size)
     assert torch.equal(got.int8_rows(), expected.to(torch.int8))
 
 
@@ -129,19 +144,45 @@ def test_4_bit_compensation_is_the_column_by_column_algorithm(block_size: int) -
 def test_with_an_identity_moment_codes_are_the_nearest(seed: int, rows: int) -> None:
     weight = random_weight(rows, 32, seed)
     moments = InputMoments.from_second_moment(torch.eye(32, dtype=torch.float64), damping=1e-6)
-    got = compensated_rows(weight, moments)
+    got, _ = compensated_rows(weight, moments)
     assert torch.equal(got.codes, round_to_rows(weight).codes)
 
 
-def test_the_refitted_row_scale_is_the_best_one() -> None:
-    weight = random_weight(4, 32)
-    moments = InputMoments.from_second_moment(correlated_moment(32), damping=0.01)
-    rounded = round_to_blocks(weight, block_size=16)
-    refitted = refit_row_scale(rounded, weight, moments)
-    best = quadratic_error(weight - refitted.dequantize(), moments)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_refitted_row_scale_is_the_best_one(bits: int) -> None:
+    """Against (Q H w) / (Q H Q) in float64 and its neighbours; and what it leaves, whitened."""
+    weight = random_weight(4, 144)
+    moments = InputMoments.from_second_moment(correlated_moment(144), damping=0.01)
+    rounded, left_over = (
+        compensated_blocks(weight, moments, block_size=16)
+        if bits == 4
+        else compensated_rows(weight, moments)
+    )
+    integers = rounded.int8_rows().double()
+    seen = integers @ moments.moment
+    expected = (seen * weight).sum(1) / (seen * integers).sum(1)
+    # Q R is what float32 rounding leaves of W R less the errors: 1e-6 of W R.
+    assert torch.allclose(rounded.row_scale, expected, rtol=1e-5, atol=0)
+    exact = (weight - rounded.dequantize()) @ moments.cholesky
+    # Float32: values of up to 127 steps against errors of a third of a step.
+    assert (left_over - exact).norm() < 1e-4 * exact.norm()
+    best = quadratic_error(weight - rounded.dequantize(), moments)
     for factor in (0.99, 1.01):
-        other = refitted.int8_rows() * (refitted.row_scale * factor)[:, None]
+        other = integers * (rounded.row_scale * factor)[:, None]
         assert quadratic_error(weight - other, moments) > best
+
+
+def test_a_row_scale_without_a_better_one_stays() -> None:
+    """Rows of zeros, and integers that point away from their weight."""
+    moments = InputMoments.from_second_moment(torch.eye(16, dtype=torch.float64), damping=1e-6)
+    weight = random_weight(3, 16)
+    weight[1] = 0
+    rounded = round_to_blocks(weight, block_size=16)
+    rounded = replace(rounded, codes=rounded.codes * torch.tensor([[-1], [1], [1]]).to(torch.int8))
+    errors = moments.whiten(weight / rounded.row_scale[:, None] - rounded.int8_rows())
+    refitted, _ = refit_row_scale(rounded, moments.whiten(weight), errors)
+    assert torch.equal(refitted.row_scale[:2], rounded.row_scale[:2])
+    assert refitted.row_scale[2] != rounded.row_scale[2]
 
 
 def test_input_is_left_alone_and_a_zero_row_stays_zero() -> None:
@@ -149,10 +190,19 @@ def test_input_is_left_alone_and_a_zero_row_stays_zero() -> None:
     weight[2] = 0
     before = weight.clone()
     moments = InputMoments.from_second_moment(correlated_moment(32), damping=0.01)
-    rounded = compensated_blocks(weight, moments, block_size=16)
+    rounded, _ = compensated_blocks(weight, moments, block_size=16)
     assert torch.equal(weight, before)
     assert (rounded.dequantize()[2] == 0).all()
     assert rounded.row_scale[2] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 3), (23, 0), (23, 22)])
+def test_a_moment_that_is_not_finite_is_refused(bad: float, row: int, column: int) -> None:
+    moment = correlated_moment(24)
+    moment[row, column] = moment[column, row] = bad
+    with pytest.raises(QuantizationError, match="not positive definite"):
+        upper_cholesky(moment)
 
 
 def test_refusals() -> None:

@@ -81,7 +81,7 @@ def output_error(
 @pytest.mark.parametrize("rows", [24, 80])
 def test_moments_are_the_centred_averages(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer outputs than inputs, and more; the Gram matrix in panels that do not divide it."""
-    monkeypatch.setattr(solve, "GRAM_PANEL", 20)
+    monkeypatch.setattr(solve, "PRODUCT_PANEL", 20)
     weight = torch.randn(rows, 48, generator=torch.Generator().manual_seed(5))
     _, _, _, inputs = problem()
     x_float, x_quantized = (part.double() for part in all_tokens(inputs))

@@ -141,13 +141,14 @@ class JointMoments:
                 sums = [torch.zeros(shape, dtype=torch.float64, device=x_hat.device)
                         for shape in shapes]  # fmt: skip
             _add_upper_gram(sums[0], x_hat)
-            sums[1] += seen.mT @ x_hat
+            _add_product(sums[1], seen, x_hat)
             sums[2] += x_hat.sum(dim=0)
             sums[3] += seen.sum(dim=0)
             count += x_hat.shape[0]
         tokens = int(ranks.sum_(torch.tensor(count)))
-        upper, cross, quantized_mean, seen_mean = (ranks.sum_(total) / tokens for total in sums)
-        quantized = upper.triu() + upper.triu(diagonal=1).mT
+        upper, cross, quantized_mean, seen_mean = (ranks.sum_(total).div_(tokens) for total in sums)
+        quantized = upper.triu_()
+        quantized += quantized.triu(diagonal=1).mT
         if not narrowing:
             cross, seen_mean = weight.double() @ cross, weight.double() @ seen_mean
         return cls(
@@ -158,16 +159,24 @@ class JointMoments:
         )
 
 
-GRAM_PANEL = 1024
-"""Rows of a Gram matrix that are made at once."""
+PRODUCT_PANEL = 384
+"""Rows of a sum of products that are made at once, before they are added in float64: what is below
+the diagonal of a Gram matrix is hardly made, and a panel's memory is small enough to be used again.
+"""
 
 
 def _add_upper_gram(total: Tensor, x: Tensor) -> None:
     """Add xᵀ x to (K, K) `total` on and above the diagonal; what is below it means nothing."""
-    for start in range(0, x.shape[1], GRAM_PANEL):
-        total[start : start + GRAM_PANEL, start:] += (
-            x[:, start : start + GRAM_PANEL].mT @ x[:, start:]
-        )
+    for start in range(0, x.shape[1], PRODUCT_PANEL):
+        rows = slice(start, start + PRODUCT_PANEL)
+        total[rows, start:] += x[:, rows].mT @ x[:, start:]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add aᵀ b to (N, K) `total`."""
+    for start in range(0, a.shape[1], PRODUCT_PANEL):
+        rows = slice(start, start + PRODUCT_PANEL)
+        total[rows] += a[:, rows].mT @ b
 
 
 def solve_linear(
@@ -295,7 +304,10 @@ def corrected_target(
     ridge = (factors.moment - moments.quantized).diagonal().mean()
     weight = weight.to(factors.moment.dtype)
     wanted = moments.cross + ridge * weight * smoothing.to(weight.dtype)
-    return wanted @ factors.inverse_factor.mT @ factors.inverse_factor
+    cholesky = factors.cholesky
+    half = torch.linalg.solve_triangular(cholesky.mT, wanted, upper=False, left=False)
+    target: Tensor = torch.linalg.solve_triangular(cholesky, half, upper=True, left=False)
+    return target
 
 
 def search_alpha(
@@ -404,25 +416,27 @@ def _round_to_target(
 ) -> tuple[IntegerWeight, LowRank | None]:
     """Round the target on the grid, with the low-rank branch alternated; best iterate kept."""
 
-    def rounding(matrix: Tensor) -> IntegerWeight:
+    def rounding(matrix: Tensor) -> tuple[IntegerWeight, Tensor]:
+        """Return the integers and the whitened error that they leave."""
         if not settings.method.compensated_rounding:
-            return _round_once(matrix, settings)
+            rounded = _round_once(matrix, settings)
+            return rounded, moments.whiten(matrix - rounded.dequantize())
         if settings.weight_bits == 8:
             return compensated_rows(matrix, moments)
         return compensated_blocks(matrix, moments, block_size=settings.block_size)
 
     if settings.method.low_rank == "none" or settings.rank == 0:
-        return rounding(target), None
-    cholesky = moments.cholesky.to(target.dtype)
-    addition = torch.zeros_like(target)
+        return rounding(target)[0], None
+    addition = whitened_addition = torch.zeros_like(target)
     found: list[tuple[float, IntegerWeight, LowRank]] = []
     for _ in range(LOW_RANK_ITERATIONS):
-        rounded = rounding(target - addition)
-        whitened = (target - rounded.dequantize()) @ cholesky
+        rounded, whitened = rounding(target - addition)
+        whitened += whitened_addition  # what codes alone leave of the target
         factors = fit_output_error(whitened, moments, settings.rank, output_weights)
         factors = factors.to(target.dtype)
         addition = factors.dequantize()
-        whitened -= factors.left @ (factors.right() @ cholesky)
+        whitened_addition = factors.left @ moments.whiten(factors.right())
+        whitened -= whitened_addition
         error = (whitened * output_weights[:, None]).square().sum(dtype=torch.float64)
         found.append((float(error), rounded, factors))
     _, rounded, factors = min(found, key=lambda iterate: iterate[0])

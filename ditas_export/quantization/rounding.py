@@ -5,6 +5,9 @@ each column's rounding error is pushed onto the columns not yet rounded, through
 of H⁻¹ (Frantar et al., "GPTQ", ICLR 2023). What is ours is the grid: a block's multiplier, an
 integer of 1 … 18, is chosen when its block is reached, by trying all of them.
 
+A column's error over its pivot is a column of the whitened error: with R Rᵀ = H and U = R⁻¹, what
+is pushed on adds up to `W − Q = E U`, so `(W − Q) R = E`, and `tr (Q − W) H (Q − W)ᵀ = ‖E‖²`.
+
 H is factored in float64, once; rounding is in float32, whose errors are far below a code.
 """
 
@@ -36,6 +39,8 @@ class InputMoments:
     moment: Tensor  # H + λI, (K, K), positive definite
     cholesky: Tensor  # R, upper: R Rᵀ = H + λI
     inverse_factor: Tensor  # U = R⁻¹, upper: Uᵀ U = (H + λI)⁻¹
+    float32_cholesky: Tensor
+    float32_inverse_factor: Tensor
 
     @classmethod
     def from_second_moment(cls, second_moment: Tensor, *, damping: float) -> InputMoments:
@@ -50,12 +55,31 @@ class InputMoments:
         """
         moment = damped(second_moment, damping)
         cholesky = upper_cholesky(moment)
-        identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+        inverse_factor = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+        torch.linalg.solve_triangular(cholesky, inverse_factor, upper=True, out=inverse_factor)
         return cls(
             moment=moment,
             cholesky=cholesky,
-            inverse_factor=torch.linalg.solve_triangular(cholesky, identity, upper=True),
+            inverse_factor=inverse_factor,
+            float32_cholesky=cholesky.to(torch.float32),
+            float32_inverse_factor=inverse_factor.to(torch.float32),
         )
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """Return matrix @ R, (N, K) float32.
+
+        R's columns are taken in panels, each down to where its zeros begin.
+        """
+        matrix, cholesky = matrix.to(torch.float32), self.float32_cholesky
+        whitened = torch.empty_like(matrix)
+        for start in range(0, matrix.shape[1], WHITENING_PANEL):
+            columns = slice(start, start + WHITENING_PANEL)
+            whitened[:, columns] = matrix[:, : columns.stop] @ cholesky[: columns.stop, columns]
+        return whitened
+
+
+WHITENING_PANEL = 512
+"""Columns of a whitened matrix that are made at once."""
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -77,14 +101,17 @@ def upper_cholesky(moment: Tensor) -> Tensor:
     """
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(moment.flip(0, 1))
-    if int(info) or not lower.isfinite().all():
+    # What is not finite in a row of the factor makes the row's pivot not finite.
+    if int(info) or not lower.diagonal().isfinite().all():
         raise QuantizationError(
             "the second moment of an input is not positive definite; check the checkpoint for NaN"
         )
     return lower.flip(0, 1)
 
 
-def compensated_blocks(weight: Tensor, moments: InputMoments, *, block_size: int) -> IntegerWeight:
+def compensated_blocks(
+    weight: Tensor, moments: InputMoments, *, block_size: int
+) -> tuple[IntegerWeight, Tensor]:
     """Round a weight to 4-bit codes with error compensation.
 
     Args:
@@ -93,28 +120,33 @@ def compensated_blocks(weight: Tensor, moments: InputMoments, *, block_size: int
         block_size: consecutive input channels that share a multiplier; divides K.
 
     Returns:
-        Codes, multipliers, and the row scales that fit them best in the sense of the error.
+        Codes, multipliers, and the row scales that fit them best in the sense of the error; and the
+        whitened error (W − Ŵ) R that they leave, (N, K) float.
     """
     require_finite("a weight", weight)
     require_block_size(weight.shape[1], block_size)
     row_scale = initial_row_scale(weight)
-    codes, multipliers = _compensate(
+    codes, multipliers, errors = _compensate(
         weight / row_scale[:, None],
-        moments.inverse_factor,
+        moments.float32_inverse_factor,
         block_size=block_size,
         max_code=MAX_CODE_4BIT,
         choose=_choose_multipliers,
     )
     rounded = IntegerWeight(codes=codes, multipliers=multipliers, row_scale=row_scale, bits=4)
-    return refit_row_scale(rounded, weight, moments)
+    return refit_row_scale(rounded, moments.whiten(weight), errors)
 
 
-def compensated_rows(weight: Tensor, moments: InputMoments) -> IntegerWeight:
-    """Round a weight to 8-bit codes, one scale per row, with error compensation."""
+def compensated_rows(weight: Tensor, moments: InputMoments) -> tuple[IntegerWeight, Tensor]:
+    """Round a weight to 8-bit codes, one scale per row, with error compensation.
+
+    Returns:
+        Codes and scales, and the whitened error (W − Ŵ) R that they leave, (N, K) float.
+    """
     _, row_scale = quantize_rows(weight)
-    codes, multipliers = _compensate(
+    codes, multipliers, errors = _compensate(
         weight / row_scale[:, None],
-        moments.inverse_factor,
+        moments.float32_inverse_factor,
         block_size=ROW_STRIDE,
         max_code=MAX_CODE_8BIT,
         choose=lambda block, _: torch.ones_like(block[0]),
@@ -122,7 +154,7 @@ def compensated_rows(weight: Tensor, moments: InputMoments) -> IntegerWeight:
     rounded = IntegerWeight(
         codes=codes, multipliers=multipliers[:, :1], row_scale=row_scale, bits=8
     )
-    return refit_row_scale(rounded, weight, moments)
+    return refit_row_scale(rounded, moments.whiten(weight), errors)
 
 
 ROW_STRIDE = 64
@@ -136,52 +168,70 @@ def _compensate(
     block_size: int,
     max_code: int,
     choose: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round column by column, each error pushed onto the columns that follow.
 
-    A block's errors reach the rest of its block at once and later blocks in one product. The
-    weight is worked on transposed: a column then lies in one piece.
+    Within a block errors are pushed on at once; all errors before a block reach it in one product.
+    The weight is worked on transposed, so that a column lies in one piece, and a block in units of
+    its codes; each column's place is then taken by its error.
 
     Args:
         scaled: (N, K), in units of the row scale.
-        inverse_factor: U, (K, K).
+        inverse_factor: U, (K, K) float32.
         block_size: columns of a block; the last may have fewer.
         max_code: codes are ±max_code.
         choose: (block (columns, N), diagonal of its part of U) -> multipliers (N,), float.
 
     Returns:
-        Codes (N, K) int8 and multipliers (N, blocks) int8.
+        Codes (N, K) int8, multipliers (N, blocks) int8, and the whitened error E = (W − Q) R in
+        units of the row scale, (N, K) float32.
     """
-    remaining = scaled.to(torch.float32).mT.contiguous()  # (K, N)
-    factor = inverse_factor.to(torch.float32)
-    diagonal = factor.diagonal().tolist()
-    codes = torch.empty_like(remaining, dtype=torch.int8)
+    errors = scaled.to(torch.float32).mT.contiguous()  # (K, N); not yet rounded: what remains
+    codes = torch.empty_like(errors, dtype=torch.int8)
     multipliers = []
-    for start in range(0, remaining.shape[0], block_size):
-        block = remaining[start : start + block_size]
+    for start in range(0, errors.shape[0], block_size):
+        block = errors[start : start + block_size]
         columns = slice(start, start + block.shape[0])
-        local = factor[columns, columns]
-        chosen = choose(block, local.diagonal())
-        errors = torch.empty_like(block)
-        for column, value in enumerate(block):
-            code = (value / chosen).round_().clamp_(-max_code, max_code)
-            torch.div(value - code * chosen, diagonal[start + column], out=errors[column])
-            block[column + 1 :].addr_(local[column, column + 1 :], errors[column], alpha=-1)
-            codes[start + column] = code
+        block.addmm_(inverse_factor[:start, columns].mT, errors[:start], alpha=-1)
+        local = inverse_factor[columns, columns]
+        diagonal = local.diagonal()
+        shares = local / diagonal[:, None]
+        chosen = choose(block, diagonal)
+        block /= chosen
+        rounded = torch.empty_like(block)
+        for column, (value, code) in enumerate(zip(block, rounded, strict=True)):
+            torch.round(value, out=code).clamp_(-max_code, max_code)
+            value -= code
+            block[column + 1 :].addr_(shares[column, column + 1 :], value, alpha=-1)
+        block *= chosen
+        block /= diagonal[:, None]
+        codes[columns] = rounded
         multipliers.append(chosen.to(torch.int8))
-        remaining[columns.stop :].addmm_(factor[columns, columns.stop :].mT, errors, alpha=-1)
-    return codes.mT.contiguous(), torch.stack(multipliers, dim=1)
+    return codes.mT.contiguous(), torch.stack(multipliers, dim=1), errors.mT
 
 
-def refit_row_scale(rounded: IntegerWeight, weight: Tensor, moments: InputMoments) -> IntegerWeight:
-    """Return the same integers with each row's best scale: (q H w) / (q H q), where positive."""
-    integers = rounded.int8_rows().to(torch.float32)
-    seen = integers @ moments.moment.to(torch.float32)
-    power = (seen * integers).sum(dim=1, dtype=torch.float64)
-    best = (seen * weight).sum(dim=1, dtype=torch.float64) / power
+def refit_row_scale(
+    rounded: IntegerWeight, whitened: Tensor, errors: Tensor
+) -> tuple[IntegerWeight, Tensor]:
+    """Give the same integers each row's best scale: (Q H w) / (Q H Q), where positive.
+
+    Args:
+        rounded: codes, multipliers, and the row scale r that they were made with.
+        whitened: W R, (N, K); R Rᵀ = H.
+        errors: (W / r − Q) R, (N, K).
+
+    Returns:
+        The integers, and the whitened error (W − Ŵ) R that they now leave, (N, K) float.
+    """
+    integers = whitened / rounded.row_scale[:, None] - errors  # Q R
+    power = integers.square().sum(dim=1)
+    best = (integers * whitened).sum(dim=1) / power
     usable = (power > 0) & (best > 0) & best.isfinite()
     row_scale = torch.where(usable, best.to(rounded.row_scale.dtype), rounded.row_scale)
-    return replace(rounded, row_scale=row_scale)
+    before = rounded.row_scale
+    # Not W R less what the integers make of it: that would cost the digits of a small error.
+    left_over = errors * row_scale[:, None] + whitened * ((before - row_scale) / before)[:, None]
+    return replace(rounded, row_scale=row_scale), left_over
 
 
 def _choose_multipliers(block: Tensor, diagonal: Tensor) -> Tensor:
@@ -191,8 +241,10 @@ def _choose_multipliers(block: Tensor, diagonal: Tensor) -> Tensor:
     it: divided by the diagonal of the factor of H⁻¹.
     """
     weights = diagonal**-2.0
+    error = torch.empty_like(block)
     losses = []
     for multiplier in range(1, MAX_MULTIPLIER + 1):
-        codes = (block / multiplier).round_().clamp_(-MAX_CODE_4BIT, MAX_CODE_4BIT)
-        losses.append(weights @ torch.sub(block, codes, alpha=multiplier).square_())
+        torch.div(block, multiplier, out=error).round_().clamp_(-MAX_CODE_4BIT, MAX_CODE_4BIT)
+        torch.sub(block, error, alpha=multiplier, out=error).square_()
+        losses.append(weights @ error)
     return torch.stack(losses).argmin(dim=0).to(block.dtype) + 1
