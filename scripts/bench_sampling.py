@@ -17,9 +17,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # a process that is measured imports torch while it is
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

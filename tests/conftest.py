@@ -34,6 +34,16 @@ def tiny_dit() -> DiT:
     return random_dit()
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the `tiny_dit()` of `quantized_fixture`; never write to it."""
+    from quantized_fixture import save_checkpoint, tiny_dit
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_checkpoint(path, tiny_dit())
+    return path
+
+
 def random_vae(*, seed: int = 0, **changes: Any) -> Any:
     """Return a random `AutoencoderKL`: 4 latent channels, 4 pixels per latent pixel."""
     from diffusers import AutoencoderKL

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear, fold_smoothing
@@ -57,6 +58,12 @@ def tiny_dit(config: DiTConfig = TINY, *, seed: int = 0) -> DiT:
     model = DiT(config)
     randomize(model, seed=seed)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def save_checkpoint(path: Path, model: DiT) -> None:
+    """Write a DiT as safetensors that say how many heads it has."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"num_heads": str(model.config.num_heads)})
 
 
 def quantized_tiny_dit(

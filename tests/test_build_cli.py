@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from quantized_fixture import exported, exported_reference
@@ -231,6 +232,20 @@ def test_trtexec_builds_too(tmp_path: Path) -> None:
     assert "trtexec could not build" in err
     assert "[E] Engine could not be created" in err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("tools")
+def test_changed_external_data_are_another_file(tmp_path: Path) -> None:
+    model, data, plan = tmp_path / "large.onnx", tmp_path / "large.data", tmp_path / "out.plan"
+    float_model = onnx.load(str(exported_reference()))
+    onnx.save(float_model, str(model), save_as_external_data=True, location=data.name)
+    hashes = set()
+    for change in (0, 1):
+        content = data.read_bytes()
+        data.write_bytes(content[:-1] + bytes([content[-1] ^ change]))
+        assert run(model, "-o", plan, "--trtexec")[0] == 0
+        hashes.add(EngineMetadata.load(metadata_path(plan)).onnx_sha256)
+    assert len(hashes) == 2
 
 
 def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported, quantized_tiny_dit, snr_db, tiny_dit
-from safetensors.torch import save_file
+from quantized_fixture import example_inputs, exported, quantized_tiny_dit, snr_db, tiny_dit
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.fold import fold_smoothing
@@ -24,14 +23,6 @@ from ditas_export.runtime.torch_runner import TorchRunner
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITAS_EXPORT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
-    return path
 
 
 def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from ditas_export.engine.report import LayerReport, expected_kernels, layer_repo
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 
 Build = Callable[[Path, Path], BuiltEngine]
@@ -77,7 +78,7 @@ def make_engine(
             plan_sha256=sha256_of_file(partial),
             plan_bytes=built.size_bytes,
             onnx_name=onnx_path.name,
-            onnx_sha256=sha256_of_file(onnx_path),
+            onnx_sha256=sha256_of_onnx(onnx_path),
             config=config.to_dict(),
             form=form,
             options=json_options(options),

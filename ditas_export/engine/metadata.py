@@ -41,7 +41,7 @@ class EngineMetadata:
     plan_sha256: str
     plan_bytes: int
     onnx_name: str
-    onnx_sha256: str
+    onnx_sha256: str  # with its external data: `sha256_of_onnx`
     config: dict[str, Any]  # the DiT
     form: dict[str, Any]  # of the graph that was built: bits, layout, ranges, float type
     options: dict[str, Any]  # of the build

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.options import Runtime
 
 SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
 CfgChannelsChoice = Literal["3", "all"]
-RuntimeChoice = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"]
 DeviceChoice = Literal["cpu", "cuda"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": get_args(SamplerChoice),
     "cfg_channels": get_args(CfgChannelsChoice),
-    "runtime": get_args(RuntimeChoice),
+    "runtime": get_args(Runtime),
     "device": get_args(DeviceChoice),
 }
 """Options that take one of a few values."""
@@ -37,7 +37,7 @@ class SampleOptions:
     cfg_channels: CfgChannelsChoice = "3"
     seed: int = 0
     batch: int = 8
-    runtime: RuntimeChoice = "auto"
+    runtime: Runtime = "auto"
     device: DeviceChoice = "cpu"
     threads: int | None = None
     vae: str | None = None

@@ -36,12 +36,12 @@ def expand(source: Path, target: Path) -> None:
             f"{source} holds no INT4 weights under INT8 activations; there is nothing to expand"
         )
     for chain in chains:
-        _expand_chain(model.graph, chain)
+        expand_chain(model.graph, chain)
     model.metadata_props[FORM_KEY] = json.dumps({**form, "layout": "int8"}, sort_keys=True)
     save_model(model, target)
 
 
-def _expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
+def expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
     """Replace a chain's first three nodes by the INT8 rows that they make."""
     rows = torch.from_numpy(_int8_rows(chain))
     path = str(chain.dequantize.name).rpartition("/")[0]

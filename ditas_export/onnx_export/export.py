@@ -18,6 +18,7 @@ from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.adaln import AdalnBits, quantize_adaln
+from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.lowering import (
     Layout,
@@ -229,13 +230,13 @@ def read_form(path: Path) -> dict[str, Any]:
 
 
 def file_metadata(path: Path) -> dict[str, str]:
-    """Return an ONNX file's metadata, its external data left where it is.
+    """Return an ONNX file's metadata; its tensors are not read.
 
     Raises:
         OnnxExportError: no readable ONNX file.
     """
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = load_by_reference(path)
     except Exception as error:  # protobuf's DecodeError has no stable home
         raise OnnxExportError(f"{path} is no readable ONNX file: {error}") from error
     return {entry.key: entry.value for entry in model.metadata_props}

@@ -12,8 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 
 from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.by_reference import load_by_reference
+from ditas_export.onnx_export.expand import expand_chain
+from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 from ditas_export.runtime.optimized_cache import optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
@@ -26,6 +32,19 @@ TENSORRT_RTX = (RTX_PROVIDER, *CPU)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Session entry under which weight-only linears keep float activations; by default they do not."""
+
+_KEEP_PACKED = {"session.save_external_prepacked_constant_initializers": "1"}
+"""Session entry under which an optimized model is written with its weights packed for the kernels
+of this processor, as later sessions map them into memory. They are beside the unpacked weights,
+which nothing reads then: twice the room on disk, half of it in memory."""
+
+_PACKED = "prepacked"
+"""How the external data entries of packed weights begin: "prepacked_0", whose value is
+"<operator>+<hash>|<offset>;<length>;<more>"."""
+
+_PACKED_ALIGNMENT = 64
+"""Bytes that ONNX Runtime's allocator aligns packed weights to, as their kernels rely on. It writes
+small ones anywhere, and crashes on them (onnxruntime 1.31.1)."""
 
 _SLOWER_WHEN_FUSED = "SkipLayerNormFusion"
 """Its kernel on CPUs takes six times as long as the Add and the LayerNormalization it is made of
@@ -46,6 +65,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         cache: folder that keeps the optimized model, so that the next start need not optimize;
             None optimizes at every start. For the CPU provider alone: others compile for
             themselves.
+        sha256: `sha256_of_onnx(path)` where the caller has it; the cache finds files by it.
 
     Raises:
         RunnerError: ONNX Runtime is missing, has no such provider, or refuses the file.
@@ -61,6 +81,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         device_id: int = 0,
         session_entries: Mapping[str, str] | None = None,
         cache: Path | None = None,
+        sha256: str | None = None,
     ) -> None:
         super().__init__(path)
         entries = dict(session_entries or {})
@@ -68,11 +89,14 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         if cache is not None and tuple(providers) == CPU:
             facts = {
                 "onnxruntime": _onnxruntime().__version__,
-                "entries": entries,
+                "entries": entries | _KEEP_PACKED,
                 "machine": [platform.machine(), platform.processor(), _processor_flags()],
             }
             path = optimized_model(
-                path, cache, facts, lambda target: _optimize(path, target, entries)
+                sha256 or sha256_of_onnx(path),
+                cache,
+                facts,
+                lambda target: _prepare(path, target, entries),
             )
             self._kernels = Counter(_product_kernels(path).values())
         options = session_options(threads, entries)
@@ -108,20 +132,64 @@ def matmul_kernels(path: Path) -> dict[str, str]:
         return _product_kernels(optimized)
 
 
-def _optimize(path: Path, target: Path, session_entries: Mapping[str, str]) -> None:
-    """Write the graph that ONNX Runtime's CPU provider makes of a file."""
+def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> None:
+    """Write what a session of ONNX Runtime's CPU provider opens at once: nothing is left to make.
+
+    INT4 chains are expanded here: ONNX Runtime's constant folding makes the same numbers in four
+    times the time. Tensors beside the model are mapped into memory, not read into it.
+    """
+    with tempfile.TemporaryDirectory(prefix="expanded-", dir=target.parent) as folder:
+        expanded = Path(folder) / target.name
+        model = ir.from_proto(load_by_reference(path))
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        for chain in list(int4_chains(model.graph)):
+            expand_chain(model.graph, chain)
+        ir.save(model, expanded, external_data=f"{expanded.name}.data")
+        _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
+    _forget_unaligned_packing(target)
+
+
+def _forget_unaligned_packing(optimized: Path) -> None:
+    """Remove the mention of packed weights that cannot be used where they lie: they are small."""
+    model = onnx.load(str(optimized), load_external_data=False)
+    for tensor in model.graph.initializer:
+        usable = [
+            entry
+            for entry in tensor.external_data
+            if not entry.key.startswith(_PACKED)
+            or _packed_offset(entry.value) % _PACKED_ALIGNMENT == 0
+        ]
+        del tensor.external_data[:]
+        tensor.external_data.extend(usable)
+    onnx.save(model, str(optimized))
+
+
+def _packed_offset(entry: str) -> int:
+    """Return where packed weights begin in their file."""
+    return int(entry.rpartition("|")[2].partition(";")[0])
+
+
+def _optimize(
+    path: Path, target: Path, session_entries: Mapping[str, str], *, source: Path | None = None
+) -> None:
+    """Write the graph that ONNX Runtime's CPU provider makes of a file.
+
+    Args:
+        path: the file.
+        target: what to write; its tensors go beside it.
+        session_entries: session configuration entries.
+        source: the file to name in an error; None names `path`.
+    """
     options = session_options(None, session_entries)
     options.optimized_model_filepath = str(target)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", f"{target.stem}.data"
     )
-    open_session(path, options, CPU)
+    open_session(path, options, CPU, source=source)
 
 
 def _product_kernels(optimized: Path) -> dict[str, str]:
     """Return the operator of every matrix product in an optimized graph."""
-    import onnx
-
     graph = onnx.load(str(optimized), load_external_data=False).graph
     return {
         _original_name(node.name): node.op_type
@@ -159,8 +227,15 @@ def session_options(threads: int | None, session_entries: Mapping[str, str]) -> 
     return options
 
 
-def open_session(path: Path, options: Any, providers: Sequence[str], device_id: int = 0) -> Any:
-    """Open a session, or say why ONNX Runtime would not."""
+def open_session(
+    path: Path,
+    options: Any,
+    providers: Sequence[str],
+    device_id: int = 0,
+    *,
+    source: Path | None = None,
+) -> Any:
+    """Open a session, or say why ONNX Runtime would not have `source`, `path` where it is None."""
     runtime = _onnxruntime()
     placed = None
     if RTX_PROVIDER in providers:  # what a session does not give to its devices, it runs on the CPU
@@ -172,7 +247,9 @@ def open_session(path: Path, options: Any, providers: Sequence[str], device_id: 
         session = runtime.InferenceSession(str(path), options, providers=placed)
     except Exception as error:  # onnxruntime's exceptions share no base but this
         reason = str(error).strip().splitlines()[0]
-        raise RunnerError(f"onnxruntime {runtime.__version__} refuses {path}: {reason}") from error
+        raise RunnerError(
+            f"onnxruntime {runtime.__version__} refuses {source or path}: {reason}"
+        ) from error
     if providers[0] not in session.get_providers():
         raise RunnerError(
             f"onnxruntime {runtime.__version__} has {providers[0]} but could not start it on this "

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -28,12 +29,10 @@ from ditas_export.runtime.onnxruntime_runner import (
 )
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
 from ditas_export.runtime.optimized_cache import default_cache
+from ditas_export.runtime.options import Runtime
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_int8 import Int8Runner
 from ditas_export.runtime.torch_runner import TorchRunner
-
-Runtime = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt", "nv-tensorrt-rtx"]
-"""Backends to choose from."""
 
 GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
 """ONNX Runtime's providers for runtimes that are not on CPUs."""
@@ -47,7 +46,7 @@ class OpenedModel:
 
     runner: Runner
     source: str
-    sha256: str  # of the file, or of the checkpoint
+    sha256: str  # of the file, its external data included, or of the checkpoint
 
 
 def open_runner(
@@ -84,8 +83,9 @@ def open_runner(
         return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
     if model.endswith(".onnx"):
         path = Path(model)
-        runner = _file_opener(path, runtime, device, threads, cache or default_cache())()
-        return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+        open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
+        sha256 = sha256_of_onnx(path)
+        return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
     is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
         given = f"CHECKPOINT --artifact {model}" if is_artifact else model
@@ -148,8 +148,8 @@ def _open_artifact(path: Path, device: str) -> OpenedModel:
 
 def _file_opener(
     path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
-) -> Callable[[], Runner]:
-    """Return what opens an exported file in a backend."""
+) -> Callable[[str], Runner]:
+    """Return what opens an exported file in a backend, given the file's hash."""
     if runtime == "torch":
         raise RunnerError(
             f"PyTorch does not run {path}; pass the checkpoint, or the quantized model that "
@@ -162,7 +162,7 @@ def _file_opener(
     if runtime == "openvino" and not has_openvino:
         raise RunnerError(f"openvino is not installed; {INSTALL}")
     if runtime == "openvino" or (runtime == "auto" and not on_gpu and has_openvino):
-        return lambda: OpenVINORunner(path, threads=threads)
+        return lambda _: OpenVINORunner(path, threads=threads)
     if runtime in GPU_PROVIDERS and not on_gpu:
         raise RunnerError("TensorRT runs on GPUs; use --device cuda")
     if not (on_gpu or onnxruntime_takes(path)):
@@ -171,8 +171,13 @@ def _file_opener(
             f"openvino ({INSTALL}), or an engine of it: ditas-build {path}"
         )
     providers = GPU_PROVIDERS.get(runtime, CUDA if on_gpu else CPU)
-    return lambda: OnnxRuntimeRunner(
-        path, threads=threads, providers=providers, device_id=device_index(device), cache=cache
+    return lambda sha256: OnnxRuntimeRunner(
+        path,
+        threads=threads,
+        providers=providers,
+        device_id=device_index(device),
+        cache=cache,
+        sha256=sha256,
     )
 
 

@@ -10,9 +10,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import onnx
-
-from ditas_export.artifact_files import sha256_of_file
 from ditas_export.errors import RunnerError
 
 MODEL_NAME = "model.onnx"
@@ -27,12 +24,12 @@ def default_cache() -> Path:
 
 
 def optimized_model(
-    path: Path, cache: Path, facts: Mapping[str, object], optimize: Callable[[Path], None]
+    sha256: str, cache: Path, facts: Mapping[str, object], optimize: Callable[[Path], None]
 ) -> Path:
     """Return the optimized form of a file, made now or found from an earlier run.
 
     Args:
-        path: ONNX file; its external data belongs to it.
+        sha256: of the file, its external data included.
         cache: folder of entries, created if need be; anything in it can be deleted at any time.
         facts: what the optimized form depends on beside the file: versions, options, processor.
         optimize: writes the optimized model to the path that it is given.
@@ -41,7 +38,7 @@ def optimized_model(
         RunnerError: the folder cannot be written.
         Exception: what `optimize` raises; nothing is left behind.
     """
-    key = hashlib.sha256(json.dumps([_digests(path), facts], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([sha256, facts], sort_keys=True).encode()).hexdigest()
     entry = cache / key[:32]
     if (entry / MODEL_NAME).is_file():
         return entry / MODEL_NAME
@@ -66,16 +63,3 @@ def optimized_model(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return entry / MODEL_NAME
-
-
-def _digests(path: Path) -> list[str]:
-    """Return the hashes of a file and of the external data that its tensors lie in."""
-    model = onnx.load(str(path), load_external_data=False)
-    locations = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    files = [path, *(path.parent / location for location in sorted(locations))]
-    return [sha256_of_file(file) for file in files]
