@@ -24,18 +24,29 @@ from ditas_export.onnx_export.vae import export_vae_decoder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+STATISTICS = {"latents_mean": (-1.6, 1.1, 2.5, 0.4), "latents_std": (8.4, 5.9, 0.5, 1.2)}
+
+
 def some_latents(*, count: int = 3, channels: int = 4, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, channels, 6, 5, generator=generator)
 
 
 def decoded_by_diffusers(vae: Any, latents: Tensor) -> Tensor:
-    """What diffusers' own pipelines compute of the sampler's latents, image by image."""
-    shift = vae.config.shift_factor or 0.0
-    images = [
-        vae.decode(image[None] / vae.config.scaling_factor + shift).sample for image in latents
-    ]
-    return torch.cat(images).clamp(-1, 1)
+    """What diffusers' own pipelines compute of the sampler's latents, image by image.
+
+    With statistics of the latents, that of Stable Diffusion XL.
+    """
+    config = vae.config
+    if config.latents_mean is None:
+        z = latents / config.scaling_factor + (config.shift_factor or 0.0)
+    else:
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        z = latents * std / config.scaling_factor + mean
+    return torch.cat([vae.decode(image[None]).sample for image in z]).clamp(-1, 1)
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -73,6 +84,7 @@ def test_pixels_are_clamped(vae_folder: Path) -> None:
     [
         {"scaling_factor": 0.5},
         {"shift_factor": 0.7},
+        STATISTICS | {"scaling_factor": 0.5},
         {"use_post_quant_conv": False},
         {"latent_channels": 8},
     ],
@@ -194,6 +206,27 @@ def test_weights_of_another_shape(vae_folder: Path, tmp_path: Path) -> None:
 def test_a_vae_of_grey_images_is_refused(tmp_path: Path) -> None:
     random_vae(out_channels=1).save_pretrained(tmp_path)
     with pytest.raises(RunnerError, match=r"makes images of 1 channels; expected 3 \(RGB\)"):
+        VaeDecoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents_mean": (0.1,) * 4}, r"has \{'latents_mean': 4\} values; expected 4 of"),
+        (
+            STATISTICS | {"latents_std": (1.0,) * 3},
+            r"\{'latents_mean': 4, 'latents_std': 3\} values; expected 4 of latents_mean and "
+            r"latents_std each, or neither",
+        ),
+        (STATISTICS | {"shift_factor": 0.7}, "has both latents_mean and shift_factor; expected"),
+    ],
+    ids=["no std", "too few", "shifted twice"],
+)
+def test_scaling_that_no_pipeline_knows_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    random_vae(**changes).save_pretrained(tmp_path)
+    with pytest.raises(RunnerError, match=message):
         VaeDecoder(str(tmp_path))
 
 

@@ -12,8 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import random_vae
-from quantized_fixture import exported
-from safetensors.torch import save_file
+from quantized_fixture import exported, save_checkpoint
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -62,6 +61,7 @@ def test_the_file_computes_what_the_vae_computes(vae_file: Path, shape: tuple[in
     [
         {"scaling_factor": 0.5, "shift_factor": 0.7, "use_post_quant_conv": False},
         {"mid_block_add_attention": False, "latent_channels": 8},
+        {"latents_mean": (-1.6, 1.1, 2.5, 0.4), "latents_std": (8.4, 5.9, 0.5, 1.2)},
     ],
     ids=str,
 )
@@ -148,7 +148,7 @@ def write_checkpoint(folder: Path, *, in_channels: int) -> Path:
     )
     randomize(model, seed=0)
     path = folder / "tiny.safetensors"
-    save_file(dict(model.state_dict()), path, metadata={"num_heads": "2"})
+    save_checkpoint(path, model)
     return path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ LATENTS_NAME = "latents"
 IMAGES_NAME = "images"
 
 IMAGE_CHANNELS = 3
+
+_STATISTICS = ("latents_mean", "latents_std")
+"""Entries of a VAE's config that have a value per channel, or None."""
 
 _CLASS = "AutoencoderKL"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,8 +67,13 @@ class VaeShape:
 class LatentDecoder(nn.Module):
     """The decoding half of an `AutoencoderKL`, in float32, behind the sampler's interface.
 
-    z = latents / scaling_factor + shift_factor, as diffusers' pipelines compute it.
+    As diffusers' pipelines compute it, z = latents / scaling_factor + shift_factor, or, where the
+    VAE's config has statistics of the latents by channel (Stable Diffusion XL's pipeline),
+    z = latents · latents_std / scaling_factor + latents_mean.
     """
+
+    latents_mean: Tensor | None  # (1, C, 1, 1)
+    latents_std: Tensor | None
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -74,16 +83,27 @@ class LatentDecoder(nn.Module):
         )
         self.scaling_factor = float(vae.config.scaling_factor)
         self.shift_factor = float(vae.config.shift_factor or 0.0)
+        for name in _STATISTICS:
+            values = vae.config[name]
+            self.register_buffer(name, None if values is None else _by_channel(values))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return pixels (N, 3, H, W) in [-1, 1]; latents are (N, C, h, w), both float32."""
-        z = latents / self.scaling_factor + self.shift_factor
+        if self.latents_mean is None or self.latents_std is None:
+            z = latents / self.scaling_factor + self.shift_factor
+        else:
+            z = latents * self.latents_std / self.scaling_factor + self.latents_mean
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         images: Tensor = self.decoder(z)
         return images.clamp(-1.0, 1.0)
+
+
+def _by_channel(values: Sequence[float]) -> Tensor:
+    """Return one value per channel as (1, C, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 def load_latent_decoder(name: str) -> LatentDecoder:
@@ -95,7 +115,8 @@ def load_latent_decoder(name: str) -> LatentDecoder:
 
     Raises:
         RunnerError: nothing there, a hub that cannot be reached, another kind of model, missing or
-            damaged weights, or a VAE of no RGB images.
+            damaged weights, a VAE of no RGB images, or one whose config scales its latents as no
+            pipeline does.
         CheckpointError: a `config.json` that is no JSON.
     """
     folder = _vae_folder(Path(name) if Path(name).is_dir() else _download(name))
@@ -106,6 +127,7 @@ def load_latent_decoder(name: str) -> LatentDecoder:
             f"the VAE {name} makes images of {vae.config.out_channels} channels; expected "
             f"{IMAGE_CHANNELS} (RGB)"
         )
+    _require_known_scaling(name, vae.config)
     return LatentDecoder(vae).eval().requires_grad_(requires_grad=False)
 
 
@@ -195,6 +217,24 @@ def _require_autoencoder(folder: Path) -> None:
     found = read_json(path).get("_class_name")
     if found != _CLASS:
         raise RunnerError(f"{path} describes a {found}, expected {_CLASS}; pass a VAE's folder")
+
+
+def _require_known_scaling(name: str, config: Any) -> None:
+    """Refuse statistics of the latents that are not whole, or that come with a shift as well."""
+    given = {each: config[each] for each in _STATISTICS if config[each] is not None}
+    if not given:
+        return
+    lengths = {each: len(values) for each, values in given.items()}
+    if lengths != dict.fromkeys(_STATISTICS, config.latent_channels):
+        raise RunnerError(
+            f"the config.json of the VAE {name} has {lengths} values; expected "
+            f"{config.latent_channels} of {' and '.join(_STATISTICS)} each, or neither"
+        )
+    if config.shift_factor:
+        raise RunnerError(
+            f"the config.json of the VAE {name} has both latents_mean and shift_factor; expected "
+            f"one of them, as they shift the latents twice"
+        )
 
 
 def _weight_file(folder: Path) -> Path | None:
