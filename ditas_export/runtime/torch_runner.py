@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import RunnerError
+from ditas_export.fast_matmul import fast_float32_matmul
 
 
 class TorchRunner(Closing):
@@ -41,11 +44,13 @@ class TorchRunner(Closing):
     @torch.no_grad()
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """Return ε and the learned variance, (N, 2C, H, W) float32; see `Runner`."""
-        output: Tensor = self.model(
-            latents.to(self.device, self.dtype),
-            timesteps.to(self.device),
-            class_labels.to(self.device),
-        )
+        float32_on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
+        with fast_float32_matmul() if float32_on_cpu else nullcontext():
+            output: Tensor = self.model(
+                latents.to(self.device, self.dtype),
+                timesteps.to(self.device),
+                class_labels.to(self.device),
+            )
         # A copy always: the next pass of a CUDA graph writes over what this one returned.
         return output.to(latents.device, torch.float32, copy=True)
 
