@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRu
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 
 pytest.importorskip("openvino", reason="extra [openvino]")
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -49,6 +54,41 @@ def test_integer_modulation_gives_the_same_numbers() -> None:
 def test_the_float_file_gives_the_same_numbers(reference_file: Path) -> None:
     # In BF16, which OpenVINO would choose by itself on some processors, this is near 40 dB.
     assert snr_db(*both(reference_file)) > 100
+
+
+BFLOAT16_PRODUCTS = """
+import sys
+import torch
+from pathlib import Path
+from quantized_fixture import example_inputs, snr_db, tiny_dit
+from ditas_export.runtime.openvino_runner import OpenVINORunner
+
+inputs = example_inputs(batch=3)
+expected = tiny_dit().to(torch.bfloat16).float()(*inputs)
+with OpenVINORunner(Path(sys.argv[1]), threads=1) as runner:
+    print(snr_db(expected, runner(*inputs)), runner.description)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["DEFAULT", "AVX2"])
+def test_the_description_says_what_the_products_are(instructions: str) -> None:
+    """A bf16 file is computed in bf16 where the processor has it, whatever hint is given."""
+    done = subprocess.run(
+        [sys.executable, "-c", BFLOAT16_PRODUCTS, str(exported_reference(torch.bfloat16))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": str(HERE)},
+    )
+    snr, _, description = done.stdout.partition(" ")
+    # The weights are rounded on both sides: only products that round too are far from float32's.
+    assert description.strip().endswith("(CPU, bf16)" if float(snr) < 60 else "(CPU, f32)"), snr
+
+
+def test_the_description_of_float32(reference_file: Path) -> None:
+    for path in (reference_file, exported()):
+        with OpenVINORunner(path, threads=1) as runner:
+            assert runner.description.endswith("(CPU, f32)")
 
 
 def test_a_closed_runner_is_refused(reference_file: Path) -> None:

@@ -14,17 +14,24 @@ from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
+_PRODUCTS = ("FullyConnected", "MatMul")
+"""OpenVINO's kernels of matrix products."""
+
+_FLOATS = {"f32", "f16", "bf16"}
+"""Types as OpenVINO names them."""
+
 
 class OpenVINORunner(ExportedFileRunner):
     """Runs an exported file until it is closed.
 
     OpenVINO may compute in BF16 where the processor can; float32 is asked for here, so that the
-    results are those of the other backends.
+    results are those of the other backends. A file in bfloat16 keeps its type all the same, where
+    the processor has it; `description` tells what was compiled.
 
     Args:
         path: written by `export_onnx` or `export_reference`.
         threads: of inference; None leaves the choice to OpenVINO.
-        precision: of the float parts, "f32", or "bf16" for speed.
+        precision: to ask for in the float parts, "f32", or "bf16" for speed.
 
     Raises:
         RunnerError: OpenVINO is missing or refuses the file.
@@ -34,12 +41,12 @@ class OpenVINORunner(ExportedFileRunner):
     def __init__(self, path: Path, *, threads: int | None = None, precision: str = "f32") -> None:
         super().__init__(path)
         self._version, self._session = _compile(path, threads, precision)
-        self._precision = precision
+        self._products = _float_products(self._session)
 
     @property
     def description(self) -> str:
-        """Backend, version, device and float precision."""
-        return f"openvino {self._version} (CPU, {self._precision})"
+        """Backend, version, device, and the types of the float products."""
+        return f"openvino {self._version} ({', '.join(['CPU', *self._products])})"
 
     def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
         """Run the compiled model; its output buffer is used again, so it is copied."""
@@ -60,6 +67,20 @@ def _compile(path: Path, threads: int | None, precision: str) -> tuple[str, Any]
         reason = str(error).strip().splitlines()[-1]
         raise RunnerError(f"openvino {openvino.__version__} refuses {path}: {reason}") from error
     return openvino.__version__.partition("-")[0], model
+
+
+def _float_products(model: Any) -> list[str]:
+    """Return the float types in which a compiled model multiplies matrices: f32, bf16.
+
+    The precision that was asked for is a hint: the file and the processor have a say.
+    """
+    kernels = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
+    types = {
+        kernel["runtimePrecision"].astype(str)
+        for kernel in kernels
+        if kernel["layerType"].astype(str) in _PRODUCTS
+    }
+    return sorted(types & _FLOATS)
 
 
 def _openvino() -> ModuleType:
