@@ -18,7 +18,6 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from quantized_fixture import (
-    TINY,
     example_inputs,
     exported,
     exported_reference,
@@ -29,7 +28,6 @@ from quantized_fixture import (
     tiny_folded,
     write_linear,
 )
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from ditas_export.calibration.fold import fold_smoothing
@@ -203,14 +201,6 @@ def test_a_bf16_file_for_onnxruntime_is_refused() -> None:
     for target in ("portable", "tensorrt"):
         options = ExportOptions(output=Path("out.onnx"), precision="bf16", target=target)
         assert options.float_side == "bf16"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
-    return path
 
 
 def run_export(checkpoint: Path, output: Path, *words: object) -> tuple[int, str]:

@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_fixture import TINY, tiny_dit
-from safetensors.torch import save_file
+from quantized_fixture import save_checkpoint, tiny_dit
 from typer.testing import CliRunner
 
 from ditas_export import __version__
 from ditas_export.cli.export import app
 
 QUICK = ["--steps", "2", "--samples", "1", "--method", "linear"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
-    return path
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -87,13 +78,12 @@ def bad_models(folder: Path, checkpoint: Path) -> dict[str, Path]:
     whole = checkpoint.read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "code.pt").write_bytes(pickle.dumps({"model": _Evil()}))
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    odd = dict(tensors)
-    odd["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
-    save_file(odd, folder / "shape.safetensors", metadata={"num_heads": "4"})
-    nan = {name: tensor.clone() for name, tensor in tensors.items()}
-    nan["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
-    save_file(nan, folder / "nan.safetensors", metadata={"num_heads": "4"})
+    odd = tiny_dit()
+    odd.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    save_checkpoint(folder / "shape.safetensors", odd)
+    nan = tiny_dit()
+    nan.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+    save_checkpoint(folder / "nan.safetensors", nan)
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text("{}")
     return {

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import two_ranks
-from quantized_fixture import TINY, snr_db, tiny_dit
-from safetensors.torch import save_file
+from quantized_fixture import snr_db, tiny_dit
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
@@ -151,14 +150,6 @@ def test_a_rank_that_dies_stops_the_other(
     assert done.returncode != 0
     assert "a bug of rank 1" in done.stderr
     assert not (folder / "not stopped").exists()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
-    return path
 
 
 COMMAND = ("-m", "ditas_export.cli.export", "--device", "cpu", "--json")

@@ -9,8 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
-from safetensors.torch import save_file
+from quantized_fixture import TINY, example_inputs, save_checkpoint, snr_db, tiny_dit
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.errors import (
@@ -23,14 +22,6 @@ from ditas_export.errors import (
 from ditas_export.onnx_export.export import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult, export
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in tiny_dit().state_dict().items()}
-    save_file(tensors, path, metadata={"num_heads": str(TINY.num_heads)})
-    return path
 
 
 def options(checkpoint: Path, folder: Path, **changes: object) -> ExportOptions:
@@ -239,8 +230,7 @@ def test_a_stranger_artifact_is_refused(
 ) -> None:
     asked, _, _ = exported
     other = tmp_path / "other.safetensors"
-    tensors = {name: t.contiguous() for name, t in tiny_dit(seed=1).state_dict().items()}
-    save_file(tensors, other, metadata={"num_heads": "4"})
+    save_checkpoint(other, tiny_dit(seed=1))
     with pytest.raises(ArtifactError, match="was made from checkpoint"):
         export(options(other, tmp_path, artifact=asked.save_artifact))
     with pytest.raises(ArtifactError, match="calibrated with checkpoint"):

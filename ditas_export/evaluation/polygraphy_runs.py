@@ -67,7 +67,7 @@ def onnx_runner_with_outputs(path: Path, values: list[str]) -> Any:
     options = session_options(None, entries)
     onnxruntime = importlib.import_module("onnxruntime")
 
-    def open_copy() -> Any:
+    def open_copy() -> Any:  # a session of its own: `open_session` opens files, not bytes
         copy = with_outputs(path, values)
         return onnxruntime.InferenceSession(copy, options, providers=list(CPU))
 
