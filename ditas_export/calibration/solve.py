@@ -110,7 +110,7 @@ def round_activations(
     if ranges == "token":
         return fake_quantize_tokens(x)
     scale = static_scale(static_range, x.dtype).to(x.device)
-    return quantize(x, scale) * scale
+    return quantize(x, scale).mul_(scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

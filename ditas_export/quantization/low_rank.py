@@ -29,8 +29,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         left, right = truncated_svd(matrix.mT, rank)
         return right.mT, left.mT
-    gram = (matrix @ matrix.mT).double()
-    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:].to(matrix.dtype)
+    gram = matrix @ matrix.mT
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
     return leading, leading.mT @ matrix
 
 

@@ -42,15 +42,15 @@ def static_scale(static_range: float, dtype: torch.dtype) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """Return clamp(round(x / scale), −128, 127), ties to even, as x's float type (ONNX rule)."""
-    codes: Tensor = (x / scale).round()
-    return codes.clamp(-MAX_CODE - 1, MAX_CODE)
+    codes: Tensor = (x / scale).round_()
+    return codes.clamp_(-MAX_CODE - 1, MAX_CODE)
 
 
 def fake_quantize_tokens(x: Tensor) -> Tensor:
     """Return x rounded to the INT8 grid of each token's own range; same shape and type."""
     ranges = token_ranges(x)
     scale = unit_scale(x.dtype).to(x.device)
-    return quantize(x / ranges, scale) * scale * ranges
+    return quantize(x / ranges, scale).mul_(scale).mul_(ranges)
 
 
 def fake_quantize_tensor_asymmetric(x: Tensor, *, bits: int = 8) -> Tensor:
