@@ -44,9 +44,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
     "target": tuple(PREFERENCES),
-    "adaln": (16, 8, 4),
+    "adaln": (None, 16, 8, 4),
 }
-"""Options that take one of a few values; None leaves the choice to the model or the target."""
+"""Options that take one of a few values; None leaves the choice to model, artefact or target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class ExportOptions:
     layout: Literal["int4", "int8"] | None = None
     precision: Precision | None = None
     target: Target = "portable"
-    adaln: Literal[16, 8, 4] = 16
+    adaln: Literal[16, 8, 4] | None = None
     steps: int = 50
     cfg_scale: float = 1.5
     samples: int = 12

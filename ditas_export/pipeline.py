@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 
 from ditas_export import __version__
-from ditas_export.artifact_files import require_writable, sha256_of_file
+from ditas_export.artifact_files import require_writable
+from ditas_export.calibration.adaln import adaln_block_size, quantize_adaln
 from ditas_export.calibration.calibrate import (
     QuantizationSettings,
     peak_bytes,
@@ -31,10 +32,11 @@ from ditas_export.calibration.states import (
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
+from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
-from ditas_export.onnx_export.adaln import adaln_paths, quantize_adaln
 from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 from ditas_export.onnx_export.manifest import bytes_by_part, write_manifest
 from ditas_export.onnx_export.vae import (
@@ -91,9 +93,13 @@ def export(
     ranks.first(lambda: _check_paths(options))
     loaded = _load(options, ranks)
     ranks.first(lambda: _check_vae(options, loaded))
+    ranks.first(lambda: _check_adaln(options, loaded))
     say(f"model: {loaded.source}")
     timings = Timings()
-    quantized = _quantized(options, loaded, ranks, timings, on_progress, say)
+    calibrated = _quantized(options, loaded, ranks, timings, on_progress, say)
+    quantized = ranks.together(
+        lambda: quantize_adaln(calibrated, options.adaln or calibrated.adaln_bits)
+    )
     verification, manifest = ranks.first(
         lambda: _write(options, loaded, quantized, timings, on_progress)
     )
@@ -120,7 +126,6 @@ def _write(
             options.output,
             layout=layout,
             ranges=ranges,
-            adaln_bits=options.adaln,
             target=options.target,
         )
         if options.reference is not None:
@@ -169,6 +174,12 @@ def _check_vae(options: ExportOptions, loaded: LoadedDiT) -> None:
     if options.vae is not None:
         taken = load_latent_decoder(options.vae).shape.in_channels
         require_same_channels(options.vae, made=loaded.model.config.in_channels, taken=taken)
+
+
+def _check_adaln(options: ExportOptions, loaded: LoadedDiT) -> None:
+    """Refuse bits that the modulation of this width cannot have, before any work."""
+    if options.adaln in (8, 4):
+        adaln_block_size(loaded.model.config.hidden_size, options.adaln)
 
 
 def _device(options: ExportOptions) -> torch.device:
@@ -322,7 +333,7 @@ def _verify(
     on_progress: OnProgress,
 ) -> Verification:
     """Hold the written file against the float and the fake-quantized model."""
-    fake_quantized = fake_quantized_dit(quantize_adaln(folded, options.adaln).folded, ranges=ranges)
+    fake_quantized = fake_quantized_dit(folded, ranges=ranges)
     classes = parse_classes(
         "random",
         num_classes=loaded.model.config.num_classes,
@@ -378,18 +389,18 @@ def _manifest(
         },
         "file": {
             "name": options.output.name,
-            "sha256": sha256_of_file(options.output),
+            "sha256": sha256_of_onnx(options.output),
             "layout": layout,
             "ranges": ranges if quantized.activation_bits == 8 else None,
             "precision": options.float_side,
             "target": options.target,
-            "adaln_bits": options.adaln,
+            "adaln_bits": quantized.adaln_bits,
         },
         "vae_decoder": _vae_entry(options),
         "settings": dict(quantized.settings),
         "bytes_by_part": sizes,
         "bits_per_weight": bits_per_weight(sizes, quantized),
-        "float_linears": _float_linears(loaded.model.config.depth, options.adaln),
+        "float_linears": _float_linears(quantized),
         "linears": linears,
         "verification": verification.to_dict(),
     }
@@ -401,7 +412,7 @@ def _vae_entry(options: ExportOptions) -> dict[str, str] | None:
         return None
     return {
         "name": options.vae_path.name,
-        "sha256": sha256_of_file(options.vae_path),
+        "sha256": sha256_of_onnx(options.vae_path),
         "source": options.vae,
     }
 
@@ -413,10 +424,11 @@ def bits_per_weight(sizes: Mapping[str, int], quantized: QuantizedDiT) -> float:
     return 8 * sum(sizes[part] for part in counted) / weights
 
 
-def _float_linears(depth: int, adaln_bits: int) -> list[str]:
+def _float_linears(quantized: QuantizedDiT) -> list[str]:
     """Return the linears whose weights stay float, by name."""
     embedders = ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
-    return embedders + (list(adaln_paths(depth)) if adaln_bits == 16 else [])
+    modulation = [] if quantized.adaln else adaln_names(quantized.config.depth)
+    return [*embedders, *modulation]
 
 
 def _versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ import torch
 from bench_block_pair import cpu_facts
 from random_quantized import RANK, randomly_quantized
 
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.dit.model import DiT, DiTConfig, randomize
@@ -121,8 +122,9 @@ def export(artefact: Path, path: Path, form: tuple[str, str, str, int]) -> Expor
     """Export one form and read it again; for a fresh process."""
     target, layout, precision, adaln_bits = form
     start = time.perf_counter()
-    folded = fold_smoothing(QuantizedDiT.load(artefact), dtype=DTYPES[precision])
-    export_onnx(folded, path, layout=layout, adaln_bits=adaln_bits, target=target)
+    quantized = quantize_adaln(QuantizedDiT.load(artefact), adaln_bits)
+    folded = fold_smoothing(quantized, dtype=DTYPES[precision])
+    export_onnx(folded, path, layout=layout, target=target)
     model = ir.load(path)
     check_contract(model)
     return Exported(

@@ -69,14 +69,14 @@ def write(path: Path, depth: int, adaln: int) -> str:
     from bench_block_pair import cpu_facts
     from random_quantized import RANK, randomly_quantized
 
+    from ditas_export.calibration.adaln import quantize_adaln
     from ditas_export.calibration.fold import fold_smoothing
     from ditas_export.dit.model import DiT, DiTConfig, randomize
     from ditas_export.onnx_export.export import export_onnx
 
     model = DiT(DiTConfig(depth=depth))
     randomize(model, seed=0)
-    folded = fold_smoothing(randomly_quantized(model))
-    export_onnx(folded, path, adaln_bits=adaln)
+    export_onnx(fold_smoothing(quantize_adaln(randomly_quantized(model), adaln)), path)
     size = path.stat().st_size / 2**20
     return f"DiT-XL/2 with {depth} blocks, rank {RANK}, file of {size:.0f} MiB; {cpu_facts()}"
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear, fold_smoothing
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import linear_sites
-from ditas_export.onnx_export.adaln import AdalnBits
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.lowering import Layout, lower_linear
 from ditas_export.onnx_export.subgraph import Subgraph
@@ -138,6 +138,7 @@ def tiny_folded(
     activation_bits: int = 8,
     block_size: int = 48,
     rank: int = 4,
+    adaln_bits: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> FoldedDiT:
     """Return the tiny model as it ships."""
@@ -148,7 +149,7 @@ def tiny_folded(
         block_size=block_size,
         rank=rank,
     )
-    return fold_smoothing(quantized, dtype=dtype)
+    return fold_smoothing(quantize_adaln(quantized, adaln_bits), dtype=dtype)
 
 
 @cache
@@ -156,7 +157,6 @@ def exported(
     *,
     layout: Layout = "int4",
     ranges: Ranges = "token",
-    adaln_bits: AdalnBits = 16,
     target: Target = "portable",
     **settings: Any,
 ) -> Path:
@@ -166,7 +166,7 @@ def exported(
     """
     path = Path(_FOLDER.name) / f"{len(list(Path(_FOLDER.name).iterdir()))}.onnx"
     folded = tiny_folded(**settings)
-    export_onnx(folded, path, layout=layout, ranges=ranges, adaln_bits=adaln_bits, target=target)
+    export_onnx(folded, path, layout=layout, ranges=ranges, target=target)
     return path
 
 

@@ -36,7 +36,6 @@ from ditas_export.cli.export import app
 from ditas_export.errors import OnnxExportError, RunnerError, VerificationError
 from ditas_export.evaluation.compare import compare
 from ditas_export.evaluation.options import CompareOptions
-from ditas_export.onnx_export.adaln import quantize_adaln
 from ditas_export.onnx_export.export import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.quantization.ranges import MAX_CODE, RANGE_FLOOR, token_ranges, unit_scale
@@ -75,9 +74,8 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_openvino_computes_the_fake_quantized_forward(form: dict[str, Any]) -> None:
-    kept = ("rank", "activation_bits", "block_size", "weight_bits")
+    kept = ("rank", "activation_bits", "adaln_bits", "block_size", "weight_bits")
     folded = tiny_folded(dtype=BF16, **{name: form[name] for name in kept if name in form})
-    folded = quantize_adaln(folded, form.get("adaln_bits", 16)).folded
     latents, *rest = example_inputs(batch=3)
     model = fake_quantized_dit(folded, ranges=form.get("ranges", "token"))
     with OpenVINORunner(exported(dtype=BF16, **form), threads=1) as runner:

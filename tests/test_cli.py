@@ -141,6 +141,21 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_bits_than_a_small_artifact_holds_are_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "small.ditas.safetensors"
+    form = ["--adaln", "4", "--precision", "fp16", "--save-artifact", kept]
+    code, _, _ = run("--model", checkpoint, *QUICK, *form, tmp_path / "out.onnx")
+    assert code == 0
+    again = tmp_path / "again.onnx"
+    code, _, err = run("--model", checkpoint, "--artifact", kept, "--adaln", "8", again)
+    assert code == 2
+    message = "keeps its modulation weights in 4 bits, and 8 were asked for; leave out --adaln, or"
+    assert message in " ".join(err.split())
+    assert not again.exists()
+
+
 def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     for text, message in (

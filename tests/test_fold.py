@@ -9,6 +9,7 @@ from quantized_fixture import example_inputs, quantized_tiny_dit, tiny_dit
 from torch import nn
 from torch.nn import functional
 
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import SMALLEST_HALF_SCALE, fold_smoothing
 from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
@@ -54,6 +55,22 @@ def test_folding_is_exact_in_float64(rank: int, seed: int) -> None:
     inputs = (latents.double(), timesteps, labels)
     expected = unfolded_float64(model, quantized)(*inputs)
     assert relative_error(expected, folded(*inputs)) < 1e-10
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folding_integer_modulation_is_exact_in_float64(bits: int) -> None:
+    model = tiny_dit()
+    quantized = quantize_adaln(quantized_tiny_dit(model, activation_bits=16), bits)
+    folded = fake_quantized_dit(fold_smoothing(quantized, dtype=torch.float64), ranges="token")
+    unfolded = unfolded_float64(model, quantized)
+    for name, weight in quantized.adaln.items():
+        module = unfolded.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        exact = replace(weight, scale=weight.scale.double()).dequantize()
+        module.weight = nn.Parameter(exact, requires_grad=False)
+    latents, timesteps, labels = example_inputs(model.config, batch=3)
+    inputs = (latents.double(), timesteps, labels)
+    assert relative_error(unfolded(*inputs), folded(*inputs)) < 1e-10
 
 
 def test_folding_does_change_the_parameters_it_should() -> None:

@@ -16,15 +16,18 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    quantized_tiny_dit,
     snr_db,
     tiny_dit,
     tiny_folded,
 )
 
+from ditas_export.calibration.adaln import quantize_adaln
+from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.onnx_export import export as export_module
-from ditas_export.onnx_export.adaln import quantize_adaln
 from ditas_export.onnx_export.export import (
     export_onnx,
     export_reference,
@@ -94,7 +97,7 @@ def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> N
 def test_integer_modulation(adaln_bits: int) -> None:
     path = exported(adaln_bits=adaln_bits, rank=4)
     inputs = example_inputs()
-    reference = fake_quantized_dit(quantize_adaln(FOLDED, adaln_bits).folded, ranges="token")
+    reference = fake_quantized_dit(tiny_folded(adaln_bits=adaln_bits), ranges="token")
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
         accurate = runner(*inputs)
     with OnnxRuntimeRunner(path, threads=2) as runner:
@@ -102,6 +105,22 @@ def test_integer_modulation(adaln_bits: int) -> None:
     assert snr_db(reference(*inputs), accurate) > 50  # but for ties, as above
     # By default the modulation's inputs are 8-bit: its error passes through every block.
     assert snr_db(reference(*inputs), by_default) > 30
+
+
+@pytest.mark.parametrize("adaln_bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_small_artefact_exports_to_the_bytes_of_a_full_one(
+    tmp_path: Path, dtype: torch.dtype, adaln_bits: int
+) -> None:
+    full, small = tmp_path / "full", tmp_path / "small"
+    quantized = quantized_tiny_dit(tiny_dit())
+    quantized.save(full)
+    quantize_adaln(quantized, adaln_bits).save(small)
+    for artefact in (full, small):
+        loaded = quantize_adaln(QuantizedDiT.load(artefact), adaln_bits)
+        export_onnx(fold_smoothing(loaded, dtype=dtype), artefact.with_suffix(".onnx"))
+    assert full.with_suffix(".onnx").read_bytes() == small.with_suffix(".onnx").read_bytes()
+    assert read_form(small.with_suffix(".onnx"))["adaln_bits"] == adaln_bits
 
 
 def test_weight_only_linears() -> None:

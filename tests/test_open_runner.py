@@ -9,6 +9,7 @@ import torch
 from quantized_fixture import example_inputs, exported, quantized_tiny_dit, snr_db, tiny_dit
 
 from ditas_export.artifact_files import sha256_of_file
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT
@@ -41,8 +42,8 @@ def test_a_checkpoint_runs_in_pytorch(checkpoint: Path) -> None:
     assert torch.equal(opened.runner(*inputs), TorchRunner(tiny_dit())(*inputs))
 
 
-def save_quantized(path: Path, **settings: Any) -> QuantizedDiT:
-    quantized = quantized_tiny_dit(tiny_dit(), **settings)
+def save_quantized(path: Path, *, adaln_bits: int = 16, **settings: Any) -> QuantizedDiT:
+    quantized = quantize_adaln(quantized_tiny_dit(tiny_dit(), **settings), adaln_bits)
     quantized.settings["ranges"] = "static"
     quantized.save(path)
     return quantized
@@ -56,6 +57,22 @@ def test_a_quantized_model_runs_by_int8_products_whatever_its_name(tmp_path: Pat
     assert isinstance(opened.runner, Int8Runner)
     assert torch.equal(opened.runner(*inputs), expected(*inputs))
     assert opened.sha256 == sha256_of_file(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("adaln_bits", [8, 4])
+def test_a_quantized_model_of_integer_modulation_runs(
+    tmp_path: Path, adaln_bits: int, activation_bits: int
+) -> None:
+    path = tmp_path / "small.safetensors"
+    quantized = save_quantized(path, adaln_bits=adaln_bits, activation_bits=activation_bits)
+    opened = open_runner(str(path))
+    inputs = example_inputs()
+    got = opened.runner(*inputs)
+    reference = TorchRunner(fake_quantized_dit(fold_smoothing(quantized), ranges="static"))
+    # But for rounding ties where INT8 products replace the fake-quantized ones.
+    assert snr_db(reference(*inputs), got) > 50
+    assert ("INT8" in opened.runner.description) == (activation_bits == 8)
 
 
 def test_a_quantized_model_of_float_activations_runs_fake_quantized(tmp_path: Path) -> None:

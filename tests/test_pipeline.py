@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -167,6 +168,103 @@ def test_a_target_chooses_what_is_not_asked_for(
     assert (form["float_type"], form["layout"]) == (precision, layout)
     assert file["target"] == form["target"] == asked_for["target"]
     assert result.verification.matches
+
+
+def from_artifact(asked: ExportOptions, artifact: Path | None, **changes: Any) -> ExportOptions:
+    """Return what exports a kept model again and writes no more than the file."""
+    only_the_file = {"save_artifact": None, "save_calibration": None, "reference": None}
+    return replace(asked, artifact=artifact, **{**only_the_file, **changes})
+
+
+@pytest.fixture(scope="module")
+def small(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+    """Export the kept model with 4-bit modulation, and keep it so."""
+    asked, _, _ = exported
+    folder = tmp_path_factory.mktemp("small")
+    kept = folder / "small.ditas.safetensors"
+    again = from_artifact(
+        asked, asked.save_artifact, output=folder / "out.onnx", adaln=4, save_artifact=kept
+    )
+    export(again)
+    return again
+
+
+def test_a_small_artifact_is_kept_where_calibration_is_asked_for_integers(
+    exported: Exported, small: ExportOptions, tmp_path: Path
+) -> None:
+    asked, _, _ = exported
+    kept = tmp_path / "kept.ditas.safetensors"
+    again = from_artifact(
+        asked,
+        None,
+        output=tmp_path / "out.onnx",
+        adaln=4,
+        save_artifact=kept,
+        calibration=asked.save_calibration,
+    )
+    result = export(again)
+    assert result.quantized.adaln_bits == 4
+    assert small.save_artifact is not None
+    assert kept.read_bytes() == small.save_artifact.read_bytes()
+    assert again.output.read_bytes() == small.output.read_bytes()
+
+
+@pytest.mark.parametrize("adaln", [None, 4])
+def test_a_small_artifact_exports_to_the_same_file(
+    small: ExportOptions, tmp_path: Path, adaln: int | None
+) -> None:
+    again = from_artifact(small, small.save_artifact, output=tmp_path / "out.onnx", adaln=adaln)
+    result = export(again)
+    assert again.output.read_bytes() == small.output.read_bytes()
+    assert result.manifest["file"]["adaln_bits"] == 4
+    floats = result.manifest["float_linears"]
+    assert floats == ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"layout": "int8"},
+        {"ranges": "static"},
+        {"precision": "fp16"},
+        {"precision": "fp16", "layout": "int8", "ranges": "static"},
+        {"precision": "bf16"},
+        {"target": "tensorrt"},
+    ],
+    ids=str,
+)
+def test_a_small_artifact_takes_every_form(
+    small: ExportOptions, tmp_path: Path, form: dict[str, str]
+) -> None:
+    again = from_artifact(small, small.save_artifact, output=tmp_path / "out.onnx", **form)
+    result = export(again)
+    assert result.verification.matches is not False  # None: no runtime here takes bf16
+    written = read_form(again.output)
+    assert written["adaln_bits"] == 4
+    assert {name: written[name] for name in form if name != "precision"} == {
+        name: value for name, value in form.items() if name != "precision"
+    }
+
+
+@pytest.mark.parametrize("adaln", [16, 8])
+def test_a_small_artifact_refuses_other_bits(
+    small: ExportOptions, tmp_path: Path, adaln: int
+) -> None:
+    again = from_artifact(small, small.save_artifact, output=tmp_path / "out.onnx", adaln=adaln)
+    message = f"in 4 bits, and {adaln} were asked for; leave out --adaln, or"
+    with pytest.raises(ArtifactError, match=message):
+        export(again)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_width_that_no_block_divides_is_refused_before_the_work(tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.safetensors"
+    save_checkpoint(narrow, tiny_dit(replace(TINY, hidden_size=48)))
+    seen: list[str] = []
+    with pytest.raises(QuantizationError, match="adaLN weights in 4 bits: no block size"):
+        export(options(narrow, tmp_path, adaln=4), on_progress=lambda stage, *_: seen.append(stage))
+    assert seen == []
+    assert list(tmp_path.iterdir()) == [narrow]
 
 
 def test_an_interrupted_export_samples_only_once(

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_fixture import quantized_tiny_dit, tiny_dit
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.calibration.adaln import quantize_adaln
+from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
+from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError
 
 
@@ -39,6 +43,63 @@ def test_saving_and_loading_is_bit_exact(tmp_path: Path, bits: int, rank: int) -
             assert torch.equal(getattr(linear, part), getattr(other, part))
     for name, tensor in quantized.float_parameters.items():
         assert torch.equal(tensor, loaded.float_parameters[name])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_modulation_is_kept_bit_exactly(tmp_path: Path, bits: int) -> None:
+    quantized = quantize_adaln(quantized_tiny_dit(tiny_dit()), bits)
+    path = tmp_path / "model.ditas.safetensors"
+    quantized.save(path)
+    loaded = QuantizedDiT.load(path)
+    assert loaded.adaln_bits == bits
+    assert list(loaded.adaln) == list(quantized.adaln)
+    for name, weight in quantized.adaln.items():
+        assert torch.equal(loaded.adaln[name].codes, weight.codes)
+        assert torch.equal(loaded.adaln[name].scale, weight.scale)
+        assert loaded.adaln[name].bits == bits
+    assert set(loaded.float_parameters) == set(quantized.float_parameters)
+    for name, tensor in quantized.float_parameters.items():
+        assert torch.equal(tensor, loaded.float_parameters[name])
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_integer_modulation_takes_the_bytes_of_its_codes_and_scales(tmp_path: Path) -> None:
+    sizes = {}
+    for bits in (16, 8, 4):
+        path = tmp_path / str(bits)
+        quantize_adaln(quantized_tiny_dit(tiny_dit()), bits).save(path)
+        with safe_open(path, framework="pt") as file:
+            sizes[bits] = sum(
+                tensor.numel() * tensor.element_size()
+                for tensor in map(file.get_tensor, file.keys())
+            )
+    rows, width = 2 * 6 * 96 + 2 * 96, 96  # two blocks, the final layer
+    assert sizes[16] - sizes[8] == 4 * rows * width - (rows * width + 4 * rows)
+    assert sizes[16] - sizes[4] == 4 * rows * width - (rows * width // 2 + 4 * rows * width // 32)
+
+
+def test_a_file_of_before_the_bits_were_written_holds_floats(tmp_path: Path) -> None:
+    """Files of the first release say nothing of the modulation."""
+    quantized = quantized_tiny_dit(tiny_dit())
+    quantized.save(tmp_path / "new")
+    tensors, header = load_tensors(tmp_path / "new", file_format=ARTIFACT_FORMAT)
+    assert header.pop("adaln_bits") == 16
+    save_tensors(tmp_path / "old", tensors, file_format=ARTIFACT_FORMAT, header=header)
+    loaded = QuantizedDiT.load(tmp_path / "old")
+    assert loaded.adaln_bits == 16
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+
+
+def test_missing_modulation_is_named(tmp_path: Path) -> None:
+    quantize_adaln(quantized_tiny_dit(tiny_dit()), 4).save(tmp_path / "whole")
+    tensors, header = load_tensors(tmp_path / "whole", file_format=ARTIFACT_FORMAT)
+    name = f"{adaln_names(2)[-1]}.codes"
+    del tensors[name]
+    save_tensors(tmp_path / "cut", tensors, file_format=ARTIFACT_FORMAT, header=header)
+    with pytest.raises(ArtifactError, match=f"damaged: KeyError.*{name}"):
+        QuantizedDiT.load(tmp_path / "cut")
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from ditas_export.calibration.fold import FoldedLinear, fold_smoothing
 from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.adaln import quantize_adaln
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_int8 import (
@@ -281,7 +280,7 @@ def test_the_bundled_model_is_the_fake_quantized_one() -> None:
 
 
 def test_integer_modulation_is_dequantized_once() -> None:
-    folded = quantize_adaln(tiny_folded(), 8).folded
+    folded = tiny_folded(adaln_bits=8)
     inputs = example_inputs()
     expected = TorchRunner(fake_quantized_dit(folded, ranges="token"))(*inputs)
     assert snr_db(expected, Int8Runner(folded, ranges="token")(*inputs)) > TIES_DB

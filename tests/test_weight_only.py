@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_fixture import quantized_tiny_dit, tiny_dit
 
+from ditas_export.calibration.adaln import adaln_block_size, quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.model import DiTConfig
-from ditas_export.errors import OnnxExportError, QuantizationError
-from ditas_export.onnx_export.adaln import adaln_paths, quantize_adaln
+from ditas_export.dit.sites import adaln_name, adaln_names
+from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.quantization.integer import round_to_blocks
 from ditas_export.quantization.weight_only import (
     WeightOnlyWeight,
+    divide_rows,
     from_integer_weight,
     quantize_weight_only,
     widest_block,
@@ -101,33 +103,126 @@ def test_nan_is_refused() -> None:
         quantize_weight_only(weight, bits=8, block_size=128)
 
 
+def row_divisors(rows: int = 24, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.exp(torch.randn(rows, generator=generator)).double()
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, 128)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dividing_rows_divides_scales_and_leaves_codes(
+    bits: int, size: int, dtype: torch.dtype
+) -> None:
+    weight = quantize_weight_only(random_weight(), bits=bits, block_size=size)
+    divisor = row_divisors()
+    divided = divide_rows(weight, divisor, dtype)
+    assert torch.equal(divided.codes, weight.codes)
+    assert divided.scale.dtype == dtype
+    exact = weight.scale.double() / divisor[:, None]
+    # One rounding to nearest.
+    torch.testing.assert_close(
+        divided.scale.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=0
+    )
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, 128)])
+def test_rounding_commutes_with_dividing_rows(bits: int, size: int) -> None:
+    """Why folding scales is as good as rounding what is folded already."""
+    weight, divisor = random_weight().double(), 2.0 ** row_divisors().log().round()
+    divided = divide_rows(
+        quantize_weight_only(weight, bits=bits, block_size=size), divisor, torch.float64
+    )
+    direct = quantize_weight_only(weight / divisor[:, None], bits=bits, block_size=size)
+    # Powers of two, so that no float is rounded on the way.
+    assert torch.equal(divided.codes, direct.codes)
+    assert torch.equal(divided.scale, direct.scale)
+
+
+def test_blocks_below_half_precision_are_rounded_anew() -> None:
+    weight = quantize_weight_only(random_weight(), bits=8, block_size=128)
+    divisor = torch.ones(24, dtype=torch.float64)
+    divisor[5] = 2000.0  # a scale of about 10⁻⁵; the smallest normal half is 6.1 · 10⁻⁵
+    divided = divide_rows(weight, divisor, torch.float16)
+    exact = weight.dequantize().double() / divisor[:, None]
+    step = 2.0**-14
+    assert divided.scale[5] == step
+    assert (divided.dequantize().double()[5] - exact[5]).abs().max() <= step / 2
+    assert divided.codes[5].abs().max() > 5  # not rounded away
+    kept = torch.arange(24) != 5
+    assert torch.equal(divided.codes[kept], weight.codes[kept])
+
+
+def test_a_scale_that_overflows_is_refused() -> None:
+    weight = quantize_weight_only(random_weight(), bits=8, block_size=128)
+    divisor = torch.full((24,), 1e-7, dtype=torch.float64)
+    with pytest.raises(QuantizationError, match=r"overflows torch.float16; use precision fp32"):
+        divide_rows(weight, divisor, torch.float16)
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.12)])
-def test_adaln_weights_are_replaced_by_their_integers(bits: int, bound: float) -> None:
-    folded = fold_smoothing(quantized_tiny_dit(tiny_dit()))
-    result = quantize_adaln(folded, bits)
-    assert list(result.weights) == list(adaln_paths(folded.config.depth))
-    for name, before in folded.float_parameters.items():
-        after = result.folded.float_parameters[name]
+def test_adaln_weights_become_integers(bits: int, bound: float) -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    result = quantize_adaln(quantized, bits)
+    assert (quantized.adaln_bits, result.adaln_bits) == (16, bits)
+    assert list(result.adaln) == list(adaln_names(quantized.config.depth))
+    for name, before in quantized.float_parameters.items():
         path = name.removesuffix(".weight")
-        if path == name or path not in result.weights:
-            assert after is before
+        if path == name or path not in result.adaln:
+            assert result.float_parameters[name] is before
             continue
-        assert torch.equal(after, result.weights[path].dequantize())
+        assert name not in result.float_parameters
         # A uniform error of one step over √12, the step a 127th or 7th of some 2.5 deviations.
-        assert (after - before).norm() < bound * before.norm()
+        assert (result.adaln[path].dequantize() - before).norm() < bound * before.norm()
 
 
-def test_sixteen_bits_change_nothing() -> None:
-    folded = fold_smoothing(quantized_tiny_dit(tiny_dit()))
-    result = quantize_adaln(folded, 16)
-    assert result.folded is folded
-    assert not result.weights
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folding_keeps_the_integers_and_their_values(bits: int, dtype: torch.dtype) -> None:
+    quantized = quantize_adaln(quantized_tiny_dit(tiny_dit()), bits)
+    folded = fold_smoothing(quantized, dtype=dtype)
+    assert folded.adaln_bits == bits
+    assert list(folded.adaln) == list(quantized.adaln)
+    for name, weight in quantized.adaln.items():
+        assert torch.equal(folded.adaln[name].codes, weight.codes)
+        assert folded.adaln[name].scale.dtype == dtype
+        values = folded.float_parameters[f"{name}.weight"]
+        assert torch.equal(values, folded.adaln[name].dequantize())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folded_integers_are_the_folded_weights_rounded(bits: int) -> None:
+    """Against the weights folded as floats, by the float fold's own arithmetic."""
+    quantized = quantized_tiny_dit(tiny_dit())
+    integers = fold_smoothing(quantize_adaln(quantized, bits), dtype=torch.float64)
+    floats = fold_smoothing(quantized, dtype=torch.float64)
+    for name, weight in integers.adaln.items():
+        exact = floats.float_parameters[f"{name}.weight"]
+        again = quantize_weight_only(exact, bits=bits, block_size=weight.block_size)
+        # Float32 arithmetic of the search: a code next to a tie, or a clip next to its neighbour.
+        assert (again.codes != weight.codes).float().mean() < 2e-3
+        error, expected = ((each.dequantize() - exact).norm() for each in (weight, again))
+        assert abs(error / expected - 1) < 1e-3
+
+
+def test_the_same_bits_change_nothing() -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    assert quantize_adaln(quantized, 16) is quantized
+    four = quantize_adaln(quantized, 4)
+    assert quantize_adaln(four, 4) is four
 
 
 def test_adaln_refusals() -> None:
-    folded = fold_smoothing(quantized_tiny_dit(tiny_dit()))
-    with pytest.raises(OnnxExportError, match="16, 8 or 4 bits, not 5"):
-        quantize_adaln(folded, 5)
-    narrow = replace(folded, config=DiTConfig(hidden_size=48, num_heads=4, depth=2))
-    with pytest.raises(OnnxExportError, match="adaLN weights in 4 bits: no block size"):
+    quantized = quantized_tiny_dit(tiny_dit())
+    with pytest.raises(QuantizationError, match="16, 8 or 4 bits, not 5"):
+        quantize_adaln(quantized, 5)
+    narrow = replace(quantized, config=DiTConfig(hidden_size=48, num_heads=4, depth=2))
+    with pytest.raises(QuantizationError, match="adaLN weights in 4 bits: no block size"):
         quantize_adaln(narrow, 4)
+    assert adaln_block_size(48, 8) == 48
+    four = quantize_adaln(quantized, 4)
+    for bits in (16, 8):
+        with pytest.raises(ArtifactError, match=f"modulation weights in 4 bits, and {bits} were"):
+            quantize_adaln(four, bits)
+    incomplete = {adaln_name(0): four.adaln[adaln_name(0)]}
+    with pytest.raises(ArtifactError, match="of all linears or none"):
+        replace(four, adaln=incomplete)

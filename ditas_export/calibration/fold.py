@@ -5,7 +5,7 @@ last step; the fake-quantized forward and the ONNX file both read the rounded va
 
 Identities, for a linear whose input is divided by s (`dit/sites.py` says where each folds):
 - modulate: x(1 + scale) + shift, divided by s: shift rows `W, b ← W/s, b/s`; scale rows `W ← W/s`,
-  `b ← (b + 1 − s)/s`.
+  `b ← (b + 1 − s)/s`. Of integer rows the scales are divided, and the codes stay.
 - V: softmax(q kᵀ) v is linear in v, so V's rows (row scale, bias, low-rank output factor) `/ s`.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import (
+    FINAL_ADALN,
     LINEAR_KINDS,
     adaln_name,
     adaln_rows,
@@ -30,6 +31,7 @@ from ditas_export.dit.sites import (
 )
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization.integer import IntegerWeight, LowRank
+from ditas_export.quantization.weight_only import WeightOnlyWeight, divide_rows
 
 SMALLEST_HALF_SCALE = 2.0**-14
 """Row scales of a half-precision network stay normal numbers."""
@@ -52,11 +54,17 @@ class FoldedDiT:
 
     config: DiTConfig
     dtype: torch.dtype
-    float_parameters: Mapping[str, Tensor]  # checkpoint name -> tensor; adaLN rows folded
+    float_parameters: Mapping[str, Tensor]  # checkpoint name -> tensor; adaLN folded, dequantized
+    adaln: Mapping[str, WeightOnlyWeight]  # module path -> integers; empty where float
     linears: Mapping[str, FoldedLinear]  # module path -> linear, in walk order
     activation_bits: int
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any]
+
+    @property
+    def adaln_bits(self) -> int:
+        """Bits of the modulation weights: 8, 4, or 16 where they are float."""
+        return next((weight.bits for weight in self.adaln.values()), 16)
 
 
 def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float32) -> FoldedDiT:
@@ -70,6 +78,8 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         QuantizationError: a folded value overflows `dtype`.
     """
     parameters = dict(quantized.float_parameters)
+    adaln: dict[str, WeightOnlyWeight] = {}
+    divisors: dict[str, Tensor] = {}  # of the modulation's rows, by module path
     width = quantized.config.hidden_size
     folded: dict[str, FoldedLinear] = {}
     for block in range(quantized.config.depth):
@@ -78,13 +88,25 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         proj = _with_normal_row_scales(proj, dtype)
         qkv = _with_normal_row_scales(_divide_value_rows(qkv, proj.smoothing_scale, width), dtype)
         fc1, fc2 = (_with_normal_row_scales(linear, dtype) for linear in (fc1, fc2))
-        _fold_into_adaln(parameters, block, qkv, fc1, width, dtype)
+        name = adaln_name(block)
+        divisors[name], parameters[f"{name}.bias"] = _folded_modulation(
+            parameters[f"{name}.bias"], qkv, fc1, width
+        )
         folded[sites["attn.qkv"]] = _round_linear(qkv, dtype)
         folded[sites["attn.proj"]] = _round_linear(proj, dtype)
         folded[sites["mlp.fc1"]] = _round_linear(fc1, dtype)
         folded[sites["mlp.fc2"]] = replace(
             _round_linear(fc2, dtype), input_multiplier=fc2.smoothing_scale.reciprocal().to(dtype)
         )
+    final_bias = parameters[f"{FINAL_ADALN}.bias"]
+    divisors[FINAL_ADALN] = torch.ones_like(final_bias, dtype=torch.float64)
+    for name, divisor in divisors.items():
+        if name in quantized.adaln:
+            adaln[name] = divide_rows(quantized.adaln[name], divisor, dtype)
+            parameters[f"{name}.weight"] = adaln[name].dequantize()
+        else:
+            weight = parameters[f"{name}.weight"].double() / divisor[:, None]
+            parameters[f"{name}.weight"] = weight.to(dtype)
     rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
     for name, tensor in rounded.items():
         if not tensor.isfinite().all():
@@ -93,6 +115,7 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         config=quantized.config,
         dtype=dtype,
         float_parameters=rounded,
+        adaln=adaln,
         linears=folded,
         activation_bits=quantized.activation_bits,
         settings=quantized.settings,
@@ -135,23 +158,18 @@ def _with_normal_row_scales(linear: QuantizedLinear, dtype: torch.dtype) -> Quan
     )
 
 
-def _fold_into_adaln(
-    parameters: dict[str, Tensor],
-    block: int,
-    qkv: QuantizedLinear,
-    fc1: QuantizedLinear,
-    width: int,
-    dtype: torch.dtype,
-) -> None:
-    """Replace a block's modulation by one that makes its outputs over s, rounded to `dtype`."""
-    names = [f"{adaln_name(block)}.{part}" for part in ("weight", "bias")]
-    weight, bias = (parameters[name].to(torch.float64, copy=True) for name in names)
+def _folded_modulation(
+    bias: Tensor, qkv: QuantizedLinear, fc1: QuantizedLinear, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return what a block's modulation rows are divided by, and their bias then: (6D,) float64."""
+    bias = bias.to(torch.float64, copy=True)
+    divisor = torch.ones_like(bias)
     for branch, linear in (("msa", qkv), ("mlp", fc1)):
         s = linear.smoothing_scale
         shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
-        weight[shift], bias[shift] = weight[shift] / s[:, None], bias[shift] / s
-        weight[scale], bias[scale] = weight[scale] / s[:, None], (bias[scale] + 1 - s) / s
-    parameters.update(zip(names, (weight.to(dtype), bias.to(dtype)), strict=True))
+        divisor[shift] = divisor[scale] = s
+        bias[scale] = bias[scale] + 1 - s
+    return divisor, bias / divisor
 
 
 def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> QuantizedLinear:

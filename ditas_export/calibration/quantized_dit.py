@@ -1,6 +1,7 @@
 """The quantized model as an artefact: everything that the exporter needs, in one file.
 
-Nothing here is folded: `s` of every linear is kept, the float parameters are the checkpoint's.
+Nothing here is folded: `s` of every linear is kept, the float parameters are the checkpoint's, and
+so are the modulation weights, as floats or as the integers nearest to them.
 `fold.py` turns it into what ships.
 """
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.sites import linear_sites
+from ditas_export.dit.sites import adaln_names, linear_sites
 from ditas_export.errors import ArtifactError
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
+from ditas_export.quantization.weight_only import WeightOnlyWeight
 
 ARTIFACT_FORMAT = "ditas-export quantized DiT 1"
 
@@ -45,9 +47,10 @@ class QuantizedDiT:
     """A DiT whose block linears are integers; unfolded."""
 
     config: DiTConfig
-    float_parameters: Mapping[str, Tensor]  # checkpoint name -> float32; all but the linears'
+    float_parameters: Mapping[str, Tensor]  # checkpoint name -> float32; what is not integer
     linears: Mapping[str, QuantizedLinear]  # module path -> linear, in walk order
     activation_bits: int  # 8, or 16 for float activations
+    adaln: Mapping[str, WeightOnlyWeight] = field(default_factory=dict)  # module path -> integers
     settings: Mapping[str, Any] = field(default_factory=dict)  # what calibration was asked for
     provenance: Mapping[str, Any] = field(default_factory=dict)  # hashes and versions
 
@@ -59,11 +62,20 @@ class QuantizedDiT:
             raise ArtifactError(f"quantized linears do not match the model's sites: {odd}")
         if self.activation_bits not in (8, 16):
             raise ArtifactError(f"activation bits are 8 or 16, not {self.activation_bits}")
+        if self.adaln and tuple(self.adaln) != adaln_names(self.config.depth):
+            raise ArtifactError(
+                f"integer modulation weights are of all linears or none, not of {list(self.adaln)}"
+            )
 
     @property
     def weight_bits(self) -> int:
         """Bits per code: 4 or 8."""
         return next(iter(self.linears.values())).weight.bits
+
+    @property
+    def adaln_bits(self) -> int:
+        """Bits of the modulation weights: 8, 4, or 16 where they are float."""
+        return next((weight.bits for weight in self.adaln.values()), 16)
 
     def save(self, path: Path) -> None:
         """Write `*.ditas.safetensors`, 4-bit codes packed two a byte; bit-exact on loading."""
@@ -73,10 +85,14 @@ class QuantizedDiT:
             parts, facts = linear_to_parts(linear)
             tensors.update({f"{name}.{key}": value for key, value in parts.items()})
             linears[name] = facts
+        for name, weight in self.adaln.items():
+            tensors[f"{name}.codes"] = pack_int4(weight.codes) if weight.bits == 4 else weight.codes
+            tensors[f"{name}.scale"] = weight.scale
         header = {
             "config": self.config.to_dict(),
             "linears": linears,
             "activation_bits": self.activation_bits,
+            "adaln_bits": self.adaln_bits,
             "settings": dict(self.settings),
             "provenance": dict(self.provenance),
         }
@@ -92,6 +108,7 @@ class QuantizedDiT:
                 site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
                 for site in linear_sites(config.depth)
             }
+            adaln = _adaln_from_parts(tensors, config, header.get("adaln_bits", 16))
         except (KeyError, TypeError, RuntimeError) as error:
             raise ArtifactError(f"{path} is damaged: {error!r}; calibrate again") from error
         prefix = "float."
@@ -104,6 +121,7 @@ class QuantizedDiT:
             },
             linears=linears,
             activation_bits=header["activation_bits"],
+            adaln=adaln,
             settings=header["settings"],
             provenance=header["provenance"],
         )
@@ -162,3 +180,16 @@ def linear_from_parts(
         step_ranges=tensors[f"{name}.step_ranges"],
         output_snr_db=facts["output_snr_db"],
     )
+
+
+def _adaln_from_parts(
+    tensors: Mapping[str, Tensor], config: DiTConfig, bits: int
+) -> dict[str, WeightOnlyWeight]:
+    """Rebuild the integer modulation weights from a file's tensors; none of them for 16 bits."""
+    weights: dict[str, WeightOnlyWeight] = {}
+    for name in adaln_names(config.depth) if bits != 16 else ():
+        codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
+        if bits == 4:
+            codes = unpack_int4(codes, (scale.shape[0], config.hidden_size))
+        weights[name] = WeightOnlyWeight(codes=codes, scale=scale, bits=bits)
+    return weights

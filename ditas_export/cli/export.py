@@ -93,7 +93,13 @@ def export(
         ),
     ] = None,
     adaln: Annotated[
-        int | None, _option("Bits of the modulation weights: 16 (float), 8 or 4.", "adaln")
+        int | None,
+        _option(
+            "Bits of the modulation weights, in the file and what --save-artifact keeps: 16 "
+            "(float), 8 or 4.",
+            "adaln",
+            shown="16, or as the --artifact has them",
+        ),
     ] = None,
     steps: Annotated[int | None, _option("DDPM steps of calibration.", "steps")] = None,
     cfg_scale: Annotated[

@@ -25,6 +25,9 @@ LINEAR_KINDS: tuple[LinearKind, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp
 ADALN_CHUNKS = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 """Row chunks of `adaLN_modulation.1`, each `hidden_size` rows."""
 
+FINAL_ADALN = "final_layer.adaLN_modulation.1"
+"""Module path of the final layer's modulation linear, into which nothing folds."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearSite:
@@ -63,6 +66,11 @@ def adaln_rows(chunk: str, hidden_size: int) -> slice:
 def adaln_name(block: int) -> str:
     """Module path of a block's modulation linear."""
     return f"blocks.{block}.adaLN_modulation.1"
+
+
+def adaln_names(depth: int) -> tuple[str, ...]:
+    """Return the module paths of every modulation linear, the final layer's last."""
+    return (*(adaln_name(block) for block in range(depth)), FINAL_ADALN)
 
 
 def value_rows(hidden_size: int) -> slice:

@@ -17,7 +17,6 @@ from ditas_export.artifact_files import atomic_path, require_writable
 from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
-from ditas_export.onnx_export.adaln import AdalnBits, quantize_adaln
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.lowering import (
@@ -47,7 +46,6 @@ def export_onnx(
     *,
     layout: Layout = "int4",
     ranges: Ranges = "token",
-    adaln_bits: AdalnBits = 16,
     target: Target = "portable",
 ) -> None:
     """Write a quantized DiT as standard QDQ ONNX, checked against the rules of the runtimes.
@@ -59,7 +57,6 @@ def export_onnx(
         path: the file.
         layout: "int4" stores 4-bit weights as such, "int8" the same numbers as INT8 rows.
         ranges: of the activations; without effect where activations are float.
-        adaln_bits: of the modulation weights.
         target: the runtime whose forms to write; every runtime takes them, at its own speed.
 
     Raises:
@@ -69,8 +66,7 @@ def export_onnx(
     """
     float_type = _float_type(folded.dtype)
     require_writable(path)
-    adaln = quantize_adaln(folded, adaln_bits)
-    parameters = adaln.folded.float_parameters
+    parameters = folded.float_parameters
 
     def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
         if module in folded.linears:
@@ -85,8 +81,8 @@ def export_onnx(
                 target=target,
             )
         bias = parameters[f"{module}.bias"]
-        if module in adaln.weights:
-            return lower_weight_only_linear(graph, x, adaln.weights[module], bias)
+        if module in folded.adaln:
+            return lower_weight_only_linear(graph, x, folded.adaln[module], bias)
         return lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)
 
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
@@ -94,7 +90,7 @@ def export_onnx(
     form = {
         "weight_bits": next(iter(folded.linears.values())).weight.bits,
         "activation_bits": folded.activation_bits,
-        "adaln_bits": adaln_bits,
+        "adaln_bits": folded.adaln_bits,
         "layout": layout,
         "ranges": ranges if folded.activation_bits == 8 else None,
         "float_type": float_type,

@@ -89,6 +89,31 @@ def widest_block(in_features: int) -> int:
     )
 
 
+def divide_rows(weight: WeightOnlyWeight, divisor: Tensor, dtype: torch.dtype) -> WeightOnlyWeight:
+    """Return the weight with row n over divisor[n], its scales rounded to a float type.
+
+    The codes stay as they are: a scale rounded to 8 significant bits or more moves a code of 127 by
+    a quarter at most. Only where a scale falls below the type's smallest normal number is it that
+    number, and the block is rounded anew to it.
+
+    Args:
+        weight: left untouched.
+        divisor: (N,) float64, > 0.
+        dtype: float type of the scales that ship.
+
+    Raises:
+        QuantizationError: a scale overflows `dtype`.
+    """
+    exact = weight.scale.double() / divisor[:, None]
+    scale = _representable(exact, dtype)
+    if not scale.isfinite().all():
+        raise QuantizationError(f"a weight-only scale overflows {dtype}; use precision fp32")
+    ratio = (exact / scale.double()).repeat_interleave(weight.block_size, dim=1)
+    return WeightOnlyWeight(
+        codes=(weight.codes * ratio).round().to(torch.int8), scale=scale, bits=weight.bits
+    )
+
+
 def quantize_weight_only(weight: Tensor, *, bits: int, block_size: int) -> WeightOnlyWeight:
     """Round a weight to codes and the scales of least squared error among the clips tried.
 
