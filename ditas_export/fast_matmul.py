@@ -7,8 +7,10 @@ oneDNN uses only where the processor has units for it (AMX, some ARM). Whether i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -21,8 +23,8 @@ PROBE_SIZE = 256
 def fast_float32_matmul() -> Iterator[None]:
     """Let float32 products on the CPU be made by oneDNN; nothing changes where it would round them.
 
-    The setting belongs to the process, not to the thread, and is put back afterwards. Also a
-    decorator.
+    The setting belongs to the process, not to the thread: it is put back when no thread is inside.
+    Also a decorator.
     """
     if onednn_keeps_float32():
         with _rounding_allowed():
@@ -46,13 +48,30 @@ def onednn_keeps_float32() -> bool:
         return torch.equal(probe @ torch.eye(PROBE_SIZE), probe)
 
 
+@dataclass(slots=True)
+class _Permission:
+    """The process's setting, and who has asked for it: threads come and go in any order."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    before: str = ""
+
+
+_PERMISSION = _Permission()
+
+
 @contextmanager
 def _rounding_allowed() -> Iterator[None]:
-    """Give oneDNN the permission, and take it back."""
+    """Give oneDNN the permission; the last to leave takes it back."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _PERMISSION.lock:
+        if not _PERMISSION.users:
+            _PERMISSION.before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        _PERMISSION.users += 1
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _PERMISSION.lock:
+            _PERMISSION.users -= 1
+            if not _PERMISSION.users:
+                setting.fp32_precision = _PERMISSION.before

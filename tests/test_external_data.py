@@ -12,9 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from quantized_fixture import exported_reference
 
 from ditas_export.artifact_files import sha256_of_file
-from ditas_export.errors import OnnxExportError
+from ditas_export.errors import DitasExportError, OnnxExportError
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.runtime.open_runner import open_runner
+from ditas_export.runtime.options import Runtime
 
 
 def write_sum(path: Path, *locations: str) -> None:
@@ -79,3 +80,15 @@ def test_changed_data_are_another_model_to_sample_from(tmp_path: Path) -> None:
     assert after.sha256 != before.sha256
     after.runner.close()
     before.runner.close()
+
+
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime", "openvino"])
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, runtime: Runtime) -> None:
+    folder = tmp_path / "folder.onnx"
+    folder.mkdir()
+    for path in (tmp_path / "missing.onnx", folder):
+        with pytest.raises(OnnxExportError, match="is no readable ONNX file"):
+            sha256_of_onnx(path)
+        with pytest.raises(DitasExportError) as caught:
+            open_runner(str(path), runtime=runtime)
+        assert str(path) in str(caught.value)

@@ -65,3 +65,15 @@ def test_nothing_changes_where_onednn_would_round(
     monkeypatch.setattr(fast_matmul, "onednn_keeps_float32", measure)
     with fast_float32_matmul():
         assert SETTING.fp32_precision == before
+
+
+def test_the_setting_is_put_back_when_the_last_thread_leaves(before: str) -> None:
+    """Threads that overlap: the first to come is the first to go."""
+    first, second = fast_float32_matmul(), fast_float32_matmul()
+    inside = "bf16" if onednn_keeps_float32() else before
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert SETTING.fp32_precision == inside
+    second.__exit__(None, None, None)
+    assert SETTING.fp32_precision == before

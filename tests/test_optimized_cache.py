@@ -133,3 +133,31 @@ def test_the_user_chooses_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache() == Path("/caches/ditas-export")
     monkeypatch.setenv("DITAS_EXPORT_CACHE", "/elsewhere")
     assert default_cache() == Path("/elsewhere")
+
+
+def test_a_link_is_opened_as_its_file(tmp_path: Path) -> None:
+    """A hub's snapshots are links to files elsewhere."""
+    link = tmp_path / "snapshot" / "out.onnx"
+    link.parent.mkdir()
+    link.symlink_to(exported())
+    inputs = example_inputs()
+    outputs = []
+    for path in (exported(), link):
+        with OnnxRuntimeRunner(path, threads=2, cache=tmp_path / path.parent.name) as runner:
+            outputs.append(runner(*inputs))
+    assert torch.equal(*outputs)
+
+
+def test_tensors_beyond_the_end_of_their_file_are_one_line(tmp_path: Path) -> None:
+    model = onnx.load(str(exported()))
+    path = tmp_path / "out.onnx"
+    onnx.save(
+        model, str(path), save_as_external_data=True, location="out.data", size_threshold=4096
+    )
+    data = tmp_path / "out.data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(RunnerError) as caught:
+        OnnxRuntimeRunner(path, threads=2, cache=tmp_path / "cache")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir())

@@ -47,7 +47,7 @@ RIDGE = 0.01
 
 LOW_RANK_ITERATIONS = 10
 """Alternations of rounding and low-rank fit (DiTAS, section 4.1). Four cost 0.1 dB of a linear's
-output and 0.5 dB of the final latents (the bundled model's twin, four calibration seeds)."""
+output (the bundled model's twin)."""
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 """From a stride to (x_f, x_q), each (some tokens, K), of every stride-th token, evenly spread."""

@@ -19,8 +19,9 @@ def sha256_of_onnx(path: Path) -> str:
     Raises:
         OnnxExportError: no readable ONNX file, or external data that are not there.
     """
+    files = external_files(path)
     digest = sha256_of_file(path)
-    external = [_sha256_of_data(path, file) for file in external_files(path)]
+    external = [_sha256_of_data(path, file) for file in files]
     if not external:
         return digest
     return hashlib.sha256("".join(f"{each}\n" for each in [digest, *external]).encode()).hexdigest()

@@ -93,7 +93,7 @@ def divide_rows(weight: WeightOnlyWeight, divisor: Tensor, dtype: torch.dtype) -
     """Return the weight with row n over divisor[n], its scales rounded to a float type.
 
     The codes stay as they are: a scale rounded to 8 significant bits or more moves a code of 127 by
-    a quarter at most. Only where a scale falls below the type's smallest normal number is it that
+    less than half. Only where a scale falls below the type's smallest normal number is it that
     number, and the block is rounded anew to it.
 
     Args:

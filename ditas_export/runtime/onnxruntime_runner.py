@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ditas_export import __version__
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.expand import expand_chain
-from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 from ditas_export.runtime.optimized_cache import optimized_model
@@ -40,7 +41,7 @@ which nothing reads then: twice the room on disk, half of it in memory."""
 
 _PACKED = "prepacked"
 """How the external data entries of packed weights begin: "prepacked_0", whose value is
-"<operator>+<hash>|<offset>;<length>;<more>"."""
+"<operator>+<hash>|<offset>;<length>;<more>", the part from "|" once for each of its blobs."""
 
 _PACKED_ALIGNMENT = 64
 """Bytes that ONNX Runtime's allocator aligns packed weights to, as their kernels rely on. It writes
@@ -88,6 +89,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         self._kernels: Counter[str] | None = None
         if cache is not None and tuple(providers) == CPU:
             facts = {
+                "ditas-export": __version__,
                 "onnxruntime": _onnxruntime().__version__,
                 "entries": entries | _KEEP_PACKED,
                 "machine": [platform.machine(), platform.processor(), _processor_flags()],
@@ -137,16 +139,34 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> No
 
     INT4 chains are expanded here: ONNX Runtime's constant folding makes the same numbers in four
     times the time. Tensors beside the model are mapped into memory, not read into it.
+
+    Raises:
+        RunnerError: tensors that cannot be read, or a file that ONNX Runtime refuses.
+        OSError: the folder is full.
     """
     with tempfile.TemporaryDirectory(prefix="expanded-", dir=target.parent) as folder:
         expanded = Path(folder) / target.name
-        model = ir.from_proto(load_by_reference(path))
-        ir.external_data.set_base_dir(model.graph, path.parent)
-        for chain in list(int4_chains(model.graph)):
-            expand_chain(model.graph, chain)
-        ir.save(model, expanded, external_data=f"{expanded.name}.data")
+        try:
+            _write_expanded(path, expanded)
+        except ValueError as error:  # tensors beyond the end of their file, or behind a link
+            reason = str(error).splitlines()[0]
+            raise RunnerError(f"the tensors of {path} cannot be read: {reason}") from error
         _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
     _forget_unaligned_packing(target)
+
+
+def _write_expanded(path: Path, target: Path) -> None:
+    """Write a file with its INT4 chains as INT8 rows and its tensors beside it.
+
+    A link is followed, as a hub's snapshots are links: references are not read through one.
+    """
+    if not external_files(path):
+        path = path.resolve()
+    model = ir.from_proto(load_by_reference(path))
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    for chain in list(int4_chains(model.graph)):
+        expand_chain(model.graph, chain)
+    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def _forget_unaligned_packing(optimized: Path) -> None:
@@ -157,16 +177,16 @@ def _forget_unaligned_packing(optimized: Path) -> None:
             entry
             for entry in tensor.external_data
             if not entry.key.startswith(_PACKED)
-            or _packed_offset(entry.value) % _PACKED_ALIGNMENT == 0
+            or all(offset % _PACKED_ALIGNMENT == 0 for offset in _packed_offsets(entry.value))
         ]
         del tensor.external_data[:]
         tensor.external_data.extend(usable)
     onnx.save(model, str(optimized))
 
 
-def _packed_offset(entry: str) -> int:
-    """Return where packed weights begin in their file."""
-    return int(entry.rpartition("|")[2].partition(";")[0])
+def _packed_offsets(entry: str) -> list[int]:
+    """Return where the blobs of packed weights begin in their file."""
+    return [int(blob.partition(";")[0]) for blob in entry.split("|")[1:]]
 
 
 def _optimize(
