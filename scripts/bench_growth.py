@@ -5,8 +5,8 @@
 DiT-XL/2-width blocks of random weights: two of them while the batch or the tokens grow, and two
 rows of 256 tokens while the depth grows. A round opens a form once, times its points from the
 smallest to the largest and closes it before the next; of the rounds the best counts, for noise
-only adds time. The exponent between two neighbours is 1
-where the time grows as the work does. Needs matplotlib (extra `train`) for the picture.
+only adds time. The exponent between two neighbours is 1 where the time grows as the work does.
+Needs matplotlib (extra `train`) for the picture.
 """
 
 from __future__ import annotations
