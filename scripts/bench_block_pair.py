@@ -5,8 +5,8 @@
 Random weights, low-rank branch of rank 32 included: right for speed, not for quality. Files are
 exported with `--target onnxruntime` for that runtime, `portable` for OpenVINO. A round
 opens a session, warms it up, times it and closes it before the next form: idle sessions keep their
-threads spinning. Prints medians, ratios to the float file, and the ratio
-of the best rounds (noise only ever adds time) as a Markdown table.
+threads spinning. Prints medians, ratios to the float file, and the ratio of the best rounds (noise
+only ever adds time) as a Markdown table.
 """
 
 from __future__ import annotations

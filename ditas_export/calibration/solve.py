@@ -428,7 +428,8 @@ def _round_to_target(
     if settings.method.low_rank == "none" or settings.rank == 0:
         return rounding(target)[0], None
     addition = whitened_addition = torch.zeros_like(target)
-    found: list[tuple[float, IntegerWeight, LowRank]] = []
+    best: tuple[IntegerWeight, LowRank] | None = None
+    best_error = float("inf")
     for _ in range(LOW_RANK_ITERATIONS):
         rounded, whitened = rounding(target - addition)
         whitened += whitened_addition  # what codes alone leave of the target
@@ -437,7 +438,8 @@ def _round_to_target(
         addition = factors.dequantize()
         whitened_addition = factors.left @ moments.whiten(factors.right())
         whitened -= whitened_addition
-        error = (whitened * output_weights[:, None]).square().sum(dtype=torch.float64)
-        found.append((float(error), rounded, factors))
-    _, rounded, factors = min(found, key=lambda iterate: iterate[0])
-    return rounded, factors
+        error = float((whitened * output_weights[:, None]).square().sum(dtype=torch.float64))
+        if best is None or error < best_error:
+            best, best_error = (rounded, factors), error
+    assert best is not None  # there is a first alternation
+    return best
