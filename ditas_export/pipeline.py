@@ -333,7 +333,7 @@ def _verify(
     on_progress: OnProgress,
 ) -> Verification:
     """Hold the written file against the float and the fake-quantized model."""
-    fake_quantized = fake_quantized_dit(folded, ranges=ranges)
+    fake_quantized = fake_quantized_dit(folded, ranges=ranges, target=options.target)
     classes = parse_classes(
         "random",
         num_classes=loaded.model.config.num_classes,

@@ -20,13 +20,15 @@ def randomly_quantized(model: DiT, *, rank: int = RANK) -> QuantizedDiT:
     linears = {}
     for site in linear_sites(model.config.depth):
         weight = parameters.pop(f"{site.name}.weight")
-        codes, scale = quantize_rows(torch.randn(rank, weight.shape[1], generator=generator))
+        codes, _ = quantize_rows(torch.randn(rank, weight.shape[1], generator=generator))
         linears[site.name] = QuantizedLinear(
             weight=round_to_blocks(weight, block_size=BLOCK_SIZE),
             low_rank=LowRank(
-                left=1e-3 * torch.randn(weight.shape[0], rank, generator=generator),
+                left_codes=torch.randint(
+                    -60, 61, (weight.shape[0], rank), dtype=torch.int8, generator=generator
+                ),
                 right_codes=codes,
-                right_scale=scale,
+                divisor=torch.full((rank,), 2 * int(70 * weight.shape[1] ** 0.5) + 1).int(),
             ),
             bias=parameters.pop(f"{site.name}.bias"),
             smoothing_scale=torch.ones(weight.shape[1]),

@@ -110,12 +110,13 @@ def _quantize_linear(
     smoothed = weight * smoothing_scale
     low_rank = None
     if rank:
-        right = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-        right_codes, right_scale = quantize_rows(right)
+        right_codes, _ = quantize_rows(torch.randn(rank, in_features, generator=generator))
+        left_codes, _ = quantize_rows(torch.randn(out_features, rank, generator=generator))
+        spread = torch.arange(rank, dtype=torch.int32) * 2
         low_rank = LowRank(
-            left=0.1 * torch.randn(out_features, rank, generator=generator),
+            left_codes=left_codes // 2,
             right_codes=right_codes,
-            right_scale=right_scale,
+            divisor=2 * int(70 * in_features**0.5) + 1 + spread,
         )
     return QuantizedLinear(
         weight=(
@@ -219,14 +220,9 @@ def folded_linear(
         rank=rank,
         generator=generator,
     )
-    low_rank = linear.low_rank
-    if low_rank is not None:
-        low_rank = replace(
-            low_rank, left=low_rank.left.to(dtype), right_scale=low_rank.right_scale.to(dtype)
-        )
     return FoldedLinear(
         weight=replace(linear.weight, row_scale=linear.weight.row_scale.to(dtype)),
-        low_rank=low_rank,
+        low_rank=linear.low_rank,
         bias=linear.bias.to(dtype),
         input_multiplier=(
             linear.smoothing_scale.reciprocal().to(dtype) if multiplies_input else None

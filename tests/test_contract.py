@@ -25,6 +25,7 @@ def files() -> dict[str, onnx.ModelProto]:
     paths = {
         "int4": exported(layout="int4", ranges="token", rank=4),
         "static": exported(layout="int8", ranges="static", rank=0),
+        "joined": exported(layout="int4", ranges="static", rank=4, target="onnxruntime"),
         "weight_only": exported(activation_bits=16, block_size=32, adaln_bits=4),
         "reference": exported_reference(),
     }
@@ -193,8 +194,33 @@ def wide_weight_only_block(model: onnx.ModelProto) -> None:
     next(attribute for attribute in attributes if attribute.name == "block_size").i = 48
 
 
+def signed_joined_codes(model: onnx.ModelProto) -> None:
+    set_constant(model.graph, f"{QKV}/input_zero_point", np.array(0, np.int8))
+
+
+def other_unsigned_zero_point(model: onnx.ModelProto) -> None:
+    set_constant(model.graph, f"{QKV}/input_zero_point", np.array(127, np.uint8))
+
+
+def second_reader_of_joined_codes(model: onnx.ModelProto) -> None:
+    twin = copy.deepcopy(node(model.graph, f"{QKV}/input_Dequantize"))
+    twin.name, twin.output[0] = "Twin", "twin"
+    model.graph.node.append(twin)
+    node(model.graph, f"{QKV}/right_MatMul").input[0] = "twin"
+
+
+def second_reader_of_chained_rows(model: onnx.ModelProto) -> None:
+    rows = f"{QKV}/weight_Quantize_output_0"
+    model.graph.node.append(helper.make_node("Identity", [rows], ["copy"], name="Copy"))
+
+
 OTHER_BREAKS = [
+    ("joined", signed_joined_codes, "zero-points"),
+    ("joined", other_unsigned_zero_point, "zero-points"),
+    ("joined", second_reader_of_joined_codes, "quantizer-pairs"),
+    ("joined", second_reader_of_chained_rows, "quantizer-pairs"),
     ("static", rank_one_bias, "bias-rank"),
+    ("joined", rank_one_bias, "bias-rank"),
     ("static", bare_qkv, "cut-product"),
     ("weight_only", wide_weight_only_block, "block-sizes"),
 ]
@@ -208,13 +234,15 @@ def test_every_rule_has_a_name_a_reason_and_a_break() -> None:
     assert {rule for _, _, rule in ALL_BREAKS} == {rule.name for rule in RULES}
 
 
-@pytest.mark.parametrize("name", ["int4", "static", "weight_only", "reference"])
+@pytest.mark.parametrize("name", ["int4", "static", "joined", "weight_only", "reference"])
 def test_exported_files_keep_every_rule(files: dict[str, onnx.ModelProto], name: str) -> None:
     check_contract(ir.from_proto(files[name]))
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "rule"), ALL_BREAKS, ids=[damage.__name__ for _, damage, _ in ALL_BREAKS]
+    ("name", "damage", "rule"),
+    ALL_BREAKS,
+    ids=[f"{name}-{damage.__name__}" for name, damage, _ in ALL_BREAKS],
 )
 def test_a_break_is_named(
     files: dict[str, onnx.ModelProto],

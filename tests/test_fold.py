@@ -15,18 +15,20 @@ from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.model import DiT
 from ditas_export.errors import QuantizationError
-from ditas_export.quantization.ranges import RANGE_FLOOR
+from ditas_export.options import Target
+from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges
 
 
 class UnfoldedLinear(nn.Module):
-    """The definition: y = (x / s) (codes · multipliers · row_scale + left @ right)ᵀ + b."""
+    """The definition: y = (x / s) ((codes · multipliers + left @ right) · row_scale)ᵀ + b."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
         self.s = linear.smoothing_scale.double()
         self.matrix = linear.weight.to(torch.float64).dequantize()
         if linear.low_rank is not None:
-            self.matrix = self.matrix + linear.low_rank.to(torch.float64).dequantize()
+            row_scale = linear.weight.row_scale.double()
+            self.matrix = self.matrix + linear.low_rank.dequantize(row_scale)
         self.bias = linear.bias.double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,11 +102,12 @@ def test_folding_leaves_codes_and_its_input_alone() -> None:
 
 
 @pytest.mark.parametrize("ranges", ["token", "static"])
-def test_the_float32_forward_rounds_activations_on_the_grid(ranges: str) -> None:
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_the_float32_forward_rounds_activations_on_the_grid(ranges: Ranges, target: Target) -> None:
     """The module against its formula, written out in float64 from the same codes."""
     folded = fold_smoothing(quantized_tiny_dit(tiny_dit()))
     linear = folded.linears["blocks.1.mlp.fc2"]
-    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8)  # type: ignore[arg-type]
+    module = FakeQuantLinear(linear, ranges=ranges, activation_bits=8, target=target)
     x = torch.randn(2, 5, 384)
     smooth = x * linear.input_multiplier
     codes, token = module.codes(smooth)
@@ -115,11 +118,16 @@ def test_the_float32_forward_rounds_activations_on_the_grid(ranges: str) -> None
     else:
         assert token is None
         scale = torch.tensor(linear.static_range / 127, dtype=torch.float64)
-    matrix = linear.weight.to(torch.float64).dequantize()
-    assert linear.low_rank is not None
-    matrix = matrix + linear.low_rank.to(torch.float64).dequantize()
-    expected = (codes.double() * scale) @ matrix.T + linear.bias.double()
-    # One float32 GEMM of 384 terms, its scales rounded once.
+    branch, row_scale = linear.low_rank, linear.weight.row_scale.double()
+    assert branch is not None
+    products = codes.long() @ branch.right_codes.long().T
+    inner = products.double() / branch.divisor
+    if target == "onnxruntime":
+        inner = inner.round().clamp(-128, 127)
+    integers = codes.double() @ linear.weight.int8_rows().double().T
+    integers = integers + inner @ branch.left_codes.double().T
+    expected = integers * scale * row_scale + linear.bias.double()
+    # Float32 GEMMs of 384 terms, their scales rounded once.
     assert relative_error(expected, module(x).double()) < 1e-6
     assert (smooth / scale - codes).abs().max() < 0.51 or ranges == "static"
 
@@ -132,10 +140,8 @@ def test_half_precision_row_scales_stay_normal_and_the_function_stays() -> None:
             linear,
             smoothing_scale=linear.smoothing_scale / 256,
             weight=replace(linear.weight, row_scale=linear.weight.row_scale / 256),
-            low_rank=replace(linear.low_rank, left=linear.low_rank.left / 256),
         )
         for name, linear in quantized.linears.items()
-        if linear.low_rank is not None
     }
     shrunk = replace(quantized, linears=small)
     folded = fold_smoothing(shrunk, dtype=torch.float16)

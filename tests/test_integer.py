@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from ditas_export.quantization.integer import (
     IntegerWeight,
     LowRank,
     initial_row_scale,
+    inner_codes,
+    joined_rows,
     pack_int4,
     quantize_rows,
     round_to_blocks,
@@ -106,14 +110,57 @@ def test_packing_refuses_an_odd_count() -> None:
         pack_int4(torch.zeros(3, dtype=torch.int8))
 
 
+def low_rank_parts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "left_codes": torch.randint(-127, 128, (6, 2), generator=generator).to(torch.int8),
+        "right_codes": torch.randint(-127, 128, (2, 5), generator=generator).to(torch.int8),
+        "divisor": torch.tensor([3, 901], dtype=torch.int32),
+    }
+
+
 def test_low_rank_is_the_product_of_its_factors() -> None:
-    left = torch.randn(6, 2)
-    codes = torch.randint(-127, 128, (2, 5), dtype=torch.int8)
-    scale = torch.tensor([0.5, 0.25])
-    low_rank = LowRank(left=left, right_codes=codes, right_scale=scale)
+    low_rank, row_scale = LowRank(**low_rank_parts()), torch.rand(6, dtype=torch.float64)
     assert low_rank.rank == 2
-    expected = left @ (codes.float() * scale[:, None])
-    assert torch.equal(low_rank.dequantize(), expected)
+    parts = {name: part.double() for name, part in low_rank_parts().items()}
+    expected = torch.einsum("n,nr,r,rk->nk", row_scale, parts["left_codes"],
+                            1 / parts["divisor"], parts["right_codes"])  # fmt: skip
+    assert torch.allclose(low_rank.dequantize(row_scale), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("left_codes", torch.zeros(6, 3, dtype=torch.int8), "do not fit together"),
+        ("divisor", torch.tensor([3, 900], dtype=torch.int32), "odd and positive"),
+        ("divisor", torch.tensor([3, -1], dtype=torch.int32), "odd and positive"),
+    ],
+)
+def test_low_rank_refuses_what_no_runtime_computes(
+    name: str, value: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        LowRank(**low_rank_parts() | {name: value})
+
+
+@given(st.integers(0, 2**13), st.integers(-(2**23), 2**23), st.sampled_from([-2, -1, 0, 1, 2]))
+def test_no_inner_product_lies_on_a_tie(half: int, product: int, ulps: int) -> None:
+    """What runtimes make of the scale, a few ulps off, does not change the code."""
+    divisor = 2 * half + 1
+    products = torch.tensor([product], dtype=torch.float32)
+    exact = min(max(round(Fraction(product, divisor)), -128), 127)
+    assert inner_codes(products, torch.tensor([divisor])).item() == exact
+    scale = torch.tensor([1 / divisor]) * (1 + ulps * 2.0**-24)
+    assert (products * scale).round().clamp(-128, 127).item() == exact
+
+
+def test_a_branch_is_more_columns_of_the_rows() -> None:
+    weight = round_to_blocks(torch.randn(6, 16, dtype=torch.float64), block_size=16)
+    low_rank = LowRank(**low_rank_parts())
+    joined = joined_rows(weight, low_rank)
+    assert torch.equal(joined[:, :16], weight.int8_rows())
+    assert torch.equal(joined[:, 16:], low_rank.left_codes)
+    assert torch.equal(joined_rows(weight, None), weight.int8_rows())
 
 
 def valid_parts() -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def exact_output(linear: FoldedLinear, module: FakeQuantLinear, x: Tensor) -> Te
     x = codes.double() * module.scale.double() * (1.0 if ranges is None else ranges.double())
     weight = linear.weight.to(torch.float64).dequantize()
     if linear.low_rank is not None:
-        weight = weight + linear.low_rank.to(torch.float64).dequantize()
+        weight = weight + linear.low_rank.dequantize(linear.weight.row_scale.double())
     return x @ weight.T + linear.bias.double()
 
 

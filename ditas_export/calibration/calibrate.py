@@ -31,7 +31,7 @@ from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.timings import Timings
 
-PROGRESS_FORMAT = "ditas-export calibration progress 1"
+PROGRESS_FORMAT = "ditas-export calibration progress 2"
 
 BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""

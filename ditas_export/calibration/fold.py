@@ -6,7 +6,8 @@ last step; the fake-quantized forward and the ONNX file both read the rounded va
 Identities, for a linear whose input is divided by s (`dit/sites.py` says where each folds):
 - modulate: x(1 + scale) + shift, divided by s: shift rows `W, b ← W/s, b/s`; scale rows `W ← W/s`,
   `b ← (b + 1 − s)/s`. Of integer rows the scales are divided, and the codes stay.
-- V: softmax(q kᵀ) v is linear in v, so V's rows (row scale, bias, low-rank output factor) `/ s`.
+- V: softmax(q kᵀ) v is linear in v, so V's rows (bias, and the row scale that the low-rank output
+  factor shares) `/ s`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FoldedLinear:
     """A linear as it ships: `y = Q(x · input_multiplier) Wᵀ + bias`."""
 
     weight: IntegerWeight  # row_scale in the float side's type
-    low_rank: LowRank | None  # left in the float side's type
+    low_rank: LowRank | None
     bias: Tensor  # (N,) in the float side's type
     input_multiplier: Tensor | None  # (K,) in the float side's type: 1/s of fc2, else None
     static_range: float
@@ -125,13 +126,9 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
 
 def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
     """Return the linear with every float that folding touches in float64."""
-    low_rank = linear.low_rank
-    if low_rank is not None:
-        low_rank = low_rank.to(torch.float64)
     return replace(
         linear,
         weight=linear.weight.to(torch.float64),
-        low_rank=low_rank,
         bias=linear.bias.double(),
         smoothing_scale=linear.smoothing_scale.double(),
     )
@@ -146,13 +143,9 @@ def _with_normal_row_scales(linear: QuantizedLinear, dtype: torch.dtype) -> Quan
     if dtype != torch.float16 or smallest >= SMALLEST_HALF_SCALE:
         return linear
     power = 2.0 ** math.ceil(math.log2(SMALLEST_HALF_SCALE / smallest))
-    low_rank = linear.low_rank
-    if low_rank is not None:
-        low_rank = replace(low_rank, left=low_rank.left * power)
     return replace(
         linear,
         weight=replace(linear.weight, row_scale=linear.weight.row_scale * power),
-        low_rank=low_rank,
         smoothing_scale=linear.smoothing_scale * power,
         step_ranges=linear.step_ranges / power,
     )
@@ -176,13 +169,9 @@ def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> Quanti
     """Return qkv with the rows that make V divided by proj's s; the codes stay as they are."""
     divisor = torch.ones_like(linear.weight.row_scale)
     divisor[value_rows(width)] = s
-    low_rank = linear.low_rank
-    if low_rank is not None:
-        low_rank = replace(low_rank, left=low_rank.left / divisor[:, None])
     return replace(
         linear,
         weight=replace(linear.weight, row_scale=linear.weight.row_scale / divisor),
-        low_rank=low_rank,
         bias=linear.bias / divisor,
     )
 
@@ -192,12 +181,9 @@ def _round_linear(linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
     row_scale = linear.weight.row_scale.to(dtype)
     if not row_scale.isfinite().all():
         raise QuantizationError(f"a row scale overflows {dtype}; use precision fp32")
-    low_rank = linear.low_rank
-    if low_rank is not None:
-        low_rank = low_rank.to(dtype)
     return FoldedLinear(
         weight=replace(linear.weight, row_scale=row_scale),
-        low_rank=low_rank,
+        low_rank=linear.low_rank,
         bias=linear.bias.to(dtype),
         input_multiplier=None,
         static_range=linear.static_range,

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear
 from ditas_export.dit.model import DiT
+from ditas_export.options import Target
+from ditas_export.quantization.integer import inner_codes, joined_rows
 from ditas_export.quantization.ranges import (
     Ranges,
     quantize,
@@ -17,31 +19,55 @@ from ditas_export.quantization.ranges import (
 )
 
 
+def joins_branch(target: Target, dtype: torch.dtype) -> bool:
+    """Return whether a file's low-rank branches are part of the linears' integer products.
+
+    ONNX Runtime gains by it, and has no such kernels with half-precision scales on CPUs. TensorRT
+    multiplies the output factor in float, which costs it less.
+
+    Args:
+        target: the runtime whose form is written.
+        dtype: of the float side.
+    """
+    return target == "onnxruntime" and dtype == torch.float32
+
+
 class FakeQuantLinear(nn.Module):
     """A folded linear in float arithmetic, the same numbers as its ONNX subgraph.
 
-    With q the INT8 codes of the input and r its range (token), or with a constant scale (static):
-    `y = (q·scale Wᵀ + (q·scale rightᵀ) leftᵀ) · r + bias`. Without activation bits, q·scale = x.
+    With q the INT8 codes of the input, r its range (token) or 1 (static), and p the low-rank inner
+    product, `y = ([q | p] · scale [rows | left_codes]ᵀ · row_scale) · r + bias`. Where the branch
+    joins the linear's integer product, p are codes too; elsewhere p = q rightᵀ as it is. Without
+    activation bits, q · scale = x.
     """
 
     weight: Tensor
     bias: Tensor
     input_multiplier: Tensor | None
-    left: Tensor | None
-    right: Tensor | None
+    right_codes: Tensor | None
+    divisor: Tensor | None
     scale: Tensor
 
-    def __init__(self, linear: FoldedLinear, *, ranges: Ranges, activation_bits: int) -> None:
+    def __init__(
+        self,
+        linear: FoldedLinear,
+        *,
+        ranges: Ranges,
+        activation_bits: int,
+        target: Target = "portable",
+    ) -> None:
         super().__init__()
         dtype = linear.bias.dtype
         self.ranges = ranges
         self.activation_bits = activation_bits
-        self.register_buffer("weight", linear.weight.dequantize())
+        self.rounds_inner = activation_bits == 8 and joins_branch(target, dtype)
+        low_rank, row_scale = linear.low_rank, linear.weight.row_scale
+        rows = joined_rows(linear.weight, low_rank).to(dtype)
+        self.register_buffer("weight", rows * row_scale[:, None])
         self.register_buffer("bias", linear.bias)
         self.register_buffer("input_multiplier", linear.input_multiplier)
-        low_rank = linear.low_rank
-        self.register_buffer("left", low_rank.left if low_rank else None)
-        self.register_buffer("right", low_rank.right() if low_rank else None)
+        self.register_buffer("right_codes", low_rank.right_codes.float() if low_rank else None)
+        self.register_buffer("divisor", low_rank.divisor if low_rank else None)
         scale = unit_scale(dtype) if ranges == "token" else static_scale(linear.static_range, dtype)
         self.register_buffer("scale", scale)
 
@@ -51,29 +77,38 @@ class FakeQuantLinear(nn.Module):
         Args:
             x: (…, K), already multiplied by `input_multiplier`.
         """
-        if self.ranges == "static":
-            return quantize(x, self.scale), None
-        ranges = token_ranges(x)
-        return quantize(x / ranges, self.scale), ranges
+        ranges = token_ranges(x) if self.ranges == "token" else None
+        return quantize(x if ranges is None else x / ranges, self.scale), ranges
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, N) for x (…, K)."""
         if self.input_multiplier is not None:
             x = x * self.input_multiplier
-        ranges = None
+        ranges = codes = None
         if self.activation_bits == 8:
             codes, ranges = self.codes(x)
             x = codes * self.scale
+        if self.right_codes is not None and self.divisor is not None:
+            if codes is not None and self.rounds_inner:
+                # In float32: sums of products of codes leave a half.
+                products = functional.linear(codes.float(), self.right_codes)
+                inner = inner_codes(products, self.divisor).to(x.dtype) * self.scale
+            else:
+                right = self.right_codes.to(x.dtype) / self.divisor[:, None]
+                inner = functional.linear(x, right)
+            x = torch.cat([x, inner], dim=-1)
         out = functional.linear(x, self.weight)
-        if self.left is not None and self.right is not None:
-            out = out + functional.linear(functional.linear(x, self.right), self.left)
         if ranges is not None:
             out = out * ranges
         return out + self.bias
 
 
 def fake_quantized_dit(
-    folded: FoldedDiT, *, ranges: Ranges, device: torch.device | str = "cpu"
+    folded: FoldedDiT,
+    *,
+    ranges: Ranges,
+    target: Target = "portable",
+    device: torch.device | str = "cpu",
 ) -> DiT:
     """Return a DiT in evaluation mode whose block linears are `FakeQuantLinear`.
 
@@ -82,7 +117,9 @@ def fake_quantized_dit(
     with torch.device("meta"):
         model = DiT(folded.config)
     for name, linear in folded.linears.items():
-        module = FakeQuantLinear(linear, ranges=ranges, activation_bits=folded.activation_bits)
+        module = FakeQuantLinear(
+            linear, ranges=ranges, activation_bits=folded.activation_bits, target=target
+        )
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent).add_module(child, module)
     missing, unexpected = model.load_state_dict(

@@ -21,12 +21,12 @@ from ditas_export.errors import ArtifactError
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.weight_only import WeightOnlyWeight
 
-ARTIFACT_FORMAT = "ditas-export quantized DiT 1"
+ARTIFACT_FORMAT = "ditas-export quantized DiT 2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedLinear:
-    """One linear: y ≈ x̂ (codes · multipliers · row_scale + left @ right)ᵀ + bias, x̂ = Q(x / s)."""
+    """One linear: y ≈ x̂ (codes · multipliers · row_scale)ᵀ + bias + its branch, x̂ = Q(x / s)."""
 
     weight: IntegerWeight  # of W · s, (N, K)
     low_rank: LowRank | None
@@ -139,9 +139,9 @@ def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[st
         "step_ranges": linear.step_ranges,
     }
     if linear.low_rank is not None:
-        tensors["low_rank.left"] = linear.low_rank.left
+        tensors["low_rank.left_codes"] = linear.low_rank.left_codes
         tensors["low_rank.right_codes"] = linear.low_rank.right_codes
-        tensors["low_rank.right_scale"] = linear.low_rank.right_scale
+        tensors["low_rank.divisor"] = linear.low_rank.divisor
     facts = {
         "bits": weight.bits,
         "shape": list(weight.codes.shape),
@@ -162,9 +162,9 @@ def linear_from_parts(
     low_rank = None
     if facts["rank"]:
         low_rank = LowRank(
-            left=tensors[f"{name}.low_rank.left"],
+            left_codes=tensors[f"{name}.low_rank.left_codes"],
             right_codes=tensors[f"{name}.low_rank.right_codes"],
-            right_scale=tensors[f"{name}.low_rank.right_scale"],
+            divisor=tensors[f"{name}.low_rank.divisor"],
         )
     return QuantizedLinear(
         weight=IntegerWeight(

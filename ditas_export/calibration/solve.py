@@ -3,7 +3,7 @@
 Notation: x_f is the input in the float model, x_q the input after everything quantized so far,
 x̂ = Q(x_q / s) what the quantized linear reads. Everything minimises
 
-    ‖Ŵ x̂ + b̂ − (W x_f + b)‖²,    Ŵ = codes · multipliers · row_scale + left @ right,
+    ‖Ŵ x̂ + b̂ − (W x_f + b)‖²,    Ŵ = (codes · multipliers + left_codes @ right) · row_scale,
 
 first without rounding, in closed form from second moments (the target), then on the grid.
 
@@ -27,12 +27,17 @@ from ditas_export.quantization.integer import (
     round_to_blocks,
     round_to_rows,
 )
-from ditas_export.quantization.low_rank import fit_output_error, fit_weight_error
+from ditas_export.quantization.low_rank import (
+    Factors,
+    SampledCodes,
+    fit_output_error,
+    fit_weight_error,
+    integer_low_rank,
+)
 from ditas_export.quantization.ranges import (
     Ranges,
-    fake_quantize_tokens,
-    quantize,
-    static_scale,
+    activation_codes,
+    token_codes,
 )
 from ditas_export.quantization.rounding import (
     InputMoments,
@@ -74,6 +79,11 @@ class LinearSettings:
     rank: int  # 0: no low-rank branch
     alpha_grid: Sequence[float]
 
+    @property
+    def has_branch(self) -> bool:
+        """Whether the linear gets a low-rank branch."""
+        return self.method.low_rank != "none" and self.rank > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SolvedLinear:
@@ -86,9 +96,11 @@ class SolvedLinear:
     alpha: float | None = None
 
     def matrix(self) -> Tensor:
-        """Return Ŵ, (N, K) float32."""
+        """Return Ŵ, (N, K) float32, but for the rounding of the low-rank inner product."""
         weight = self.weight.dequantize()
-        return weight if self.low_rank is None else weight + self.low_rank.dequantize()
+        if self.low_rank is None:
+            return weight
+        return weight + self.low_rank.dequantize(self.weight.row_scale)
 
     def to(self, device: torch.device | str) -> SolvedLinear:
         """Return the linear on another device."""
@@ -107,10 +119,8 @@ def round_activations(
     """Return x̂: x / s on the grid that ships; x itself for float activations."""
     if activation_bits == 16:
         return x
-    if ranges == "token":
-        return fake_quantize_tokens(x)
-    scale = static_scale(static_range, x.dtype).to(x.device)
-    return quantize(x, scale).mul_(scale)
+    codes, steps = activation_codes(x, ranges=ranges, static_range=static_range)
+    return codes.mul_(steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -211,14 +221,21 @@ def solve_linear(
         output_weights = torch.ones_like(output_weights)
     with timings.part("alpha search"):
         smoothing, alpha = _choose_smoothing(weight, step_maxima, inputs, output_weights, settings)
-    solve = partial(_solve_by_weight, weight, bias, smoothing, settings)
+    sample = sample_codes(inputs, smoothing) if settings.has_branch else None
+    target = _Target(
+        weight=weight,
+        bias=bias,
+        smoothing=smoothing,
+        output_weights=output_weights,
+        sample=sample,
+        settings=settings,
+    )
+    solve = partial(_solve_by_weight, target)
     if method.compensated_rounding or method.target_correction:
         with timings.part("moments"):
             batches = _quantized_batches(inputs, smoothing, step_maxima, settings)
             moments = JointMoments.accumulate(weight, batches, inputs.ranks)
-        solve = partial(
-            _solve_by_moments, weight, bias, smoothing, moments, output_weights, settings
-        )
+        solve = partial(_solve_by_moments, target, moments)
     with timings.part("rounding and low rank"):
         return replace(inputs.ranks.first(lambda: solve().to("cpu")), alpha=alpha)
 
@@ -244,34 +261,44 @@ def _choose_smoothing(
     return smoothing_scale(input_max, weight_max, alpha), alpha
 
 
-def _solve_by_weight(
-    weight: Tensor, bias: Tensor, smoothing: Tensor, settings: LinearSettings
-) -> SolvedLinear:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Target:
+    """A linear to round, its smoothing chosen."""
+
+    weight: Tensor  # W, (N, K)
+    bias: Tensor  # (N,)
+    smoothing: Tensor  # s, (K,)
+    output_weights: Tensor  # (N,)
+    sample: SampledCodes | None  # for the low-rank branch, where there is one
+    settings: LinearSettings
+
+    def solved(self, weight: IntegerWeight, factors: Factors | None) -> SolvedLinear:
+        """Return the linear of a rounded weight, its low-rank factors made integers."""
+        low_rank = None
+        if factors is not None:
+            assert self.sample is not None  # a method with factors has a branch
+            low_rank = integer_low_rank(factors, weight.row_scale, self.output_weights, self.sample)
+        return SolvedLinear(
+            weight=weight, low_rank=low_rank, bias=self.bias, smoothing_scale=self.smoothing
+        )
+
+
+def _solve_by_weight(target: _Target) -> SolvedLinear:
     """Round W · s for its own sake."""
-    rounded, low_rank = _round_to_weight(weight * smoothing, settings)
-    return SolvedLinear(weight=rounded, low_rank=low_rank, bias=bias, smoothing_scale=smoothing)
+    return target.solved(*_round_to_weight(target.weight * target.smoothing, target.settings))
 
 
-def _solve_by_moments(
-    weight: Tensor,
-    bias: Tensor,
-    smoothing: Tensor,
-    moments: JointMoments,
-    output_weights: Tensor,
-    settings: LinearSettings,
-) -> SolvedLinear:
+def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
     """Round the best real weight, or W · s, for the least output error."""
+    weight, smoothing, settings = target.weight, target.smoothing, target.settings
     factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
-    target = weight * smoothing
+    matrix = weight * smoothing
     if settings.method.target_correction:
-        target = corrected_target(weight, smoothing, moments, factors).to(weight.dtype)
-    rounded, low_rank = _round_to_target(target, factors, output_weights, settings)
-    weight_only = SolvedLinear(
-        weight=rounded, low_rank=low_rank, bias=bias, smoothing_scale=smoothing
-    )
+        matrix = corrected_target(weight, smoothing, moments, factors).to(weight.dtype)
+    solved = target.solved(*_round_to_target(matrix, factors, target.output_weights, settings))
     # The moments are centred: what the weights leave of the means is the bias's to mend.
-    shift = moments.output_mean - weight_only.matrix().double() @ moments.quantized_mean
-    return replace(weight_only, bias=(bias.double() + shift).float())
+    shift = moments.output_mean - solved.matrix().double() @ moments.quantized_mean
+    return replace(solved, bias=(target.bias.double() + shift).float())
 
 
 def weight_maxima(weight: Tensor, method: Method) -> Tensor:
@@ -367,6 +394,16 @@ def sample_tokens(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
     return torch.cat(floats), torch.cat(quantized)
 
 
+def sample_codes(inputs: LinearInputs, smoothing: Tensor) -> SampledCodes:
+    """Return the quantized input of an even sample of about 4096 tokens, of all ranks."""
+    codes, ranges = token_codes(sample_tokens(inputs)[1] / smoothing)
+    gathered = inputs.ranks.gather((codes.to(torch.int8).cpu(), ranges.cpu()))
+    return SampledCodes(
+        codes=torch.cat([part[0] for part in gathered]).to(smoothing.device),
+        ranges=torch.cat([part[1] for part in gathered]).to(smoothing.device),
+    )
+
+
 def _quantized_batches(
     inputs: LinearInputs, smoothing: Tensor, step_maxima: Tensor, settings: LinearSettings
 ) -> Iterable[tuple[Tensor, Tensor]]:
@@ -393,17 +430,17 @@ def _round_once(smoothed: Tensor, settings: LinearSettings) -> IntegerWeight:
 
 def _round_to_weight(
     smoothed: Tensor, settings: LinearSettings
-) -> tuple[IntegerWeight, LowRank | None]:
+) -> tuple[IntegerWeight, Factors | None]:
     """Round W · s to nearest, with LoRA-AO where the method has it; the best iterate is kept."""
     rounded = _round_once(smoothed, settings)
-    if settings.method.low_rank == "none" or settings.rank == 0:
+    if not settings.has_branch:
         return rounded, None
-    best: tuple[IntegerWeight, LowRank | None] = (rounded, None)
+    best: tuple[IntegerWeight, Factors | None] = (rounded, None)
     best_error = float("inf")
     for _ in range(LOW_RANK_ITERATIONS):
         error_left = (smoothed - rounded.dequantize()).double()
         factors = fit_weight_error(error_left, settings.rank).to(torch.float32)
-        addition = factors.dequantize()
+        addition = factors.product()
         error = float(((smoothed - rounded.dequantize() - addition) ** 2).sum())
         if error < best_error:
             best, best_error = (rounded, factors), error
@@ -413,7 +450,7 @@ def _round_to_weight(
 
 def _round_to_target(
     target: Tensor, moments: InputMoments, output_weights: Tensor, settings: LinearSettings
-) -> tuple[IntegerWeight, LowRank | None]:
+) -> tuple[IntegerWeight, Factors | None]:
     """Round the target on the grid, with the low-rank branch alternated; best iterate kept."""
 
     def rounding(matrix: Tensor) -> tuple[IntegerWeight, Tensor]:
@@ -425,17 +462,17 @@ def _round_to_target(
             return compensated_rows(matrix, moments)
         return compensated_blocks(matrix, moments, block_size=settings.block_size)
 
-    if settings.method.low_rank == "none" or settings.rank == 0:
+    if not settings.has_branch:
         return rounding(target)[0], None
     addition = whitened_addition = torch.zeros_like(target)
-    best: tuple[IntegerWeight, LowRank] | None = None
+    best: tuple[IntegerWeight, Factors] | None = None
     best_error = float("inf")
     for _ in range(LOW_RANK_ITERATIONS):
         rounded, whitened = rounding(target - addition)
         whitened += whitened_addition  # what codes alone leave of the target
         factors = fit_output_error(whitened, moments, settings.rank, output_weights)
         factors = factors.to(target.dtype)
-        addition = factors.dequantize()
+        addition = factors.product()
         whitened_addition = factors.left @ moments.whiten(factors.right())
         whitened -= whitened_addition
         error = float((whitened * output_weights[:, None]).square().sum(dtype=torch.float64))

@@ -23,13 +23,14 @@ from ditas_export.calibration.solve import (
     LinearInputs,
     LinearSettings,
     SolvedLinear,
-    round_activations,
     solve_linear,
 )
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTBlock, modulate
 from ditas_export.dit.sites import LinearKind, LinearSite
 from ditas_export.errors import CalibrationError
+from ditas_export.quantization.integer import inner_codes, joined_rows
+from ditas_export.quantization.ranges import activation_codes
 from ditas_export.timings import Timings
 
 ROWS_PER_BATCH = 16
@@ -369,22 +370,28 @@ class _WalkedLinear:
         device = maxima.device
         self.smoothing = source.smoothing_scale.to(device)
         self.step_ranges = (maxima / self.smoothing).amax(dim=1)
-        self.matrix = source.weight.to(device).dequantize()
-        if source.low_rank is not None:
-            self.matrix = self.matrix + source.low_rank.to(device).dequantize()
+        weight = source.weight.to(device)
+        self.low_rank = None if source.low_rank is None else source.low_rank.to(device)
+        self.matrix = joined_rows(weight, self.low_rank) * weight.row_scale[:, None]
         self.bias = source.bias.to(device)
         self.signal = 0.0
         self.noise = 0.0
 
     def output(self, x: Tensor) -> Tensor:
         """Return the quantized linear's output, (…, N), for its unsmoothed input (…, K)."""
-        x_hat = round_activations(
-            x / self.smoothing,
-            activation_bits=self.settings.activation_bits,
-            ranges=self.settings.ranges,
-            static_range=float(self.step_ranges.amax()),
+        x = x / self.smoothing
+        if self.settings.activation_bits == 16:
+            if self.low_rank is not None:
+                inner = functional.linear(x, self.low_rank.right(x.dtype))
+                x = torch.cat([x, inner], dim=-1)
+            return functional.linear(x, self.matrix, self.bias)
+        codes, steps = activation_codes(
+            x, ranges=self.settings.ranges, static_range=float(self.step_ranges.amax())
         )
-        return functional.linear(x_hat, self.matrix, self.bias)
+        if self.low_rank is not None:
+            products = functional.linear(codes, self.low_rank.right_codes.to(codes.dtype))
+            codes = torch.cat([codes, inner_codes(products, self.low_rank.divisor)], dim=-1)
+        return functional.linear(codes * steps, self.matrix, self.bias)
 
     def measure(self, y_float: Tensor, y_quantized: Tensor) -> None:
         """Add a batch of outputs to the error's account."""

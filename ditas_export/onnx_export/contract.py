@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.lowering import UNSIGNED_ZERO_POINT
 from ditas_export.onnx_export.patterns import (
     DEQUANTIZE,
     QUANTIZE,
@@ -22,8 +23,10 @@ from ditas_export.onnx_export.patterns import (
     array,
     consumers,
     int4_chain,
+    int4_chains,
     integer_attribute,
     is_int4,
+    is_joined,
     operand,
     producer,
     products,
@@ -148,14 +151,19 @@ def _zero_points(model: ir.Model) -> Iterator[Finding]:
     for node in _quantizers(model):
         value = operand(node, 2)
         zero = array(value)
+        joined = is_joined(node)
+        dtype, point, expected = ir.DataType.INT8, 0, "an INT8 zero point of zeros"
+        if joined:
+            dtype, point = ir.DataType.UINT8, UNSIGNED_ZERO_POINT
+            expected = f"a UINT8 zero point of {point}"
         if value is None or zero is None:
-            if node.op_type == QUANTIZE:
-                yield _name(node), "no zero point", "an INT8 zero point of zeros"
+            if node.op_type == QUANTIZE or joined:
+                yield _name(node), "no zero point", expected
             continue
         assert value.const_value is not None  # it has an array
-        if value.const_value.dtype != ir.DataType.INT8 or zero.any():
+        if value.const_value.dtype != dtype or (zero != point).any():
             found = f"{value.const_value.dtype.name} {'non-zero' if zero.any() else 'zeros'}"
-            yield _name(node), found, "an INT8 zero point of zeros"
+            yield _name(node), found, expected
 
 
 def _no_output_type(model: ir.Model) -> Iterator[Finding]:
@@ -257,16 +265,24 @@ def _dequantize_feeds_product(model: ir.Model) -> Iterator[Finding]:
 
 
 def _quantizer_pairs(model: ir.Model) -> Iterator[Finding]:
+    chained = [chain.quantize for chain in int4_chains(model.graph) if chain.concat]
     for node in _quantizers(model, QUANTIZE):
-        readers = [reader.op_type for reader in consumers(node)]
-        if readers != [DEQUANTIZE]:
-            yield _name(node), f"read by {readers or 'nothing'}", "read by one DequantizeLinear"
+        readers = sorted(reader.op_type for reader in consumers(node))
+        expected = [[DEQUANTIZE]]
+        if is_joined(node):
+            expected = [["Concat"], ["Concat", DEQUANTIZE]]
+        elif node in chained:
+            expected = [["Concat"]]
+        if readers not in expected:
+            yield _name(node), f"read by {readers or 'nothing'}", f"read by {expected[-1]}"
 
 
 def _own_constants(model: ir.Model) -> Iterator[Finding]:
     readers: dict[str, set[str]] = defaultdict(set)
     for product in _integer_products(model):
         for node in (product.activation, product.weight):
+            if node is None or is_joined(node):
+                continue
             for index in (1, 2):
                 if value := operand(node, index):
                     readers[str(value.name)].add(_name(product.node))
@@ -306,7 +322,7 @@ def _bias_rank(model: ir.Model) -> Iterator[Finding]:
 def _cut_product(model: ir.Model) -> Iterator[Finding]:
     for product in _integer_products(model):
         add = _following_add(product)
-        if add is None:
+        if add is None or (product.activation and is_joined(product.activation)):
             continue
         cuts = {node.op_type for node in consumers(add)} & {"Reshape", "Split", "Slice", "Gather"}
         if cuts:
@@ -324,7 +340,7 @@ RULES = (
     Rule(
         "zero-points",
         "TensorRT takes INT8 and zero only, ONNX defaults to UINT8 without one, and ONNX Runtime "
-        "does not fuse a quantizer that has none",
+        "does not fuse a quantizer that has none, nor joined codes unless they are unsigned",
         _zero_points,
     ),
     Rule("no-output-type", "TensorRT compares it with the zero point's", _no_output_type),
@@ -356,8 +372,16 @@ RULES = (
         "anything between, or a second reader, keeps the runtimes from fusing it",
         _dequantize_feeds_product,
     ),
-    Rule("quantizer-pairs", "a shared quantizer keeps every reader in float", _quantizer_pairs),
-    Rule("own-constants", "ONNX Runtime does not fuse MatMuls that share them", _own_constants),
+    Rule(
+        "quantizer-pairs",
+        "a shared quantizer of signed codes keeps every reader in float",
+        _quantizer_pairs,
+    ),
+    Rule(
+        "own-constants",
+        "ONNX Runtime does not fuse MatMuls of signed codes that share them",
+        _own_constants,
+    ),
     Rule(
         "no-quantizer-elsewhere",
         "attention and residuals stay float: head sizes of DiT have no INT8 kernel",

@@ -42,17 +42,16 @@ def expand(source: Path, target: Path) -> None:
 
 
 def expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
-    """Replace a chain's first three nodes by the INT8 rows that they make."""
+    """Replace what makes a chain's INT8 rows by these rows."""
     rows = torch.from_numpy(_int8_rows(chain))
     path = str(chain.dequantize.name).rpartition("/")[0]
     stored = Subgraph(chain.dequantize, path).constant("int8_codes", rows.T)
     chain.dequantize.replace_input_with(0, stored)
     unused = [chain.quantize, chain.transpose, chain.codes]
-    constants = [
-        chain.codes.inputs[0],
-        chain.codes.inputs[1],
-        *chain.quantize.inputs[1:],
-    ]
+    constants = [*chain.codes.inputs[:2], *chain.quantize.inputs[1:]]
+    if chain.concat is not None:
+        unused.insert(0, chain.concat)
+        constants.append(chain.concat.inputs[1])
     graph.remove(unused, safe=True)
     for value in constants:
         assert value is not None  # a chain's constants are all there
@@ -61,10 +60,14 @@ def expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
 
 
 def _int8_rows(chain: Int4Chain) -> np.ndarray:
-    """Return codes · multipliers, (N, K) int8."""
+    """Return codes · multipliers, and a branch's codes after them: (N, K + rank) int8."""
     codes, multipliers = array(chain.codes.inputs[0]), array(chain.codes.inputs[1])
     assert codes is not None  # the contract holds for every file of this package
     assert multipliers is not None
     block_size = integer_attribute(chain.codes, "block_size", 0)
     products = codes.astype(np.int8) * multipliers.astype(np.int8).repeat(block_size, axis=1)
-    return products.astype(np.int8)
+    if chain.concat is None:
+        return products
+    left_codes = array(chain.concat.inputs[1])
+    assert left_codes is not None  # as above
+    return np.concatenate([products, left_codes.T], axis=1)

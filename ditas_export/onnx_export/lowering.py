@@ -1,21 +1,25 @@
 """A quantized linear as standard QDQ operators; one function per form of its weight.
 
-With x the input, q its INT8 codes, r its token ranges and ŵ = codes · m · row_scale, every form
-computes what `calibration/modules.py::FakeQuantLinear` computes:
+With x the input, q its INT8 codes, r its token ranges, ŵ = codes · m · row_scale, ℓ̂ = left_codes ·
+row_scale and right = right_codes / divisor, every form computes what
+`calibration/modules.py::FakeQuantLinear` computes:
 
-    y = (DQ(q) ŵᵀ + (DQ(q) rightᵀ) leftᵀ) · r + bias,      q = Q(x / r)
+    y = (DQ(q) ŵᵀ + (DQ(q) rightᵀ) ℓ̂ᵀ) · r + bias,      q = Q(x / r)
 
 For TensorRT a linear with low-rank factors takes its row scales out of the products, exact but for
 rounding. Both have one scalar scale σ then, and the builder makes one INT8 GEMM of the two, and one
 kernel of the sum where it can:
 
-    y = (DQ(q) (codes · m σ)ᵀ + (DQ(q) (right_codes · σ)ᵀ) leftᵀ · right_scale / row_scale)
+    y = (DQ(q) (codes · m σ)ᵀ + (DQ(q) (right_codes · σ)ᵀ) (left_codes / divisor)ᵀ)
         · row_scale / σ · r + bias
 
-For ONNX Runtime, which adds a bias in a pass of its own, the bias of such a linear is one more row
-of the left factor, and 1/r, or 1 without r, one more column of its input:
+For ONNX Runtime the branch joins the linear's integer product, its inner product as codes on the
+input's own grid:
 
-    y = (DQ(q) ŵᵀ + [DQ(q) rightᵀ | 1/r] [leftᵀ; bias]) · r
+    y = DQ([q | p]) [ŵ | ℓ̂]ᵀ · r + bias,      p = Q(DQ(q) rightᵀ)
+
+These codes are UINT8 with a zero point of 128: ONNX Runtime lets two products read one quantizer,
+and joins codes, where they are unsigned alone. TensorRT refuses them.
 
 What the runtimes ask of the form (`contract.py` checks it): the last DequantizeLinear of a weight
 feeds its MatMul and nothing else, every MatMul has an activation Q/DQ and scales of its own, scales
@@ -33,10 +37,16 @@ import torch
 from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedLinear
+from ditas_export.calibration.modules import joins_branch
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
-from ditas_export.quantization.integer import MAX_CODE_8BIT, IntegerWeight, LowRank
+from ditas_export.quantization.integer import (
+    MAX_CODE_8BIT,
+    IntegerWeight,
+    LowRank,
+    joined_rows,
+)
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges, static_scale, unit_scale
 from ditas_export.quantization.weight_only import (
     BLOCK_SIZES,
@@ -49,6 +59,9 @@ Layout = Literal["int4", "int8"]
 
 RANK_MULTIPLE = 8
 """Ranks of the form for TensorRT."""
+
+UNSIGNED_ZERO_POINT = 128
+"""Of codes in UINT8 that are INT8 codes plus this."""
 
 LARGEST_PRODUCT = 2.0**14
 """Bound of a product under a shared scale: with a low-rank part as large, a half still holds it."""
@@ -78,8 +91,7 @@ def lower_linear(
         target: the runtime whose form to write, where they differ.
 
     Raises:
-        OnnxExportError: a layout or block size that the weight cannot take, or a low-rank factor
-            that overflows its float type.
+        OnnxExportError: a layout or block size that the weight cannot take.
     """
     if linear.weight.bits == 8 and layout == "int4":
         raise OnnxExportError("8-bit weights have no int4 layout; use layout int8")
@@ -87,25 +99,28 @@ def lower_linear(
         multiplier = graph.constant("input_multiplier", linear.input_multiplier)
         x = graph.node("Mul", [x, multiplier], name="Smooth")
     if activation_bits == 16:
-        return _add_bias(graph, _float_product(graph, x, linear, layout), _plain_bias(linear))
+        y = _float_product(graph, x, linear, layout)
+        return _add_bias(graph, y, linear.bias if linear.low_rank else _bias_of_rank_3(linear))
     token = None
     scale = static_scale(linear.static_range, linear.bias.dtype)
     if ranges == "token":
         token = _token_ranges(graph, x, linear.bias.dtype)
         x = graph.node("Div", [x, token], name="Normalize")
         scale = unit_scale(linear.bias.dtype)
-    if target == "tensorrt" and linear.low_rank is not None:
-        y = _shared_scale_product(graph, x, linear, linear.low_rank, scale, layout)
-    elif token is None and linear.low_rank is None and splits_output:
+    low_rank = linear.low_rank
+    bare = low_rank is None or joins_branch(target, scale.dtype)
+    if low_rank is not None and bare:
+        y = _joined_product(graph, x, linear, low_rank, scale, layout)
+    elif low_rank is not None and target == "tensorrt":
+        y = _shared_scale_product(graph, x, linear, low_rank, scale, layout)
+    elif low_rank is None and token is None and splits_output:
         y = _opaque_product(graph, x, linear, scale, layout)
-    elif target == "onnxruntime" and linear.low_rank is not None and scale.dtype == torch.float32:
-        y = _biased_product(graph, x, linear, linear.low_rank, scale, layout, token)
-        return y if token is None else _denormalize(graph, y, token)
     else:
         y = _integer_product(graph, x, linear, scale, layout)
-    if token is None:
-        return _add_bias(graph, y, _plain_bias(linear))
-    return _add_bias(graph, _denormalize(graph, y, token), linear.bias)
+    if token is not None:
+        y = graph.node("Mul", [y, token], name="Denormalize")
+        return _add_bias(graph, y, linear.bias)
+    return _add_bias(graph, y, _bias_of_rank_3(linear) if bare else linear.bias)
 
 
 def lower_float_linear(
@@ -132,11 +147,6 @@ def _token_ranges(graph: Subgraph, x: ir.Value, dtype: torch.dtype) -> ir.Value:
     return graph.node("Max", [highest, graph.node("Neg", [lowest]), floor], name="Range")
 
 
-def _denormalize(graph: Subgraph, y: ir.Value, token: ir.Value) -> ir.Value:
-    """Write y · r."""
-    return graph.node("Mul", [y, token], name="Denormalize")
-
-
 def _integer_product(
     graph: Subgraph, x: ir.Value, linear: FoldedLinear, scale: torch.Tensor, layout: Layout
 ) -> ir.Value:
@@ -146,7 +156,7 @@ def _integer_product(
     y = graph.node("MatMul", [_quantized_input(graph, x, scale, ""), weight])
     if linear.low_rank is None:
         return y
-    return _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), linear.low_rank)
+    return _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), linear)
 
 
 def _opaque_product(
@@ -164,29 +174,31 @@ def _opaque_product(
     return graph.node("Mul", [y, graph.scalar("half", 0.5, linear.bias.dtype)], name="Halve")
 
 
-def _biased_product(
+def _joined_product(
     graph: Subgraph,
     x: ir.Value,
     linear: FoldedLinear,
     low_rank: LowRank,
     scale: torch.Tensor,
     layout: Layout,
-    token: ir.Value | None,
 ) -> ir.Value:
-    """Write the INT8 × INT8 products of a linear and its bias, over r where there are ranges.
+    """Write the one integer product of a linear and its branch: x (…, K) -> (…, N), no bias."""
+    grid = [
+        graph.constant("input_scale", scale),
+        graph.constant("input_zero_point", torch.tensor(UNSIGNED_ZERO_POINT, dtype=torch.uint8)),
+    ]
 
-    In float32 only: 1/r reaches 2¹⁴, and a bias so many times as large overflows a half.
-    """
-    y = _integer_product(graph, x, replace(linear, low_rank=None), scale, layout)
-    inner = _right_product(graph, _quantized_input(graph, x, scale, "right_"), low_rank)
-    if token is None:
-        one_more = graph.axes("one_more_column", [0, 0, 0, 0, 0, 1])
-        one = graph.scalar("one", 1.0, scale.dtype)
-        inner = graph.node("Pad", [inner, one_more, one], name="AppendOne")
-    else:
-        inverse = graph.node("Reciprocal", [token])
-        inner = graph.node("Concat", [inner, inverse], name="AppendInverseRange", axis=-1)
-    return _add_left_product(graph, y, inner, torch.cat([low_rank.left.T, linear.bias[None]]))
+    def dequantized(codes: ir.Value, prefix: str) -> ir.Value:
+        return graph.node("DequantizeLinear", [codes, *grid], name=f"{prefix}_Dequantize")
+
+    codes = graph.node("QuantizeLinear", [x, *grid], name="input_Quantize")
+    right = low_rank.right_codes, low_rank.right_scale(scale.dtype)
+    inner = _right_product(graph, dequantized(codes, "input"), *right)
+    inner_codes = graph.node("QuantizeLinear", [inner, *grid], name="inner_Quantize")
+    joined = graph.node("Concat", [codes, inner_codes], name="Join", axis=-1)
+    rows = _joined_codes(graph, linear.weight, low_rank, layout)
+    weight = _dequantize(graph, rows, "row_scale", linear.weight.row_scale, "weight")
+    return graph.node("MatMul", [dequantized(joined, "joined"), weight])
 
 
 def _shared_scale_product(
@@ -204,34 +216,22 @@ def _shared_scale_product(
     """
     rows = linear.weight.row_scale.double()
     shared = _shared_scale(linear.weight.codes.shape[1], float(scale))
-    left = low_rank.left.double() * low_rank.right_scale.double() / rows[:, None]
-    left = left.to(low_rank.left.dtype)
-    if not left.isfinite().all():
-        raise OnnxExportError(
-            f"a low-rank factor overflows {left.dtype} in the form for tensorrt; use precision "
-            f"fp32 or target portable"
-        )
     scalar = torch.tensor(shared, dtype=scale.dtype)
     codes = _integer_codes(graph, linear.weight, layout)
     weight = _dequantize(graph, codes, "weight_scale", scalar, "weight")
     y = graph.node("MatMul", [_quantized_input(graph, x, scale, ""), weight])
-    factors = _filled_up(replace(low_rank, left=left, right_scale=scalar))
-    y = _add_branch(graph, y, _quantized_input(graph, x, scale, "right_"), factors)
+    # Of other ranks TensorRT for RTX makes eight kernels more in every block.
+    missing = -low_rank.rank % RANK_MULTIPLE
+    left = (low_rank.left_codes / low_rank.divisor.double()).to(scale.dtype)
+    inner = _right_product(
+        graph,
+        _quantized_input(graph, x, scale, "right_"),
+        functional.pad(low_rank.right_codes, (0, 0, 0, missing)),
+        scalar,
+    )
+    y = _add_left_product(graph, y, inner, functional.pad(left, (0, missing)))
     row_scale = graph.constant("row_scale", (rows / shared).to(scale.dtype))
     return graph.node("Mul", [y, row_scale], name="Rescale")
-
-
-def _filled_up(low_rank: LowRank) -> LowRank:
-    """Return the same factors with zeros up to a rank that is a multiple of 8.
-
-    Of other ranks TensorRT for RTX makes eight kernels more in every block.
-    """
-    missing = -low_rank.right_codes.shape[0] % RANK_MULTIPLE
-    return replace(
-        low_rank,
-        left=functional.pad(low_rank.left, (0, missing)),
-        right_codes=functional.pad(low_rank.right_codes, (0, 0, 0, missing)),
-    )
 
 
 def _shared_scale(in_features: int, input_scale: float) -> float:
@@ -244,16 +244,16 @@ def _float_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: L
     """Write the products of a linear with float activations: x (…, K) -> (…, N), no bias."""
     weight = from_integer_weight(linear.weight) if layout == "int4" else _rows(linear.weight)
     y = graph.node("MatMul", [x, _weight_only(graph, weight)])
-    return y if linear.low_rank is None else _add_branch(graph, y, x, linear.low_rank)
+    return y if linear.low_rank is None else _add_branch(graph, y, x, linear)
 
 
-def _plain_bias(linear: FoldedLinear) -> torch.Tensor:
-    """Return a bias to add to a product that no range multiplies.
+def _bias_of_rank_3(linear: FoldedLinear) -> torch.Tensor:
+    """Return a bias to add to a bare MatMul, (1, 1, N).
 
-    After a bare MatMul, a bias of rank 3: ONNX Runtime turns MatMul + Add of rank 1, where the
-    shapes are fixed, into a Gemm that 1.24 runs in float and that 1.31 refuses.
+    ONNX Runtime turns MatMul + Add of rank 1, where the shapes are fixed, into a Gemm that 1.24
+    runs in float and that 1.31 refuses.
     """
-    return linear.bias if linear.low_rank else linear.bias[None, None]
+    return linear.bias[None, None]
 
 
 def _add_bias(graph: Subgraph, y: ir.Value, bias: torch.Tensor) -> ir.Value:
@@ -261,23 +261,28 @@ def _add_bias(graph: Subgraph, y: ir.Value, bias: torch.Tensor) -> ir.Value:
     return graph.node("Add", [y, graph.constant("bias", bias)], name="AddBias")
 
 
-def _add_branch(graph: Subgraph, y: ir.Value, x: ir.Value, low_rank: LowRank) -> ir.Value:
-    """Write y + (x rightᵀ) leftᵀ, the right factor INT8, the left float."""
-    return _add_left_product(graph, y, _right_product(graph, x, low_rank), low_rank.left.T)
+def _add_branch(graph: Subgraph, y: ir.Value, x: ir.Value, linear: FoldedLinear) -> ir.Value:
+    """Write y + (x rightᵀ) ℓ̂ᵀ, the right factor INT8, the left float."""
+    low_rank, row_scale = linear.low_rank, linear.weight.row_scale
+    assert low_rank is not None  # the caller looked
+    right = low_rank.right_codes, low_rank.right_scale(row_scale.dtype)
+    return _add_left_product(graph, y, _right_product(graph, x, *right), low_rank.left(row_scale))
 
 
-def _right_product(graph: Subgraph, x: ir.Value, low_rank: LowRank) -> ir.Value:
-    """Write x rightᵀ, (…, rank)."""
-    codes = graph.constant("right_codes", low_rank.right_codes.T)
-    right = _dequantize(graph, codes, "right_scale", low_rank.right_scale, "right")
+def _right_product(
+    graph: Subgraph, x: ir.Value, codes: torch.Tensor, scale: torch.Tensor
+) -> ir.Value:
+    """Write x (codes · scale)ᵀ, (…, rank)."""
+    right_codes = graph.constant("right_codes", codes.T)
+    right = _dequantize(graph, right_codes, "right_scale", scale, "right")
     return graph.node("MatMul", [x, right], name="right_MatMul")
 
 
 def _add_left_product(
     graph: Subgraph, y: ir.Value, inner: ir.Value, left: torch.Tensor
 ) -> ir.Value:
-    """Write y + inner @ left."""
-    outer = graph.node("MatMul", [inner, graph.constant("left", left)], name="left_MatMul")
+    """Write y + inner leftᵀ."""
+    outer = graph.node("MatMul", [inner, graph.constant("left", left.T)], name="left_MatMul")
     return graph.node("Add", [y, outer], name="AddLowRank")
 
 
@@ -296,6 +301,16 @@ def _integer_codes(graph: Subgraph, weight: IntegerWeight, layout: Layout) -> ir
     if layout == "int8":
         return graph.constant("int8_codes", weight.int8_rows().T)
     return _int4_chain(graph, weight)
+
+
+def _joined_codes(
+    graph: Subgraph, weight: IntegerWeight, low_rank: LowRank, layout: Layout
+) -> ir.Value:
+    """Write the integers of a weight and of a branch that joins it as INT8 [K + rank, N]."""
+    if layout == "int8":
+        return graph.constant("int8_codes", joined_rows(weight, low_rank).T)
+    left_codes = graph.constant("left_codes", low_rank.left_codes.T)
+    return graph.node("Concat", [_int4_chain(graph, weight), left_codes], name="Rows", axis=0)
 
 
 def _int4_chain(graph: Subgraph, weight: IntegerWeight) -> ir.Value:

@@ -29,6 +29,7 @@ _PART_OF_LEAF = {
     "block_scale": "multipliers",
     "row_scale": "row_scales",
     "left": "low_rank",
+    "left_codes": "low_rank",
     "right_codes": "low_rank",
     "right_scale": "low_rank",
 }
@@ -39,7 +40,8 @@ _EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed")
 def bytes_by_part(model: ir.Model) -> dict[str, int]:
     """Return the bytes of a model's tensors, part by part; they add up to all of them.
 
-    `codes` are the integers of the blocks' linears, `multipliers` and `row_scales` their scales,
+    `codes` are the integers of the blocks' linears, in layout int8 with the output factors of the
+    branches that join them; `multipliers` and `row_scales` their scales,
     `adaln` all of the modulation linears, `other` biases, float weights and constants.
     """
     sizes = dict.fromkeys(PARTS, 0)

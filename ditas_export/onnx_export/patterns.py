@@ -23,11 +23,15 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Int4Chain:
-    """`DQ(INT4) → Transpose → Q → DQ`: four bits in the file, INT8 rows in the runtime."""
+    """`DQ(INT4) → Transpose → Q → DQ`: four bits in the file, INT8 rows in the runtime.
+
+    Where a low-rank branch joins the weight, a Concat before the last DQ appends its codes.
+    """
 
     codes: ir.Node  # DequantizeLinear of the INT4 codes
     transpose: ir.Node
     quantize: ir.Node
+    concat: ir.Node | None  # with the INT8 codes of a branch, [rank, N]
     dequantize: ir.Node  # the last one, which feeds the MatMul
 
 
@@ -50,7 +54,9 @@ def int4_chains(graph: ir.Graph) -> Iterator[Int4Chain]:
 
 def int4_chain(dequantize: ir.Node) -> Int4Chain | None:
     """Return the INT4 chain that ends in a DequantizeLinear, or None."""
-    quantize = producer(dequantize, 0)
+    rows = producer(dequantize, 0)
+    concat = rows if rows is not None and rows.op_type == "Concat" else None
+    quantize = rows if concat is None else producer(concat, 0)
     transpose = producer(quantize, 0)
     codes = producer(transpose, 0)
     if not (quantize and transpose and codes):
@@ -58,7 +64,30 @@ def int4_chain(dequantize: ir.Node) -> Int4Chain | None:
     found = (codes.op_type, transpose.op_type, quantize.op_type)
     if found != (DEQUANTIZE, "Transpose", QUANTIZE) or not is_int4(codes.inputs[0]):
         return None
-    return Int4Chain(codes=codes, transpose=transpose, quantize=quantize, dequantize=dequantize)
+    return Int4Chain(
+        codes=codes, transpose=transpose, quantize=quantize, concat=concat, dequantize=dequantize
+    )
+
+
+def is_joined(node: ir.Node) -> bool:
+    """Return whether a Q or DQ of activations is part of a joined input: `DQ(Concat(Q, Q))`.
+
+    Part of it are both quantizers, the last DequantizeLinear, and the one between the two.
+    """
+    if node.op_type == QUANTIZE:
+        return any(_joins_quantizers(reader) for reader in consumers(node))
+    source = producer(node, 0)
+    if source is None:
+        return False
+    return is_joined(source) if source.op_type == QUANTIZE else _joins_quantizers(source)
+
+
+def _joins_quantizers(node: ir.Node) -> bool:
+    """Return whether a node is a Concat of nothing but quantized activations."""
+    makers = [value.producer() if value else None for value in node.inputs]
+    return node.op_type == "Concat" and all(
+        maker is not None and maker.op_type == QUANTIZE for maker in makers
+    )
 
 
 def producer(node: ir.Node | None, index: int) -> ir.Node | None:

@@ -17,6 +17,7 @@ _DTYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
     torch.int64: ir.DataType.INT64,
 }
 

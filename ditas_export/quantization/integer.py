@@ -81,34 +81,82 @@ class IntegerWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LowRank:
-    """A low-rank addition `left @ right` to a weight, its input factor in INT8.
+    """A low-rank addition to a weight, all integers.
 
-    The branch reads the quantized input (paper, eq. 9), so `x̂ @ right.T` is an INT8 GEMM too.
+    The branch reads the quantized input (paper, eq. 9). With q its INT8 codes in steps of δ,
+
+        p = q right_codesᵀ / divisor,   y = δ (q rowsᵀ + p left_codesᵀ) · row_scale
+
+    p counts in the input's own steps and `left_codes` in the weight's row scale: p rounded to INT8,
+    the addition is rank more columns of INT8 rows and rank more codes of the input, in one product
+    with the weight's own. An odd divisor keeps every p 1 / (2 divisor) away from a rounding tie:
+    all runtimes find the same codes.
     """
 
-    left: Tensor  # (N, rank) float
+    left_codes: Tensor  # (N, rank) int8, |codes| <= 127
     right_codes: Tensor  # (rank, K) int8, |codes| <= 127
-    right_scale: Tensor  # (rank,) float, finite, > 0
+    divisor: Tensor  # (rank,) int32, odd, > 0
+
+    def __post_init__(self) -> None:
+        """Check the shapes, and that no quotient can lie on a tie."""
+        rank = self.left_codes.shape[1]
+        if self.right_codes.shape[0] != rank or self.divisor.shape != (rank,):
+            raise QuantizationError(
+                f"left_codes {tuple(self.left_codes.shape)}, right_codes "
+                f"{tuple(self.right_codes.shape)} and divisor {tuple(self.divisor.shape)} do not "
+                f"fit together"
+            )
+        if not ((self.divisor > 0) & (self.divisor % 2 == 1)).all():
+            raise QuantizationError("a divisor of the low-rank branch is not odd and positive")
 
     @property
     def rank(self) -> int:
-        """Columns of `left`."""
-        return self.left.shape[1]
+        """Columns of `left_codes`."""
+        return self.left_codes.shape[1]
 
-    def right(self) -> Tensor:
-        """Return the input factor (rank, K) in the scale's float type."""
-        return self.right_codes.to(self.right_scale.dtype) * self.right_scale[:, None]
+    def right_scale(self, dtype: torch.dtype) -> Tensor:
+        """Return 1 / divisor, (rank,)."""
+        return self.divisor.double().reciprocal().to(dtype)
 
-    def dequantize(self) -> Tensor:
-        """Return left @ right, (N, K)."""
-        return self.left @ self.right()
+    def right(self, dtype: torch.dtype) -> Tensor:
+        """Return right_codes / divisor, (rank, K)."""
+        return self.right_codes.to(dtype) * self.right_scale(dtype)[:, None]
 
-    def to(self, target: torch.device | torch.dtype | str) -> LowRank:
-        """Return the factors with their floats in another type, or all on another device."""
-        codes = self.right_codes if isinstance(target, torch.dtype) else self.right_codes.to(target)
+    def left(self, row_scale: Tensor) -> Tensor:
+        """Return left_codes · row_scale, (N, rank)."""
+        return self.left_codes.to(row_scale.dtype) * row_scale[:, None]
+
+    def dequantize(self, row_scale: Tensor) -> Tensor:
+        """Return what is added to a weight of these row scales, but for p's rounding: (N, K)."""
+        return self.left(row_scale) @ self.right(row_scale.dtype)
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """Return the branch on another device."""
         return LowRank(
-            left=self.left.to(target), right_codes=codes, right_scale=self.right_scale.to(target)
+            left_codes=self.left_codes.to(device),
+            right_codes=self.right_codes.to(device),
+            divisor=self.divisor.to(device),
         )
+
+
+def inner_codes(products: Tensor, divisor: Tensor) -> Tensor:
+    """Return p = clamp(round(products / divisor), −128, 127) of a low-rank branch.
+
+    Args:
+        products: q right_codesᵀ, (…, rank), integers of any type.
+        divisor: the branch's, (rank,).
+
+    Returns:
+        (…, rank) float32 integers.
+    """
+    codes: Tensor = (products.float() / divisor).round()
+    return codes.clamp(-MAX_CODE_8BIT - 1, MAX_CODE_8BIT)
+
+
+def joined_rows(weight: IntegerWeight, low_rank: LowRank | None) -> Tensor:
+    """Return [codes · multipliers | left_codes], (N, K + rank) int8."""
+    rows = weight.int8_rows()
+    return rows if low_rank is None else torch.cat([rows, low_rank.left_codes], dim=1)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

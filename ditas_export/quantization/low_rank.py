@@ -1,13 +1,97 @@
-"""Low-rank factors: of a weight's error (the paper's LoRA-AO) or of the output's error (ours)."""
+"""Low-rank factors: of a weight's error (the paper's LoRA-AO) or of the output's error (ours).
+
+They are fitted with a float output factor, then made integers once, for the inputs that they see.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ditas_export.errors import QuantizationError
-from ditas_export.quantization.integer import LowRank, quantize_rows
+from ditas_export.quantization.integer import (
+    MAX_CODE_8BIT,
+    LowRank,
+    inner_codes,
+    quantize_rows,
+)
 from ditas_export.quantization.rounding import InputMoments
+
+DIVISORS = tuple(sorted({2 * round(2 ** (power / 4 - 1)) + 1 for power in range(53)}))
+"""What the divisors of a branch are chosen from: odd, four to an octave, with normal halves as
+reciprocals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factors:
+    """left @ right, as fitted: the input factor in INT8 rows, the output factor still float."""
+
+    left: Tensor  # (N, rank) float
+    right_codes: Tensor  # (rank, K) int8, |codes| <= 127
+    right_scale: Tensor  # (rank,) float, finite, > 0
+
+    def right(self) -> Tensor:
+        """Return the input factor (rank, K) in the scale's float type."""
+        return self.right_codes.to(self.right_scale.dtype) * self.right_scale[:, None]
+
+    def product(self) -> Tensor:
+        """Return left @ right, (N, K)."""
+        return self.left @ self.right()
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return the factors with their floats in another type."""
+        return replace(self, left=self.left.to(dtype), right_scale=self.right_scale.to(dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampledCodes:
+    """A sample of a linear's quantized input: each token's INT8 codes in its own range."""
+
+    codes: Tensor  # (tokens, K) int8
+    ranges: Tensor  # (tokens, 1) float
+
+
+def integer_low_rank(
+    factors: Factors, row_scale: Tensor, output_weights: Tensor, sample: SampledCodes
+) -> LowRank:
+    """Round the output factor to INT8 in units of the row scales.
+
+    With P = q right_codesᵀ and ℓ the output factor for P in those units, a column gives p ℓ̂ᵀ with
+    p = P / divisor and ℓ̂ = ℓ · divisor, both rounded and clamped to INT8: a small divisor costs the
+    one, a large one the other. Each column takes the divisor with the least error on the sample.
+
+    Args:
+        factors: as fitted, in any float type.
+        row_scale: of the weight that they are added to, (N,) float.
+        output_weights: (N,), > 0: what an error of each output channel counts.
+        sample: of the input.
+    """
+    units = factors.left.double() * factors.right_scale.double() / row_scale.double()[:, None]
+    products = sample.codes.float() @ factors.right_codes.float().mT  # (tokens, rank), integers
+    tokens = sample.ranges.double().square()
+    rows = (output_weights.double() * row_scale.double()).square()[:, None]
+    divisor = torch.ones(units.shape[1], dtype=torch.int32, device=units.device)
+    least = torch.full_like(divisor, torch.inf, dtype=torch.float64)
+    for candidate in DIVISORS:
+        inner = inner_codes(products, torch.full_like(divisor, candidate)).double()
+        left = _left_codes(units, candidate)
+        # Σ over tokens and rows of (p ℓ̂ − P ℓ)², P ℓ of all candidates being the same.
+        error = (tokens * inner.square()).sum(dim=0) * (rows * left.square()).sum(dim=0)
+        error -= 2 * (tokens * inner * products).sum(dim=0) * (rows * left * units).sum(dim=0)
+        better = error < least
+        divisor[better], least[better] = candidate, error[better]
+    return LowRank(
+        left_codes=_left_codes(units, divisor).to(torch.int8),
+        right_codes=factors.right_codes,
+        divisor=divisor,
+    )
+
+
+def _left_codes(units: Tensor, divisor: Tensor | int) -> Tensor:
+    """Return clamp(round(units · divisor), −127, 127), (N, rank)."""
+    return (units * divisor).round().clamp(-MAX_CODE_8BIT, MAX_CODE_8BIT)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +118,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return leading, leading.mT @ matrix
 
 
-def fit_weight_error(error: Tensor, rank: int) -> LowRank:
+def fit_weight_error(error: Tensor, rank: int) -> Factors:
     """Return the factors that minimise ‖error − left @ right‖_F, `right` then rounded to INT8.
 
     Source: DiTAS, eq. 10 (the inner step of LoRA-AO).
@@ -45,7 +129,7 @@ def fit_weight_error(error: Tensor, rank: int) -> LowRank:
 
 def fit_output_error(
     whitened_error: Tensor, moments: InputMoments, rank: int, output_weights: Tensor
-) -> LowRank:
+) -> Factors:
     """Return the factors that minimise tr D (error − left @ right) H (error − left @ right)ᵀ D.
 
     The truncated SVD of `D @ error @ R`, D = diag(output_weights) and R Rᵀ = H, gives the optimum;
@@ -68,16 +152,16 @@ def fit_output_error(
     gram = seen @ seen.mT
     target = whitened_error.to(dtype) @ seen.mT  # (N, rank)
     gram.diagonal().add_(1e-10 * gram.diagonal().mean())
-    return LowRank(
+    return Factors(
         left=torch.linalg.solve(gram, target.mT).mT.contiguous(),
         right_codes=factors.right_codes,
         right_scale=factors.right_scale,
     )
 
 
-def _with_integer_right(left: Tensor, right: Tensor) -> LowRank:
+def _with_integer_right(left: Tensor, right: Tensor) -> Factors:
     """Round `right` to INT8 rows of largest value 1; `left` takes over their magnitudes."""
     magnitude = right.abs().amax(dim=1)
     magnitude = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
     codes, scale = quantize_rows(right / magnitude[:, None])
-    return LowRank(left=left * magnitude, right_codes=codes, right_scale=scale)
+    return Factors(left=left * magnitude, right_codes=codes, right_scale=scale)

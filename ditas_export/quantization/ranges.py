@@ -46,11 +46,34 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
     return codes.clamp_(-MAX_CODE - 1, MAX_CODE)
 
 
+def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes of x in each token's own range, as x's float type, and the ranges (…, 1)."""
+    ranges = token_ranges(x)
+    return quantize(x / ranges, unit_scale(x.dtype).to(x.device)), ranges
+
+
+def activation_codes(x: Tensor, *, ranges: Ranges, static_range: float) -> tuple[Tensor, Tensor]:
+    """Return the codes of x, as x's float type, and the steps that they count: x ≈ codes · steps.
+
+    Args:
+        x: (…, K).
+        ranges: the form that ships.
+        static_range: the constant range of `static`.
+
+    Returns:
+        codes (…, K) and steps, (…, 1) or a scalar.
+    """
+    if ranges == "token":
+        codes, own = token_codes(x)
+        return codes, own * unit_scale(x.dtype).to(x.device)
+    scale = static_scale(static_range, x.dtype).to(x.device)
+    return quantize(x, scale), scale
+
+
 def fake_quantize_tokens(x: Tensor) -> Tensor:
     """Return x rounded to the INT8 grid of each token's own range; same shape and type."""
-    ranges = token_ranges(x)
-    scale = unit_scale(x.dtype).to(x.device)
-    return quantize(x / ranges, scale).mul_(scale).mul_(ranges)
+    codes, ranges = token_codes(x)
+    return codes.mul_(unit_scale(x.dtype).to(x.device)).mul_(ranges)
 
 
 def fake_quantize_tensor_asymmetric(x: Tensor, *, bits: int = 8) -> Tensor:

@@ -86,21 +86,22 @@ class IntegerLinear(nn.Module):
         self.ranges = ranges
         self.out_features = linear.bias.shape[0]
         scale = unit_scale(dtype) if ranges == "token" else static_scale(linear.static_range, dtype)
-        parts, row_scales = [linear.weight.int8_rows()], [linear.weight.row_scale]
-        if linear.low_rank is not None:
-            parts.append(linear.low_rank.right_codes)
-            row_scales.append(linear.low_rank.right_scale)
-        rows = integer_rows(*parts)
+        low_rank = linear.low_rank
         # In float32 at least: halves overflow at 65 504, and sums of products go far beyond.
         wide = torch.promote_types(dtype, torch.float32)
-        row_scale = torch.cat(row_scales).to(wide) * scale.to(wide)
+        parts, row_scales = [linear.weight.int8_rows()], [linear.weight.row_scale.to(wide)]
+        if low_rank is not None:
+            parts.append(low_rank.right_codes)
+            row_scales.append(low_rank.right_scale(wide))
+        rows = integer_rows(*parts)
+        row_scale = torch.cat(row_scales) * scale.to(wide)
         unused = rows.shape[0] - row_scale.shape[0]
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("row_scale", functional.pad(row_scale, (0, unused)), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
         self.register_buffer("input_multiplier", linear.input_multiplier, persistent=False)
-        left = linear.low_rank.left if linear.low_rank else None
+        left = low_rank.left(linear.weight.row_scale) if low_rank else None
         self.register_buffer("left", left, persistent=False)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
