@@ -12,9 +12,10 @@ from ditas_export.errors import OnnxExportError
 Precision = Literal["fp32", "fp16", "bf16"]
 
 Target = Literal["portable", "onnxruntime", "tensorrt"]
-"""Whose forms a file has where runtimes differ; every runtime takes every form.
+"""Whose forms a file has where runtimes differ.
 
-One float type is less common: ONNX Runtime has no bfloat16 kernels on CPUs.
+Every runtime takes every form, but for two: TensorRT does not take the UINT8 activations of ONNX
+Runtime's form, and ONNX Runtime has no bfloat16 kernels on CPUs.
 """
 
 

@@ -3,10 +3,10 @@
     python scripts/bench_block_pair.py --rounds 7
 
 Random weights, low-rank branch of rank 32 included: right for speed, not for quality. Files are
-exported with `--target onnxruntime` for that runtime, `portable` for OpenVINO. A round
-opens a session, warms it up, times it and closes it before the next form: idle sessions keep their
-threads spinning. Prints medians, ratios to the float file, and the ratio of the best rounds (noise
-only ever adds time) as a Markdown table.
+exported with `--target onnxruntime`; for OpenVINO in the portable form, too. A round opens a
+session, warms it up, times it and closes it before the next form: idle sessions keep their threads
+spinning. Prints medians, ratios to the float file, and the ratio of the best rounds (noise only
+ever adds time) as a Markdown table.
 """
 
 from __future__ import annotations
@@ -93,11 +93,12 @@ def main() -> None:
         if args.openvino:
             from ditas_export.runtime.openvino_runner import OpenVINORunner
 
-            portable = {"float": files["onnxruntime float"]}
+            by_openvino = {"float": files["onnxruntime float"]}
             for ranges in ("token", "static"):
-                portable[f"int4 {ranges}"] = Path(folder) / f"portable-{ranges}.onnx"
-                export_onnx(folded, portable[f"int4 {ranges}"], layout="int4", ranges=ranges)
-            for name, path in portable.items():
+                by_openvino[f"int4 {ranges}"] = files[f"onnxruntime int4 {ranges}"]
+                path = by_openvino[f"int4 {ranges}, portable"] = Path(folder) / f"{ranges}.onnx"
+                export_onnx(folded, path, layout="int4", ranges=ranges)
+            for name, path in by_openvino.items():
                 forms[f"openvino {name}"] = lambda path=path: OpenVINORunner(
                     path, threads=args.threads
                 )

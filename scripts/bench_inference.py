@@ -4,10 +4,12 @@
     python scripts/bench_inference.py --depth 2 --batch 8 --peers
 
 Random weights, low-rank branch of rank 32 included: right for speed, not for quality. The exported
-files are the default `int4` layout with a float32 side, once for each kind of ranges. A round opens
-a form, warms it up, times it and closes it before the next. `--peers` adds what else quantizes a
-DiT to INT8 on a CPU: onnxruntime's dynamic quantization, OpenVINO's NNCF and torchao, each if it is
-installed. Prints medians and ratios to onnxruntime's float32 as a Markdown table.
+files are the default `int4` layout with a float32 side, once for each kind of ranges, portable and
+with `--target onnxruntime` ("joined": the branch is part of the linear's product). A round opens a
+form, warms it up, times it and closes it before the next. `--peers` adds what else quantizes a DiT
+to INT8 on a CPU: onnxruntime's dynamic quantization, OpenVINO's NNCF and torchao, each if it is
+installed. `--only` keeps the forms whose names contain one of its words, and onnxruntime's float32.
+Prints medians and ratios to that as a Markdown table.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="of the latents: 32 or 64")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="add other quantizers")
+    parser.add_argument("--only", nargs="+", metavar="WORD", default=[""], help="forms to time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = DiTConfig(depth=args.depth, input_size=args.side)
@@ -89,6 +92,11 @@ def main() -> None:
         openers = ours(config, Path(folder), args.threads)
         if args.peers:
             openers |= dict(peers(config, Path(folder), args.threads))
+        openers = {
+            name: opener
+            for name, opener in openers.items()
+            if name == BASE or any(word in name for word in args.only)
+        }
         times: dict[tuple[str, int], list[float]] = {}
         for number in range(args.rounds):
             for name, opener in openers.items():
@@ -124,7 +132,7 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     quantized = randomly_quantized(model)
     folded = fold_smoothing(quantized)
     files = {}
-    for target in ("onnxruntime", "portable"):
+    for target in ("portable", "onnxruntime"):
         for ranges in ("token", "static"):
             files[target, ranges] = folder / f"{target}-{ranges}.onnx"
             export_onnx(folded, files[target, ranges], layout="int4", ranges=ranges, target=target)
@@ -132,18 +140,17 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     openers: dict[str, Opener] = {
         BASE: partial(OnnxRuntimeRunner, reference, threads=threads, cache=cache)
     }
-    for ranges in ("token", "static"):
-        path = files["onnxruntime", ranges]
-        openers[f"onnxruntime W4A8 {ranges}"] = partial(
+    for (target, ranges), path in files.items():
+        openers[f"onnxruntime {_form(target, ranges)}"] = partial(
             OnnxRuntimeRunner, path, threads=threads, cache=cache
         )
     for precision in ("f32", "bf16"):
         openers[f"OpenVINO float, {precision}"] = partial(
             OpenVINORunner, reference, threads=threads, precision=precision
         )
-        for ranges in ("token", "static"):
-            openers[f"OpenVINO W4A8 {ranges}, {precision} beside it"] = partial(
-                OpenVINORunner, files["portable", ranges], threads=threads, precision=precision
+        for (target, ranges), path in files.items():
+            openers[f"OpenVINO {_form(target, ranges)}, {precision} beside it"] = partial(
+                OpenVINORunner, path, threads=threads, precision=precision
             )
     openers["PyTorch float32"] = partial(TorchRunner, model)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -154,6 +161,11 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
         TorchRunner, compiled(integers)
     )
     return openers
+
+
+def _form(target: str, ranges: str) -> str:
+    """Return what a row of the table calls a file."""
+    return f"W4A8 {ranges}{', joined' if target == 'onnxruntime' else ''}"
 
 
 def peers(config: DiTConfig, folder: Path, threads: int) -> Iterator[tuple[str, Opener]]:

@@ -320,6 +320,14 @@ def test_refusals(arguments: list[str], reason: str) -> None:
     assert reason in err
 
 
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["--dry-run", "--trtexec"], []], ids=str)
+def test_unsigned_codes_are_refused(arguments: list[str]) -> None:
+    code, _, err = run(exported(target="onnxruntime"), *arguments)
+    assert code == 2
+    assert "has UINT8 activations" in err
+    assert "--target tensorrt or portable" in err
+
+
 def test_int8_rows_do_not_turn_back() -> None:
     code, _, err = run(exported(layout="int8"), "--layout", "int4", "--dry-run")
     assert code == 2

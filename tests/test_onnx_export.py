@@ -158,6 +158,7 @@ def test_the_interface_and_the_description(int4_file: Path) -> None:
         "adaln_bits": 16,
         "layout": "int4",
         "ranges": "token",
+        "activation_codes": "int8",
         "float_type": "fp32",
         "target": "portable",
     }

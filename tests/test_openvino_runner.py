@@ -38,11 +38,19 @@ def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranges", "rank"),
-    [("int4", "token", 4), ("int4", "static", 0), ("int8", "token", 0)],
+    ("layout", "ranges", "rank", "target"),
+    [
+        ("int4", "token", 4, "portable"),
+        ("int4", "static", 0, "portable"),
+        ("int8", "token", 0, "portable"),
+        ("int4", "token", 4, "onnxruntime"),
+        ("int8", "static", 4, "onnxruntime"),
+    ],
 )
-def test_quantized_files_give_the_same_numbers(layout: str, ranges: str, rank: int) -> None:
-    path = exported(layout=layout, ranges=ranges, rank=rank)
+def test_quantized_files_give_the_same_numbers(
+    layout: str, ranges: str, rank: int, target: str
+) -> None:
+    path = exported(layout=layout, ranges=ranges, rank=rank, target=target)
     # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
     assert snr_db(*both(path)) > 50
 

@@ -87,8 +87,8 @@ def export(
     target: Annotated[
         str | None,
         _option(
-            "The runtime to write for: portable, onnxruntime or tensorrt (fp16, int8, fewest "
-            "kernels); options given win.",
+            "The runtime to write for: portable, onnxruntime (fastest on CPUs, not for TensorRT) "
+            "or tensorrt (fp16, int8, fewest kernels); options given win.",
             "target",
         ),
     ] = None,

@@ -59,11 +59,13 @@ def make_engine(
         build: does the building.
 
     Raises:
-        EngineError: the product refuses, or an int8 file is asked for as int4.
+        EngineError: the product refuses, or an int8 file is asked for as int4, or the file has
+            the codes of ONNX Runtime's form.
         OnnxExportError: no file of this package, or nothing in it to expand.
         ArtifactError: a file cannot be written.
     """
     config = read_config(onnx_path)
+    require_signed_codes(onnx_path)
     with _in_layout(onnx_path, layout) as graph, atomic_path(plan_path) as partial:
         form = read_form(graph)
         built = build(graph, partial)
@@ -100,6 +102,20 @@ def current_gpu() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     return Gpu.at(torch.device("cuda", torch.cuda.current_device()))
+
+
+def require_signed_codes(path: Path) -> None:
+    """Raise unless TensorRT can read a file's activations.
+
+    Raises:
+        EngineError: they are UINT8, as in the form for ONNX Runtime.
+        OnnxExportError: no file of this package.
+    """
+    if read_form(path).get("activation_codes") == "uint8":
+        raise EngineError(
+            f"{path} has UINT8 activations, which TensorRT does not take: it was exported for "
+            f"onnxruntime; export it again with --target tensorrt or portable"
+        )
 
 
 def needs_expansion(path: Path, layout: Layout | None) -> bool:

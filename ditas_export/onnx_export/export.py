@@ -15,6 +15,7 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import atomic_path, require_writable
 from ditas_export.calibration.fold import FoldedDiT
+from ditas_export.calibration.modules import joins_branch
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.by_reference import load_by_reference
@@ -57,7 +58,7 @@ def export_onnx(
         path: the file.
         layout: "int4" stores 4-bit weights as such, "int8" the same numbers as INT8 rows.
         ranges: of the activations; without effect where activations are float.
-        target: the runtime whose forms to write; every runtime takes them, at its own speed.
+        target: the runtime whose forms to write; TensorRT does not take all of ONNX Runtime's.
 
     Raises:
         OnnxExportError: a float type other than fp32, fp16 and bf16, a layout that the
@@ -93,11 +94,20 @@ def export_onnx(
         "adaln_bits": folded.adaln_bits,
         "layout": layout,
         "ranges": ranges if folded.activation_bits == 8 else None,
+        "activation_codes": _activation_codes(folded, target),
         "float_type": float_type,
         "target": target,
     }
     describe(model, folded.config, form)
     save_model(model, path)
+
+
+def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
+    """Return "int8", "uint8" where a low-rank branch joins its linear's product, None for float."""
+    if folded.activation_bits == 16:
+        return None
+    has_branch = any(linear.low_rank for linear in folded.linears.values())
+    return "uint8" if has_branch and joins_branch(target, folded.dtype) else "int8"
 
 
 def export_reference(model: DiT, path: Path) -> None:
