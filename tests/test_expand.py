@@ -22,8 +22,8 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
         (torch.float32, "static", 0, 4, "portable"),
         (torch.float16, "static", 4, 8, "portable"),
         (torch.float32, "token", 4, 16, "onnxruntime"),
-        (torch.float16, "token", 4, 16, "tensorrt"),
-        (torch.bfloat16, "token", 4, 8, "portable"),
+        pytest.param(torch.float16, "token", 4, 16, "tensorrt", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "token", 4, 8, "portable", marks=pytest.mark.slow),
         (torch.bfloat16, "static", 4, 4, "tensorrt"),
     ],
 )

@@ -110,8 +110,17 @@ def test_integer_modulation(adaln_bits: int) -> None:
     assert snr_db(reference(*inputs), by_default) > 30
 
 
-@pytest.mark.parametrize("adaln_bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "adaln_bits"),
+    [
+        (torch.float32, 8),
+        (torch.float16, 4),
+        pytest.param(torch.float32, 4, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 8, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 4, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_a_small_artefact_exports_to_the_bytes_of_a_full_one(
     tmp_path: Path, dtype: torch.dtype, adaln_bits: int
 ) -> None:

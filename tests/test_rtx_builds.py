@@ -107,7 +107,14 @@ def test_every_form_of_the_bundled_model_is_all_integer_products(
     require_integer_products(path, names, layout=layout)
 
 
-@pytest.mark.parametrize("form", [("token", "int8", 32), ("static", "int8", 32)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [
+        ("token", "int8", 32),
+        pytest.param(("static", "int8", 32), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_bfloat16_takes_the_kernels_of_float16(tmp_path: Path, form: tuple[str, str, int]) -> None:
     ranges, layout, rank = form
     quantized = quantized_tiny_dit(load_dit("digits").model, rank=rank)
