@@ -103,7 +103,14 @@ def load_tensors(path: Path, *, file_format: str) -> tuple[dict[str, Tensor], di
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if file_format not in metadata:
-                raise ArtifactError(f"{path} is a safetensors file, but no {file_format}")
+                kind = file_format.rpartition(" ")[0]
+                others = [key for key in metadata if key.startswith(f"{kind} ")]
+                raise ArtifactError(
+                    f"{path} is a {others[0]}, and this version of ditas-export reads "
+                    f"{file_format}; make it again"
+                    if others
+                    else f"{path} is a safetensors file, but no {file_format}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(metadata[file_format])
     except (OSError, SafetensorError, ValueError) as error:

@@ -230,7 +230,7 @@ def _in_bfloat16(model: DiT, _states: CalibrationStates) -> Candidate:
 def bits_per_weight(quantized: QuantizedDiT) -> float:
     """Return bits per weight of the block linears in a float32 file, scales and low rank counted.
 
-    Multipliers and output factors are stored as halves; 8-bit weights have no multipliers.
+    Multipliers are stored as halves; 8-bit weights have none.
     """
     bits = weights = 0
     for linear in quantized.linears.values():
@@ -240,7 +240,7 @@ def bits_per_weight(quantized: QuantizedDiT) -> float:
         if weight.bits == 4:
             bits += 16 * weight.multipliers.numel()
         if low_rank is not None:
-            bits += 16 * low_rank.left_codes.numel() + 32 * low_rank.rank
+            bits += 32 * (low_rank.left_codes.numel() + low_rank.rank)
             bits += 8 * low_rank.right_codes.numel()
     return bits / weights
 

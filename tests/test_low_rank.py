@@ -140,7 +140,7 @@ def branch_error(
 def test_the_divisor_gives_the_branch_the_least_error() -> None:
     """Against a dense search over divisors, column by column, every product written out."""
     factors, row_scale, sample = fitted_and_sample()
-    branch = integer_low_rank(factors, row_scale, torch.ones(200), sample)
+    branch = integer_low_rank(factors, row_scale, torch.ones(200), sample, centred=False)
     assert torch.equal(branch.right_codes, factors.right_codes)
     got = branch_error(factors, row_scale, sample, branch.divisor)
     searched = torch.stack(
@@ -153,7 +153,7 @@ def test_the_divisor_gives_the_branch_the_least_error() -> None:
 def test_the_branch_is_the_factors_up_to_its_rounding() -> None:
     factors, row_scale, sample = fitted_and_sample()
     row_scale = row_scale * 16  # room for all of the output factor
-    branch = integer_low_rank(factors, row_scale, torch.ones(200), sample)
+    branch = integer_low_rank(factors, row_scale, torch.ones(200), sample, centred=False)
     assert branch.left_codes.abs().amax() < 127
     # Half a unit of the output factor, times the input factor.
     bound = 0.5 * row_scale[:, None] * branch.right(torch.float64).abs().sum(dim=0)

@@ -44,6 +44,7 @@ class FakeQuantLinear(nn.Module):
     weight: Tensor
     bias: Tensor
     input_multiplier: Tensor | None
+    right: Tensor | None
     right_codes: Tensor | None
     divisor: Tensor | None
     scale: Tensor
@@ -60,14 +61,15 @@ class FakeQuantLinear(nn.Module):
         dtype = linear.bias.dtype
         self.ranges = ranges
         self.activation_bits = activation_bits
-        self.rounds_inner = activation_bits == 8 and joins_branch(target, dtype)
         low_rank, row_scale = linear.low_rank, linear.weight.row_scale
+        joined = low_rank if activation_bits == 8 and joins_branch(target, dtype) else None
         rows = joined_rows(linear.weight, low_rank).to(dtype)
         self.register_buffer("weight", rows * row_scale[:, None])
         self.register_buffer("bias", linear.bias)
         self.register_buffer("input_multiplier", linear.input_multiplier)
-        self.register_buffer("right_codes", low_rank.right_codes.float() if low_rank else None)
-        self.register_buffer("divisor", low_rank.divisor if low_rank else None)
+        self.register_buffer("right", low_rank.right(dtype) if low_rank else None)
+        self.register_buffer("right_codes", joined.right_codes.to(dtype) if joined else None)
+        self.register_buffer("divisor", joined.divisor if joined else None)
         scale = unit_scale(dtype) if ranges == "token" else static_scale(linear.static_range, dtype)
         self.register_buffer("scale", scale)
 
@@ -88,15 +90,12 @@ class FakeQuantLinear(nn.Module):
         if self.activation_bits == 8:
             codes, ranges = self.codes(x)
             x = codes * self.scale
-        if self.right_codes is not None and self.divisor is not None:
-            if codes is not None and self.rounds_inner:
-                # In float32: sums of products of codes leave a half.
-                products = functional.linear(codes.float(), self.right_codes)
-                inner = inner_codes(products, self.divisor).to(x.dtype) * self.scale
-            else:
-                right = self.right_codes.to(x.dtype) / self.divisor[:, None]
-                inner = functional.linear(x, right)
+        if codes is not None and self.right_codes is not None and self.divisor is not None:
+            products = functional.linear(codes, self.right_codes)
+            inner = inner_codes(products, self.divisor) * self.scale
             x = torch.cat([x, inner], dim=-1)
+        elif self.right is not None:
+            x = torch.cat([x, functional.linear(x, self.right)], dim=-1)
         out = functional.linear(x, self.weight)
         if ranges is not None:
             out = out * ranges

@@ -21,7 +21,8 @@ from ditas_export.errors import ArtifactError
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.weight_only import WeightOnlyWeight
 
-ARTIFACT_FORMAT = "ditas-export quantized DiT 2"
+ARTIFACT_KIND = "ditas-export quantized DiT"
+ARTIFACT_FORMAT = f"{ARTIFACT_KIND} 2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

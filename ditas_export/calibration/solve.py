@@ -221,7 +221,8 @@ def solve_linear(
         output_weights = torch.ones_like(output_weights)
     with timings.part("alpha search"):
         smoothing, alpha = _choose_smoothing(weight, step_maxima, inputs, output_weights, settings)
-    sample = sample_codes(inputs, smoothing) if settings.has_branch else None
+    with timings.part("rounding and low rank"):
+        sample = sample_codes(inputs, smoothing) if settings.has_branch else None
     target = _Target(
         weight=weight,
         bias=bias,
@@ -272,12 +273,22 @@ class _Target:
     sample: SampledCodes | None  # for the low-rank branch, where there is one
     settings: LinearSettings
 
-    def solved(self, weight: IntegerWeight, factors: Factors | None) -> SolvedLinear:
-        """Return the linear of a rounded weight, its low-rank factors made integers."""
+    def solved(
+        self, weight: IntegerWeight, factors: Factors | None, *, mends_mean: bool
+    ) -> SolvedLinear:
+        """Return the linear of a rounded weight, its low-rank factors made integers.
+
+        Args:
+            weight: rounded.
+            factors: None without a branch.
+            mends_mean: the bias will take up the mean of what they leave.
+        """
         low_rank = None
         if factors is not None:
             assert self.sample is not None  # a method with factors has a branch
-            low_rank = integer_low_rank(factors, weight.row_scale, self.output_weights, self.sample)
+            low_rank = integer_low_rank(
+                factors, weight.row_scale, self.output_weights, self.sample, centred=mends_mean
+            )
         return SolvedLinear(
             weight=weight, low_rank=low_rank, bias=self.bias, smoothing_scale=self.smoothing
         )
@@ -285,17 +296,19 @@ class _Target:
 
 def _solve_by_weight(target: _Target) -> SolvedLinear:
     """Round W · s for its own sake."""
-    return target.solved(*_round_to_weight(target.weight * target.smoothing, target.settings))
+    rounded, factors = _round_to_weight(target.weight * target.smoothing, target.settings)
+    return target.solved(rounded, factors, mends_mean=False)
 
 
 def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
     """Round the best real weight, or W · s, for the least output error."""
     weight, smoothing, settings = target.weight, target.smoothing, target.settings
-    factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
+    inputs = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
     matrix = weight * smoothing
     if settings.method.target_correction:
-        matrix = corrected_target(weight, smoothing, moments, factors).to(weight.dtype)
-    solved = target.solved(*_round_to_target(matrix, factors, target.output_weights, settings))
+        matrix = corrected_target(weight, smoothing, moments, inputs).to(weight.dtype)
+    rounded, factors = _round_to_target(matrix, inputs, target.output_weights, settings)
+    solved = target.solved(rounded, factors, mends_mean=True)
     # The moments are centred: what the weights leave of the means is the bias's to mend.
     shift = moments.output_mean - solved.matrix().double() @ moments.quantized_mean
     return replace(solved, bias=(target.bias.double() + shift).float())

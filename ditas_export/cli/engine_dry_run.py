@@ -10,21 +10,20 @@ import typer
 
 from ditas_export.cli.build_settings import BuildSettings
 from ditas_export.engine.build import input_shapes
-from ditas_export.engine.make import json_options, needs_expansion, require_signed_codes
+from ditas_export.engine.make import json_options, needs_expansion
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.export import read_config, require_signed_codes
 
 
 def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
     """Print the command line of every program that the backend stands for.
 
     Raises:
-        EngineError: the file has to be expanded first, is for ONNX Runtime alone, or no program
-            has the options.
-        OnnxExportError: the file does not say which DiT it holds.
+        EngineError: the file has to be expanded first, or no program has the options.
+        OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
     require_signed_codes(model)
     if needs_expansion(model, settings.layout):
@@ -50,9 +49,8 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
     """Print what would be built, with what.
 
     Raises:
-        EngineError: no product that the backend stands for has the options, or the file is for
-            ONNX Runtime alone.
-        OnnxExportError: the file does not say which DiT it holds.
+        EngineError: no product that the backend stands for has the options.
+        OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
     require_signed_codes(model)
     products = candidates(settings.backend)

@@ -22,7 +22,7 @@ from ditas_export.engine.products import Product
 from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import read_config, read_form
+from ditas_export.onnx_export.export import read_config, read_form, require_signed_codes
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 
@@ -59,9 +59,8 @@ def make_engine(
         build: does the building.
 
     Raises:
-        EngineError: the product refuses, or an int8 file is asked for as int4, or the file has
-            the codes of ONNX Runtime's form.
-        OnnxExportError: no file of this package, or nothing in it to expand.
+        EngineError: the product refuses, or an int8 file is asked for as int4.
+        OnnxExportError: no file of this package, nothing in it to expand, or ONNX Runtime's form.
         ArtifactError: a file cannot be written.
     """
     config = read_config(onnx_path)
@@ -102,20 +101,6 @@ def current_gpu() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     return Gpu.at(torch.device("cuda", torch.cuda.current_device()))
-
-
-def require_signed_codes(path: Path) -> None:
-    """Raise unless TensorRT can read a file's activations.
-
-    Raises:
-        EngineError: they are UINT8, as in the form for ONNX Runtime.
-        OnnxExportError: no file of this package.
-    """
-    if read_form(path).get("activation_codes") == "uint8":
-        raise EngineError(
-            f"{path} has UINT8 activations, which TensorRT does not take: it was exported for "
-            f"onnxruntime; export it again with --target tensorrt or portable"
-        )
 
 
 def needs_expansion(path: Path, layout: Layout | None) -> bool:

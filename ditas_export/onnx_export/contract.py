@@ -291,6 +291,39 @@ def _own_constants(model: ir.Model) -> Iterator[Finding]:
             yield constant, f"used for {sorted(names)}", "a constant for each MatMul"
 
 
+def _joined_codes(model: ir.Model) -> Iterator[Finding]:
+    for concat in (node for node in model.graph if node.op_type == "Concat"):
+        makers = [producer(concat, index) for index in range(len(concat.inputs))]
+        codes, inner = makers if len(makers) == 2 else (None, None)
+        if not any(maker and maker.op_type == QUANTIZE and is_joined(maker) for maker in makers):
+            continue
+        source = producer(producer(producer(inner, 0), 0), 0)  # of the inner product's input
+        if source is not codes or integer_attribute(concat, "axis", 0) != -1:
+            expected = "codes and those of a product of theirs, on the last axis"
+            yield _name(concat), "another joint", expected
+            continue
+        assert codes is not None  # it is the source
+        around = [*makers, *consumers(codes), *consumers(concat)]
+        grids = {
+            tuple(str(array(operand(node, index))) for index in (1, 2))
+            for node in around
+            if node is not None and node is not concat
+        }
+        if len(grids) != 1:
+            yield _name(concat), "codes of several scales", "one scale and zero point"
+    for chain in int4_chains(model.graph):
+        if chain.concat is None:
+            continue
+        added = operand(chain.concat, 1)
+        constant = added.const_value if added and len(chain.concat.inputs) == 2 else None
+        if (
+            constant is None
+            or constant.dtype != ir.DataType.INT8
+            or integer_attribute(chain.concat, "axis", 1) != 0
+        ):
+            yield _name(chain.concat), "another joint", "INT8 constants below the rows, axis 0"
+
+
 def _no_quantizer_elsewhere(model: ir.Model) -> Iterator[Finding]:
     for product in products(model.graph):
         if product.weight is None:
@@ -381,6 +414,11 @@ RULES = (
         "own-constants",
         "ONNX Runtime does not fuse MatMuls of signed codes that share them",
         _own_constants,
+    ),
+    Rule(
+        "joined-codes",
+        "one product of a weight and its branch has one scale for the inputs of both",
+        _joined_codes,
     ),
     Rule(
         "no-quantizer-elsewhere",

@@ -235,6 +235,20 @@ def read_form(path: Path) -> dict[str, Any]:
     return form
 
 
+def require_signed_codes(path: Path) -> None:
+    """Raise unless TensorRT can read a file's activations.
+
+    Raises:
+        OnnxExportError: they are UINT8, as in the form for ONNX Runtime, or no file of this
+            package.
+    """
+    if read_form(path).get("activation_codes") == "uint8":
+        raise OnnxExportError(
+            f"{path} has UINT8 activations, which TensorRT does not take: it was exported for "
+            f"onnxruntime; export it again with --target tensorrt or portable"
+        )
+
+
 def file_metadata(path: Path) -> dict[str, str]:
     """Return an ONNX file's metadata; its tensors are not read.
 

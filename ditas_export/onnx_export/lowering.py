@@ -22,8 +22,8 @@ These codes are UINT8 with a zero point of 128: ONNX Runtime lets two products r
 and joins codes, where they are unsigned alone. TensorRT refuses them.
 
 What the runtimes ask of the form (`contract.py` checks it): the last DequantizeLinear of a weight
-feeds its MatMul and nothing else, every MatMul has an activation Q/DQ and scales of its own, scales
-and zero points are constants, and INT4 feeds only a DequantizeLinear.
+feeds its MatMul and nothing else, every MatMul of signed codes has an activation Q/DQ and scales of
+its own, scales and zero points are constants, and INT4 feeds only a DequantizeLinear.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class LowRank:
     p counts in the input's own steps and `left_codes` in the weight's row scale: p rounded to INT8,
     the addition is rank more columns of INT8 rows and rank more codes of the input, in one product
     with the weight's own. An odd divisor keeps every p 1 / (2 divisor) away from a rounding tie:
-    all runtimes find the same codes.
+    all runtimes find the same codes, as far as their sums of integers are exact.
     """
 
     left_codes: Tensor  # (N, rank) int8, |codes| <= 127
@@ -99,6 +99,11 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Check the shapes, and that no quotient can lie on a tie."""
+        for name, codes in (("left_codes", self.left_codes), ("right_codes", self.right_codes)):
+            if codes.dtype != torch.int8:
+                raise QuantizationError(
+                    f"{name} of the low-rank branch are {codes.dtype}, not int8"
+                )
         rank = self.left_codes.shape[1]
         if self.right_codes.shape[0] != rank or self.divisor.shape != (rank,):
             raise QuantizationError(

@@ -54,39 +54,53 @@ class SampledCodes:
 
 
 def integer_low_rank(
-    factors: Factors, row_scale: Tensor, output_weights: Tensor, sample: SampledCodes
+    factors: Factors,
+    row_scale: Tensor,
+    output_weights: Tensor,
+    sample: SampledCodes,
+    *,
+    centred: bool,
 ) -> LowRank:
     """Round the output factor to INT8 in units of the row scales.
 
     With P = q right_codesᵀ and ℓ the output factor for P in those units, a column gives p ℓ̂ᵀ with
     p = P / divisor and ℓ̂ = ℓ · divisor, both rounded and clamped to INT8: a small divisor costs the
-    one, a large one the other. Each column takes the divisor with the least error on the sample.
+    one, a large one the other. Each column takes the divisor with the least error on the sample,
+    the largest of equal ones.
 
     Args:
         factors: as fitted, in any float type.
         row_scale: of the weight that they are added to, (N,) float.
         output_weights: (N,), > 0: what an error of each output channel counts.
         sample: of the input.
+        centred: the bias mends the mean of the error, which does not count then.
     """
     units = factors.left.double() * factors.right_scale.double() / row_scale.double()[:, None]
     products = sample.codes.float() @ factors.right_codes.float().mT  # (tokens, rank), integers
-    tokens = sample.ranges.double().square()
+    wanted = _tokens(sample.ranges * products, centred=centred)
     rows = (output_weights.double() * row_scale.double()).square()[:, None]
     divisor = torch.ones(units.shape[1], dtype=torch.int32, device=units.device)
     least = torch.full_like(divisor, torch.inf, dtype=torch.float64)
     for candidate in DIVISORS:
-        inner = inner_codes(products, torch.full_like(divisor, candidate)).double()
-        left = _left_codes(units, candidate)
+        inner = inner_codes(products, torch.full_like(divisor, candidate))
+        got, left = _tokens(sample.ranges * inner, centred=centred), _left_codes(units, candidate)
         # Σ over tokens and rows of (p ℓ̂ − P ℓ)², P ℓ of all candidates being the same.
-        error = (tokens * inner.square()).sum(dim=0) * (rows * left.square()).sum(dim=0)
-        error -= 2 * (tokens * inner * products).sum(dim=0) * (rows * left * units).sum(dim=0)
-        better = error < least
+        error = got.square().sum(dim=0) * (rows * left.square()).sum(dim=0)
+        error -= 2 * (got * wanted).sum(dim=0) * (rows * left * units).sum(dim=0)
+        # A column that rounds to nothing is the same with all: its inner product is to be small.
+        better = error <= least
         divisor[better], least[better] = candidate, error[better]
     return LowRank(
         left_codes=_left_codes(units, divisor).to(torch.int8),
         right_codes=factors.right_codes,
         divisor=divisor,
     )
+
+
+def _tokens(values: Tensor, *, centred: bool) -> Tensor:
+    """Return (tokens, rank) in float64, less their mean over the tokens where `centred`."""
+    values = values.double()
+    return values - values.mean(dim=0) if centred else values
 
 
 def _left_codes(units: Tensor, divisor: Tensor | int) -> Tensor:

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
+from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.export import read_form, require_signed_codes
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
@@ -122,7 +122,7 @@ def _is_artifact(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return ARTIFACT_FORMAT in (file.metadata() or {})
+            return any(key.startswith(ARTIFACT_KIND) for key in file.metadata() or {})
     except (OSError, SafetensorError):
         return False
 
@@ -170,6 +170,8 @@ def _file_opener(
             f"{path} is bf16, and onnxruntime has no bfloat16 kernels on CPUs; use --runtime "
             f"openvino ({INSTALL}), or an engine of it: ditas-build {path}"
         )
+    if runtime in GPU_PROVIDERS:
+        require_signed_codes(path)
     providers = GPU_PROVIDERS.get(runtime, CUDA if on_gpu else CPU)
     return lambda sha256: OnnxRuntimeRunner(
         path,
