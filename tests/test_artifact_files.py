@@ -87,5 +87,14 @@ def test_tensors_and_header_come_back(tmp_path: Path) -> None:
     loaded, header = load_tensors(path, file_format="kind 1")
     assert header == {"a": None, "b": [1, 2]}
     assert all(torch.equal(tensors[name], loaded[name]) for name in tensors)
-    with pytest.raises(ArtifactError, match="but no kind 2"):
-        load_tensors(path, file_format="kind 2")
+
+
+def test_a_file_of_another_kind_or_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_tensors(path, {"x": torch.zeros(1)}, file_format="some kind 1", header={})
+    with pytest.raises(ArtifactError, match=r"is a safetensors file, but no other kind 1$"):
+        load_tensors(path, file_format="other kind 1")
+    expected = r"file is a some kind 1, and this version .* reads some kind 2; make it again$"
+    with pytest.raises(ArtifactError, match=expected) as caught:
+        load_tensors(path, file_format="some kind 2")
+    assert "\n" not in str(caught.value)

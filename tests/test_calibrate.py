@@ -9,8 +9,13 @@ import pytest
 import torch
 from quantized_fixture import tiny_dit
 
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.calibration.calibrate import (
+    PROGRESS_FORMAT,
+    QuantizationSettings,
+    quantize_dit,
+)
+from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear, linear_to_parts
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
@@ -40,10 +45,15 @@ class Stop(Exception):  # noqa: N818
 
 
 def same(first: QuantizedDiT, second: QuantizedDiT) -> bool:
-    return all(
-        torch.equal(linear.weight.codes, second.linears[name].weight.codes)
-        and torch.equal(linear.weight.row_scale, second.linears[name].weight.row_scale)
+    """Whether all tensors of all linears are equal, their low-rank factors among them."""
+    pairs = [
+        (linear_to_parts(linear)[0], linear_to_parts(second.linears[name])[0])
         for name, linear in first.linears.items()
+    ]
+    return all(
+        list(parts) == list(others)
+        and all(torch.equal(tensor, others[part]) for part, tensor in parts.items())
+        for parts, others in pairs
     )
 
 
@@ -93,6 +103,30 @@ def test_progress_of_other_settings_or_of_no_known_kind_is_not_taken(
         quantize_dit(model, states, plain),
         quantize_dit(model, states, plain, progress_file=progress),
     )
+
+
+@pytest.mark.parametrize(
+    ("file_format", "is_taken"),
+    [(PROGRESS_FORMAT, True), ("ditas-export calibration progress 1", False)],
+)
+def test_progress_of_another_format_is_not_taken(
+    model: DiT, states: CalibrationStates, tmp_path: Path, file_format: str, is_taken: bool
+) -> None:
+    """With a marker in what the first block left behind."""
+    progress = tmp_path / "progress"
+    settings = QuantizationSettings(method="linear")
+
+    def stop(name: str, _: QuantizedLinear) -> None:
+        if name == "blocks.1.attn.qkv":
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize_dit(model, states, settings, progress_file=progress, on_linear=stop)
+    tensors, header = load_tensors(progress, file_format=PROGRESS_FORMAT)
+    tensors["blocks.0.mlp.fc2.bias"] += 1.0
+    save_tensors(progress, tensors, file_format=file_format, header=header)
+    resumed = quantize_dit(model, states, settings, progress_file=progress)
+    assert same(quantize_dit(model, states, settings), resumed) == (not is_taken)
 
 
 def test_same_inputs_give_the_same_bytes(

@@ -214,9 +214,71 @@ def second_reader_of_chained_rows(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Identity", [rows], ["copy"], name="Copy"))
 
 
+def unsigned_without_zero_point(model: onnx.ModelProto) -> None:
+    del node(model.graph, f"{QKV}/joined_Dequantize").input[2]
+
+
+def other_scale(model: onnx.ModelProto, name: str) -> None:
+    other = add_constant(model.graph, "other_scale", np.array(0.5, np.float32))
+    node(model.graph, f"{QKV}/{name}").input[1] = other
+
+
+def other_scale_of_inner_codes(model: onnx.ModelProto) -> None:
+    other_scale(model, "inner_Quantize")
+
+
+def other_scale_of_joined_codes(model: onnx.ModelProto) -> None:
+    other_scale(model, "joined_Dequantize")
+
+
+def other_scale_of_the_inner_input(model: onnx.ModelProto) -> None:
+    other_scale(model, "input_Dequantize")
+
+
+def swapped_joint(model: onnx.ModelProto) -> None:
+    joint = node(model.graph, f"{QKV}/Join")
+    joint.input[:] = joint.input[::-1]
+
+
+def joint_on_tokens(model: onnx.ModelProto) -> None:
+    node(model.graph, f"{QKV}/Join").attribute[0].i = 1
+
+
+def joint_with_another_linears_codes(model: onnx.ModelProto) -> None:
+    other = "blocks.1.attn.qkv/inner_Quantize_output_0"
+    node(model.graph, f"{QKV}/Join").input[1] = other
+
+
+def rows_beside_rows(model: onnx.ModelProto) -> None:
+    node(model.graph, f"{QKV}/Rows").attribute[0].i = 1
+
+
+def unsigned_rows_of_the_branch(model: onnx.ModelProto) -> None:
+    set_constant(model.graph, f"{QKV}/left_codes", np.ones((4, 288), np.uint8))
+
+
+def rows_of_three(model: onnx.ModelProto) -> None:
+    node(model.graph, f"{QKV}/Rows").input.append(f"{QKV}/left_codes")
+
+
+def rows_of_the_branch_at_run_time(model: onnx.ModelProto) -> None:
+    insert_before(model.graph, f"{QKV}/Rows", 1, "Abs")
+
+
 OTHER_BREAKS = [
     ("joined", signed_joined_codes, "zero-points"),
     ("joined", other_unsigned_zero_point, "zero-points"),
+    ("joined", unsigned_without_zero_point, "zero-points"),
+    ("joined", other_scale_of_inner_codes, "joined-codes"),
+    ("joined", other_scale_of_joined_codes, "joined-codes"),
+    ("joined", other_scale_of_the_inner_input, "joined-codes"),
+    ("joined", swapped_joint, "joined-codes"),
+    ("joined", joint_on_tokens, "joined-codes"),
+    ("joined", joint_with_another_linears_codes, "joined-codes"),
+    ("joined", rows_beside_rows, "joined-codes"),
+    ("joined", unsigned_rows_of_the_branch, "joined-codes"),
+    ("joined", rows_of_three, "joined-codes"),
+    ("joined", rows_of_the_branch_at_run_time, "joined-codes"),
     ("joined", second_reader_of_joined_codes, "quantizer-pairs"),
     ("joined", second_reader_of_chained_rows, "quantizer-pairs"),
     ("static", rank_one_bias, "bias-rank"),

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from quantized_fixture import folded_linear
 from test_rounding import correlated_moment, quadratic_error, random_weight
 from torch import Tensor
 
+from ditas_export.calibration.modules import FakeQuantLinear
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization.low_rank import (
     DIVISORS,
@@ -111,6 +114,16 @@ def test_output_weights_spend_the_rank_where_errors_count() -> None:
     assert torch.allclose(scaled.product(), expected, rtol=1e-6, atol=1e-9)
 
 
+EVERY_ROW = torch.ones(200, dtype=torch.float64)
+
+
+def sampled(mean: Tensor) -> SampledCodes:
+    """Codes of 200 normal tokens about a mean, (K,) or (200, K), each in its own range."""
+    x = torch.randn(200, mean.shape[-1], generator=torch.Generator().manual_seed(1)) + mean
+    ranges = x.abs().amax(dim=1, keepdim=True)
+    return SampledCodes(codes=(x / ranges * 127).round().to(torch.int8), ranges=ranges)
+
+
 def fitted_and_sample(seed: int = 0) -> tuple[Factors, torch.Tensor, SampledCodes]:
     """Factors of a weight error, the row scales they meet, and inputs: columns of uneven size."""
     generator = torch.Generator().manual_seed(seed)
@@ -125,29 +138,142 @@ def fitted_and_sample(seed: int = 0) -> tuple[Factors, torch.Tensor, SampledCode
 
 
 def branch_error(
-    factors: Factors, row_scale: Tensor, sample: SampledCodes, divisor: Tensor
+    factors: Factors,
+    row_scale: Tensor,
+    sample: SampledCodes,
+    divisor: Tensor,
+    *,
+    output_weights: Tensor = EVERY_ROW,
+    centred: bool = False,
 ) -> Tensor:
-    """The energy that each column of an integer branch of these divisors loses on the sample."""
+    """The energy that each column of an integer branch of these divisors loses on the sample.
+
+    Where `centred`, less the mean that the bias mends: what the branch would lose on average if its
+    inner product were not rounded.
+    """
     units = factors.left * factors.right_scale / row_scale[:, None]
     products = sample.codes.double() @ factors.right_codes.double().mT
     p, left = (products / divisor).round().clamp(-128, 127), (units * divisor).round()
     left = left.clamp(-127, 127)
-    wanted = torch.einsum("tr,nr->rtn", products, units) * row_scale
-    got = torch.einsum("tr,nr->rtn", p, left) * row_scale
-    return ((got - wanted) * sample.ranges.double()).square().sum(dim=(1, 2))
+    wanted = torch.einsum("tr,nr->rtn", products, units)
+    lost = (torch.einsum("tr,nr->rtn", p, left) - wanted) * sample.ranges.double()
+    if centred:
+        unrounded = torch.einsum("tr,nr->rtn", products / divisor, left) - wanted
+        lost -= (unrounded * sample.ranges.double()).mean(dim=1, keepdim=True)
+    return (lost * row_scale * output_weights).square().sum(dim=(1, 2))
+
+
+def least_branch_error(
+    factors: Factors,
+    row_scale: Tensor,
+    sample: SampledCodes,
+    *,
+    output_weights: Tensor = EVERY_ROW,
+    centred: bool = False,
+) -> Tensor:
+    """The least `branch_error` of a dense search over divisors, column by column."""
+    return torch.stack(
+        [
+            branch_error(
+                factors,
+                row_scale,
+                sample,
+                divisor * torch.ones(4),
+                output_weights=output_weights,
+                centred=centred,
+            )
+            for divisor in range(1, 1001, 4)
+        ]
+    ).amin(dim=0)
+
+
+NEARLY = 1.1
+"""Four divisors to an octave; the dense search also finds lucky ones between."""
 
 
 def test_the_divisor_gives_the_branch_the_least_error() -> None:
     """Against a dense search over divisors, column by column, every product written out."""
     factors, row_scale, sample = fitted_and_sample()
-    branch = integer_low_rank(factors, row_scale, torch.ones(200), sample, centred=False)
+    branch = integer_low_rank(factors, row_scale, EVERY_ROW, sample, centred=False)
     assert torch.equal(branch.right_codes, factors.right_codes)
     got = branch_error(factors, row_scale, sample, branch.divisor)
-    searched = torch.stack(
-        [branch_error(factors, row_scale, sample, d * torch.ones(4)) for d in range(1, 4001, 8)]
+    assert (got < NEARLY * least_branch_error(factors, row_scale, sample)).all()
+
+
+def test_a_mean_that_the_bias_mends_does_not_choose_the_divisor() -> None:
+    """With a constant channel: what is chosen for the whole error loses more of what is left."""
+    factors, row_scale, sample = fitted_and_sample()
+    row_scale = row_scale * 8  # coarse output codes, which are wrong for the mean first
+    sample = sampled(torch.zeros(48).index_fill(0, torch.tensor(44), 30.0))
+    branch, other = (
+        integer_low_rank(factors, row_scale, EVERY_ROW, sample, centred=centred)
+        for centred in (True, False)
     )
-    # Four divisors to an octave; the full search also finds lucky ones between.
-    assert (got < 1.1 * searched.amin(dim=0)).all()
+    got, uncentred = (
+        branch_error(factors, row_scale, sample, each.divisor, centred=True)
+        for each in (branch, other)
+    )
+    # Codes that hardly change from token to token share a rounding error: luckier ones are to find.
+    assert (got < 1.3 * least_branch_error(factors, row_scale, sample, centred=True)).all()
+    assert (uncentred > 1.5 * got).all()
+
+
+def test_errors_of_an_output_count_by_its_weight() -> None:
+    """Half of the outputs are ten times as large, and count a hundredth."""
+    factors, row_scale, sample = fitted_and_sample()
+    size = torch.where(torch.arange(200) < 100, 10.0, 1.0).double()
+    factors = replace(factors, left=factors.left * size[:, None])
+    weights = 1 / size**2
+    branch, other = (
+        integer_low_rank(factors, row_scale, each, sample, centred=False)
+        for each in (weights, EVERY_ROW)
+    )
+    got, unweighted = (
+        branch_error(factors, row_scale, sample, each.divisor, output_weights=weights)
+        for each in (branch, other)
+    )
+    least = least_branch_error(factors, row_scale, sample, output_weights=weights)
+    assert (got < NEARLY * least).all()
+    assert (unweighted > 3 * got).all()
+
+
+def test_errors_of_a_token_count_by_its_range() -> None:
+    """Half of the tokens have a hundred times the range, and small codes but for one channel."""
+    factors, row_scale, _ = fitted_and_sample()
+    loud = torch.zeros(200, 48)
+    loud[:100, 0] = 30.0
+    ranges = torch.where(torch.arange(200) < 100, 100.0, 1.0)[:, None]
+    sample = replace(sampled(loud), ranges=ranges)
+    even = replace(sample, ranges=torch.ones(200, 1))
+    branch, other = (
+        integer_low_rank(factors, row_scale, EVERY_ROW, each, centred=False)
+        for each in (sample, even)
+    )
+    got, of_even = (
+        branch_error(factors, row_scale, sample, each.divisor) for each in (branch, other)
+    )
+    assert (got < NEARLY * least_branch_error(factors, row_scale, sample)).all()
+    assert (of_even > 3 * got).all()
+
+
+def test_a_column_that_rounds_to_nothing_overflows_nowhere() -> None:
+    """Three of four columns fit no error: their codes are noise, of any size, times nothing."""
+    linear = folded_linear(96, rank=0, static_range=40.0, dtype=torch.float16)
+    row_scale = linear.weight.row_scale.double()
+    factors = fit_weight_error(row_scale[:, None] * random_weight(1, 96), 4)
+    assert (factors.right_codes.abs().amax(dim=1) == 127).all()
+    branch = integer_low_rank(
+        factors, row_scale, torch.ones(80), sampled(torch.zeros(96)), centred=False
+    )
+    nothing = ~branch.left_codes.any(dim=0)
+    assert nothing.sum() == 3
+    assert (branch.divisor[nothing] == DIVISORS[-1]).all()
+    linear = replace(linear, low_rank=branch)
+    module = FakeQuantLinear(linear, ranges="static", activation_bits=8)
+    aligned = 40.0 * branch.right_codes.sign().half()
+    largest = 40.0 * branch.right_codes.float().abs().sum(dim=1)
+    assert (largest[nothing] > torch.finfo(torch.float16).max).all()  # with a divisor of 1
+    assert module(aligned).isfinite().all()
 
 
 def test_the_branch_is_the_factors_up_to_its_rounding() -> None:

@@ -10,6 +10,7 @@ import pytest
 from quantized_fixture import TINY, exported
 
 from ditas_export.errors import ArtifactError
+from ditas_export.onnx_export.lowering import Layout
 from ditas_export.onnx_export.manifest import PARTS, bytes_by_part, write_manifest
 
 
@@ -28,6 +29,20 @@ def test_every_byte_is_in_one_part() -> None:
     assert sizes["embedders"] > 0
     total = path.stat().st_size
     assert 0 < total - sum(sizes.values()) < 80_000  # the nodes
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+def test_the_factors_of_a_branch_that_joins_its_linear(layout: Layout) -> None:
+    """INT8 output factors: a part of their own beside INT4 codes, and rows of INT8 codes."""
+    path = exported(layout=layout, ranges="token", rank=4, target="onnxruntime")
+    sizes = bytes_by_part(ir.load(path))
+    width, depth = TINY.hidden_size, TINY.depth
+    weights, outputs, inputs = 12 * width**2, 9 * width, 7 * width  # per block
+    left, right = 4 * outputs, 4 * inputs + 4 * 4 * 4  # right: codes, and four scales of floats
+    codes = weights // 2 if layout == "int4" else weights + left
+    assert sizes["codes"] == depth * codes
+    assert sizes["low_rank"] == depth * (right + (left if layout == "int4" else 0))
+    assert sizes["row_scales"] == depth * outputs * 4
 
 
 def test_a_manifest_is_read_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -171,6 +172,34 @@ def test_the_interface_and_the_description(int4_file: Path) -> None:
         "float_type": "fp32",
         "target": "portable",
     }
+
+
+FORM = {"layout": "int4", "ranges": "token"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (FORM | {"rank": 4, "target": "onnxruntime"}, "uint8"),
+        (FORM | {"rank": 0, "target": "onnxruntime"}, "int8"),
+        (FORM | {"rank": 4, "target": "onnxruntime", "dtype": torch.float16}, "int8"),
+        (FORM | {"rank": 4, "target": "tensorrt"}, "int8"),
+        (FORM | {"rank": 4}, "int8"),
+        ({"activation_bits": 16, "block_size": 32}, None),
+    ],
+)
+def test_the_description_says_what_the_activations_are(
+    settings: dict[str, Any], expected: str | None
+) -> None:
+    """And it is what the quantizers' zero points are."""
+    path = exported(**settings)
+    assert read_form(path)["activation_codes"] == expected
+    zeros = {
+        value.dtype.name.lower()
+        for name, value in ir.load(path).graph.initializers.items()
+        if name.endswith("input_zero_point") and value.dtype is not None
+    }
+    assert zeros == ({expected} if expected else set())
 
 
 def test_names_follow_the_modules(int4_file: Path) -> None:

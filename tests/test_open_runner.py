@@ -8,15 +8,16 @@ import pytest
 import torch
 from quantized_fixture import example_inputs, exported, quantized_tiny_dit, snr_db, tiny_dit
 
-from ditas_export.artifact_files import sha256_of_file
+from ditas_export.artifact_files import load_tensors, save_tensors, sha256_of_file
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.errors import DitasExportError, RunnerError
+from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
+from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, RunnerError
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.open_runner import open_runner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
+from ditas_export.runtime.options import Runtime
 from ditas_export.runtime.torch_int8 import Int8Runner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -99,6 +100,17 @@ def test_a_quantized_model_cut_short_is_named(tmp_path: Path) -> None:
         open_runner(str(path))
 
 
+def test_a_quantized_model_of_another_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    save_quantized(path)
+    tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT)
+    old = "ditas-export quantized DiT 1"
+    save_tensors(path, tensors, file_format=old, header=header)
+    expected = f"{path} is a {old}, and this version .* reads {ARTIFACT_FORMAT}; make it again$"
+    with pytest.raises(ArtifactError, match=expected):
+        open_runner(str(path))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation_bits", [8, 16])
 def test_a_quantized_model_runs_in_half_precision_on_a_gpu(
@@ -134,6 +146,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     without_openvino(monkeypatch)
     with pytest.raises(RunnerError, match=r"openvino is not installed; run: pip install"):
         open_runner(str(exported()), runtime="openvino")
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "nv-tensorrt-rtx"])
+def test_tensorrt_takes_no_unsigned_codes(runtime: Runtime) -> None:
+    path = exported(layout="int4", ranges="token", rank=4, target="onnxruntime")
+    expected = f"{path} has UINT8 activations, .* --target tensorrt or portable$"
+    with pytest.raises(OnnxExportError, match=expected):
+        open_runner(str(path), runtime=runtime, device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
 from ditas_export.dit.sites import adaln_names
-from ditas_export.errors import ArtifactError
+from ditas_export.errors import ArtifactError, DitasExportError
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(4, 4), (4, 0), (8, 0)])
@@ -90,6 +90,28 @@ def test_a_file_of_before_the_bits_were_written_holds_floats(tmp_path: Path) -> 
     assert loaded.adaln_bits == 16
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+
+
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
+    """Its output factors were floats."""
+    quantized_tiny_dit(tiny_dit()).save(tmp_path / "new")
+    tensors, header = load_tensors(tmp_path / "new", file_format=ARTIFACT_FORMAT)
+    old = "ditas-export quantized DiT 1"
+    save_tensors(tmp_path / "old", tensors, file_format=old, header=header)
+    expected = f"old is a {old}, and this version .* reads {ARTIFACT_FORMAT}; make it again$"
+    with pytest.raises(ArtifactError, match=expected):
+        QuantizedDiT.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize("part", ["left_codes", "right_codes"])
+def test_wide_low_rank_codes_are_refused(tmp_path: Path, part: str) -> None:
+    quantized_tiny_dit(tiny_dit()).save(tmp_path / "whole")
+    tensors, header = load_tensors(tmp_path / "whole", file_format=ARTIFACT_FORMAT)
+    name = f"blocks.1.mlp.fc1.low_rank.{part}"
+    tensors[name] = tensors[name].to(torch.int16)
+    save_tensors(tmp_path / "wide", tensors, file_format=ARTIFACT_FORMAT, header=header)
+    with pytest.raises(DitasExportError, match=rf"{part} .* are torch\.int16, not int8"):
+        QuantizedDiT.load(tmp_path / "wide")
 
 
 def test_missing_modulation_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from ditas_export.calibration.solve import (
     SolvedLinear,
     corrected_target,
     round_activations,
+    sample_codes,
     sample_tokens,
     search_alpha,
     solve_linear,
@@ -37,13 +39,19 @@ SETTINGS = LinearSettings(
 )
 
 
-def problem(seed: int = 0, outlier: float = 30.0) -> tuple[Tensor, Tensor, Tensor, LinearInputs]:
-    """A linear with correlated inputs, one outlier channel, and a quantized stream that drifts."""
+def problem(
+    seed: int = 0, outlier: float = 30.0, constant: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, LinearInputs]:
+    """A linear with correlated inputs, one outlier channel, and a quantized stream that drifts.
+
+    `constant` is added to one channel.
+    """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(12, 48, generator=generator)
     x_float = torch.randn(600, 12, generator=generator) @ mixing
     x_float += 0.3 * torch.randn(600, 48, generator=generator)
     x_float[:, 7] *= outlier
+    x_float[:, 11] += constant
     drift = torch.randn(48, generator=generator) * 0.1
     x_quantized = x_float * 1.02 + drift + 0.05 * torch.randn(600, 48, generator=generator)
     weight = torch.randn(24, 48, generator=generator) / 7
@@ -75,6 +83,21 @@ def output_error(
     )
     wanted = x_float @ weight.T + bias
     got = x_hat @ solved.matrix().T + solved.bias
+    return float((got - wanted).square().sum() / wanted.square().sum())
+
+
+def joined_error(solved: SolvedLinear, weight: Tensor, bias: Tensor, inputs: LinearInputs) -> float:
+    """`output_error` with the low-rank inner product rounded, as where it joins the linear's."""
+    x_float, x_quantized = (part.double() for part in all_tokens(inputs))
+    smooth = x_quantized / solved.smoothing_scale
+    ranges = smooth.abs().amax(dim=1, keepdim=True)
+    codes = (smooth / ranges * 127).round()
+    branch = solved.low_rank
+    assert branch is not None
+    inner = (codes @ branch.right_codes.double().T / branch.divisor).round().clamp(-128, 127)
+    integers = codes @ solved.weight.int8_rows().double().T + inner @ branch.left_codes.double().T
+    got = integers * solved.weight.row_scale * ranges / 127 + solved.bias
+    wanted = x_float @ weight.double().T + bias
     return float((got - wanted).square().sum() / wanted.square().sum())
 
 
@@ -167,6 +190,37 @@ def test_the_bias_absorbs_the_drift_of_the_means(corrected: bool) -> None:
     )
     error = x_hat @ solved.matrix().T + solved.bias - x_float @ weight.T - bias
     assert error.mean(0).abs().max() < 1e-3 * error.std()
+
+
+@pytest.mark.parametrize(
+    ("seed", "constant", "rank", "alpha"), [(0, 3000.0, 8, 0.7), (1, 1000.0, 2, 0.3)]
+)
+def test_a_constant_channel_does_not_coarsen_the_branch(
+    seed: int, constant: float, rank: int, alpha: float
+) -> None:
+    """Rounding the inner product is to cost little where its mean is hundreds of times its spread.
+
+    Of the first fit's 25 dB it takes 0.4, with divisors that mind the mean, which the bias mends,
+    5.5. In the second, an inner product that is clamped at every token would lose 39 dB: its mean
+    the bias does not mend.
+    """
+    weight, bias, maxima, inputs = problem(seed, constant=constant)
+    settings = replace(SETTINGS, rank=rank, alpha_grid=(alpha,))
+    solved = solve_linear(weight, bias, maxima, inputs, torch.ones(24), settings)
+    unrounded = output_error(solved, weight, bias, maxima, inputs)
+    assert 10 * math.log10(joined_error(solved, weight, bias, inputs) / unrounded) < 1.0
+
+
+def test_the_sampled_codes_are_those_of_the_smoothed_quantized_stream() -> None:
+    _, _, _, inputs = problem()
+    smoothing = torch.linspace(0.5, 2.0, 48)
+    sample = sample_codes(inputs, smoothing)
+    smooth = all_tokens(inputs)[1] / smoothing
+    assert torch.equal(sample.ranges, smooth.abs().amax(dim=1, keepdim=True))
+    assert sample.codes.dtype == torch.int8
+    steps = sample.ranges / 127
+    # Half a step, and the float32 rounding of a code of up to 127.
+    assert ((sample.codes * steps - smooth).abs() <= 0.5001 * steps).all()
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from quantized_fixture import snr_db, tiny_dit
+from torch import Tensor
 
 from ditas_export.calibration import walk as walk_module
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.methods import METHODS, Method
 from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.quantized_dit import linear_to_parts
 from ditas_export.calibration.solve import LinearInputs, LinearSettings
 from ditas_export.calibration.states import (
     CalibrationSettings,
@@ -26,6 +28,7 @@ from ditas_export.dit.model import DiT
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import CalibrationError
+from ditas_export.quantization.ranges import Ranges
 from ditas_export.runtime.torch_runner import TorchRunner
 
 
@@ -78,11 +81,53 @@ def test_without_rounding_both_streams_are_the_model(model: DiT, states: Calibra
         assert linear.output_snr_db > 110, site  # float32
 
 
-def test_the_quantized_stream_is_the_exported_model(model: DiT, states: CalibrationStates) -> None:
-    """The last linear's error is measured on the stream: the model assembled must show it too.
+@pytest.mark.parametrize(
+    ("activation_bits", "ranges", "bound"),
+    [
+        # A code that flips at a rounding tie: 60 dB and more; an unrounded inner product: 47.
+        (8, "token", 55),
+        (8, "static", 55),
+        (16, "token", 110),  # float32
+    ],
+)
+def test_the_quantized_stream_is_the_exported_model(
+    model: DiT,
+    states: CalibrationStates,
+    monkeypatch: pytest.MonkeyPatch,
+    activation_bits: int,
+    ranges: Ranges,
+    bound: float,
+) -> None:
+    """What the last linear puts out in the walk, it puts out in the fake-quantized model."""
+    last = "blocks.1.mlp.fc2"
+    walked: list[Tensor] = []
+    output = walk_module._WalkedLinear.output
 
-    The final hidden states are compared by what they give: the fake-quantized model's output on the
-    walk's inputs against the float model's, for a method that corrects its target and one without.
+    def keep(linear: walk_module._WalkedLinear, x: Tensor) -> Tensor:
+        y = output(linear, x)
+        if linear.site.name == last:
+            walked.append(y)
+        return y
+
+    monkeypatch.setattr(walk_module._WalkedLinear, "output", keep)
+    settings = QuantizationSettings(
+        rank=8, activation_bits=activation_bits, ranges=ranges, alpha_grid=(0.4, 0.5)
+    )
+    folded = fold_smoothing(quantize_dit(model, states, settings))
+    fake = fake_quantized_dit(folded, ranges=ranges, target="onnxruntime")
+    found: list[Tensor] = []
+    fake.get_submodule(last).register_forward_hook(lambda _, inputs, y: found.append(y))
+    inputs = walk_states(states, null_class=10, share=1.0)
+    fake(inputs.latents, inputs.timesteps, inputs.class_labels)
+    assert snr_db(torch.cat(walked), *found) > bound
+
+
+def test_the_exported_model_shows_what_a_method_gains(
+    model: DiT, states: CalibrationStates
+) -> None:
+    """The fake-quantized model's output on the walk's inputs against the float model's.
+
+    For a method that corrects its target and one without.
     """
     inputs = walk_states(states, null_class=10, share=1.0)
     outputs = {}
@@ -90,7 +135,7 @@ def test_the_quantized_stream_is_the_exported_model(model: DiT, states: Calibrat
         quantized = quantize_dit(
             model, states, QuantizationSettings(method=name, rank=2, alpha_grid=(0.4, 0.5))
         )
-        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token")
+        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token", target="onnxruntime")
         outputs[name] = fake(inputs.latents, inputs.timesteps, inputs.class_labels)
     wanted = model(inputs.latents, inputs.timesteps, inputs.class_labels)
     assert snr_db(wanted, outputs["ditas-plus"]) > snr_db(wanted, outputs["linear"]) + 3
@@ -113,8 +158,11 @@ def test_known_linears_are_passed_through(model: DiT, states: CalibrationStates)
         for site, linear in walk(model, inputs, states.input_maxima, refuse, known=known)
     }
     for name, linear in first.items():
-        assert torch.equal(linear.weight.codes, second[name].weight.codes), name
-        assert torch.equal(linear.bias, second[name].bias), name
+        parts, others = linear_to_parts(linear)[0], linear_to_parts(second[name])[0]
+        assert list(parts) == list(others), name
+        assert "low_rank.divisor" in parts
+        for part, tensor in parts.items():
+            assert torch.equal(tensor, others[part]), (name, part)
         assert (second[name] is linear) == (name in known)
 
 

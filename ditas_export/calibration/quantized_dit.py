@@ -17,7 +17,7 @@ from torch import Tensor
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import adaln_names, linear_sites
-from ditas_export.errors import ArtifactError
+from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.weight_only import WeightOnlyWeight
 
@@ -110,7 +110,7 @@ class QuantizedDiT:
                 for site in linear_sites(config.depth)
             }
             adaln = _adaln_from_parts(tensors, config, header.get("adaln_bits", 16))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, QuantizationError) as error:
             raise ArtifactError(f"{path} is damaged: {error!r}; calibrate again") from error
         prefix = "float."
         return cls(

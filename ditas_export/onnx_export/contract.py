@@ -298,11 +298,10 @@ def _joined_codes(model: ir.Model) -> Iterator[Finding]:
         if not any(maker and maker.op_type == QUANTIZE and is_joined(maker) for maker in makers):
             continue
         source = producer(producer(producer(inner, 0), 0), 0)  # of the inner product's input
-        if source is not codes or integer_attribute(concat, "axis", 0) != -1:
+        if codes is None or source is not codes or integer_attribute(concat, "axis", 0) != -1:
             expected = "codes and those of a product of theirs, on the last axis"
             yield _name(concat), "another joint", expected
             continue
-        assert codes is not None  # it is the source
         around = [*makers, *consumers(codes), *consumers(concat)]
         grids = {
             tuple(str(array(operand(node, index))) for index in (1, 2))

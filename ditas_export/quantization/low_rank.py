@@ -73,18 +73,21 @@ def integer_low_rank(
         row_scale: of the weight that they are added to, (N,) float.
         output_weights: (N,), > 0: what an error of each output channel counts.
         sample: of the input.
-        centred: the bias mends the mean of the error, which does not count then.
+        centred: the bias mends the mean of the error but for the rounding of p.
     """
     units = factors.left.double() * factors.right_scale.double() / row_scale.double()[:, None]
     products = sample.codes.float() @ factors.right_codes.float().mT  # (tokens, rank), integers
-    wanted = _tokens(sample.ranges * products, centred=centred)
+    wanted = sample.ranges.double() * products
+    mean = wanted.mean(dim=0) if centred else torch.zeros_like(wanted[0])
+    wanted -= mean
     rows = (output_weights.double() * row_scale.double()).square()[:, None]
     divisor = torch.ones(units.shape[1], dtype=torch.int32, device=units.device)
     least = torch.full_like(divisor, torch.inf, dtype=torch.float64)
     for candidate in DIVISORS:
         inner = inner_codes(products, torch.full_like(divisor, candidate))
-        got, left = _tokens(sample.ranges * inner, centred=centred), _left_codes(units, candidate)
-        # Σ over tokens and rows of (p ℓ̂ − P ℓ)², P ℓ of all candidates being the same.
+        got, left = sample.ranges * inner.double() - mean / candidate, _left_codes(units, candidate)
+        # Σ over tokens and rows of (p ℓ̂ − P ℓ)², P ℓ of all candidates being the same; the bias
+        # takes up the mean of P (ℓ̂ / divisor − ℓ).
         error = got.square().sum(dim=0) * (rows * left.square()).sum(dim=0)
         error -= 2 * (got * wanted).sum(dim=0) * (rows * left * units).sum(dim=0)
         # A column that rounds to nothing is the same with all: its inner product is to be small.
@@ -95,12 +98,6 @@ def integer_low_rank(
         right_codes=factors.right_codes,
         divisor=divisor,
     )
-
-
-def _tokens(values: Tensor, *, centred: bool) -> Tensor:
-    """Return (tokens, rank) in float64, less their mean over the tokens where `centred`."""
-    values = values.double()
-    return values - values.mean(dim=0) if centred else values
 
 
 def _left_codes(units: Tensor, divisor: Tensor | int) -> Tensor:
