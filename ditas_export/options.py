@@ -14,8 +14,8 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Target = Literal["portable", "onnxruntime", "tensorrt"]
 """Whose forms a file has where runtimes differ.
 
-Every runtime takes every form, but for two: TensorRT does not take the UINT8 activations of ONNX
-Runtime's form, and ONNX Runtime has no bfloat16 kernels on CPUs.
+Every runtime takes every form, but for two: TensorRT does not take ONNX Runtime's (UINT8
+activations, opset 23), and ONNX Runtime has no bfloat16 kernels on CPUs.
 """
 
 

@@ -194,6 +194,15 @@ def wide_weight_only_block(model: onnx.ModelProto) -> None:
     next(attribute for attribute in attributes if attribute.name == "block_size").i = 48
 
 
+def older_opset(model: onnx.ModelProto) -> None:
+    """Of the forms without `Attention`."""
+    model.opset_import[0].version = 21
+
+
+def older_ir_version(model: onnx.ModelProto) -> None:
+    model.ir_version = 10
+
+
 def signed_joined_codes(model: onnx.ModelProto) -> None:
     set_constant(model.graph, f"{QKV}/input_zero_point", np.array(0, np.int8))
 
@@ -266,6 +275,8 @@ def rows_of_the_branch_at_run_time(model: onnx.ModelProto) -> None:
 
 
 OTHER_BREAKS = [
+    ("joined", older_opset, "opset"),
+    ("joined", older_ir_version, "ir-version"),
     ("joined", signed_joined_codes, "zero-points"),
     ("joined", other_unsigned_zero_point, "zero-points"),
     ("joined", unsigned_without_zero_point, "zero-points"),

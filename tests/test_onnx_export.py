@@ -91,6 +91,9 @@ def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> N
             assert kernels[f"{name}/MatMul"] == "MatMulIntegerToFloat"
             assert kernels[f"{name}/right_MatMul"] == inner
             assert (f"{name}/left_MatMul" in kernels) == (target == "tensorrt")
+        operators = [node.op_type for node in onnx.load(str(path)).graph.node]
+        assert operators.count("Attention") == (TINY.depth if target == "onnxruntime" else 0)
+        assert operators.count("Softmax") == (0 if target == "onnxruntime" else TINY.depth)
         with OnnxRuntimeRunner(path, threads=2) as runner:
             outputs.append(runner(*inputs))
     assert torch.equal(*outputs)

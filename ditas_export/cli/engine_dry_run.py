@@ -15,7 +15,7 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import read_config, require_signed_codes
+from ditas_export.onnx_export.export import read_config, require_form_for_tensorrt
 
 
 def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
@@ -25,7 +25,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
         EngineError: the file has to be expanded first, or no program has the options.
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
-    require_signed_codes(model)
+    require_form_for_tensorrt(model)
     if needs_expansion(model, settings.layout):
         raise EngineError(
             f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
@@ -52,7 +52,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         EngineError: no product that the backend stands for has the options.
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
-    require_signed_codes(model)
+    require_form_for_tensorrt(model)
     products = candidates(settings.backend)
     _require_possible(products, settings.options)
     intent = {

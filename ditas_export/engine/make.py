@@ -22,7 +22,7 @@ from ditas_export.engine.products import Product
 from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import read_config, read_form, require_signed_codes
+from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 
@@ -64,7 +64,7 @@ def make_engine(
         ArtifactError: a file cannot be written.
     """
     config = read_config(onnx_path)
-    require_signed_codes(onnx_path)
+    require_form_for_tensorrt(onnx_path)
     with _in_layout(onnx_path, layout) as graph, atomic_path(plan_path) as partial:
         form = read_form(graph)
         built = build(graph, partial)

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export import attention
 from ditas_export.onnx_export.lowering import UNSIGNED_ZERO_POINT
 from ditas_export.onnx_export.patterns import (
     DEQUANTIZE,
@@ -110,14 +111,22 @@ def _default_domain(model: ir.Model) -> Iterator[Finding]:
 
 
 def _opset(model: ir.Model) -> Iterator[Finding]:
-    found = model.opset_imports.get("")
-    if found != OPSET:
-        yield "opset imports", f"opset {found}", f"opset {OPSET}"
+    found, expected = model.opset_imports.get(""), _versions(model)[0]
+    if found != expected:
+        yield "opset imports", f"opset {found}", f"opset {expected}"
 
 
 def _ir_version(model: ir.Model) -> Iterator[Finding]:
-    if model.ir_version != IR_VERSION:
-        yield "the file", f"IR version {model.ir_version}", f"IR version {IR_VERSION}"
+    expected = _versions(model)[1]
+    if model.ir_version != expected:
+        yield "the file", f"IR version {model.ir_version}", f"IR version {expected}"
+
+
+def _versions(model: ir.Model) -> tuple[int, int]:
+    """Return the opset and the IR version that a graph is to have."""
+    if any(node.op_type == "Attention" for node in model.graph):
+        return attention.OPSET, attention.IR_VERSION
+    return OPSET, IR_VERSION
 
 
 def _interface(model: ir.Model) -> Iterator[Finding]:
@@ -364,8 +373,8 @@ def _cut_product(model: ir.Model) -> Iterator[Finding]:
 
 RULES = (
     Rule("default-domain", "no runtime shares another's operators", _default_domain),
-    Rule("opset", "the first with INT4 and block scales, and all runtimes read it", _opset),
-    Rule("ir-version", "came with INT4; older runtimes refuse later ones", _ir_version),
+    Rule("opset", "the first with INT4 and block scales, or with Attention", _opset),
+    Rule("ir-version", "came with the opset; older runtimes refuse later ones", _ir_version),
     Rule("interface", "every backend feeds and reads the same tensors", _interface),
     Rule("constant-scales", "TensorRT takes build-time constants only", _constant_scales),
     Rule("positive-scales", "TensorRT's parser refuses others", _positive_scales),

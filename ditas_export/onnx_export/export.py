@@ -18,6 +18,7 @@ from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import joins_branch
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
+from ditas_export.onnx_export.attention import fuse_attention
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.lowering import (
@@ -87,6 +88,8 @@ def export_onnx(
         return lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)
 
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
+    if target == "onnxruntime" and folded.dtype == torch.float32:
+        fuse_attention(model, folded.config.num_heads)
     lower_placeholders(model, lower)
     form = {
         "weight_bits": next(iter(folded.linears.values())).weight.bits,
@@ -235,17 +238,17 @@ def read_form(path: Path) -> dict[str, Any]:
     return form
 
 
-def require_signed_codes(path: Path) -> None:
-    """Raise unless TensorRT can read a file's activations.
+def require_form_for_tensorrt(path: Path) -> None:
+    """Raise if a file was written in ONNX Runtime's form.
 
     Raises:
-        OnnxExportError: they are UINT8, as in the form for ONNX Runtime, or no file of this
-            package.
+        OnnxExportError: it was, with UINT8 activations, or no file of this package.
     """
-    if read_form(path).get("activation_codes") == "uint8":
+    form = read_form(path)
+    if form.get("target") == "onnxruntime" and form["float_type"] == "fp32":
         raise OnnxExportError(
-            f"{path} has UINT8 activations, which TensorRT does not take: it was exported for "
-            f"onnxruntime; export it again with --target tensorrt or portable"
+            f"{path} was exported for onnxruntime, in a form that TensorRT does not take (UINT8 "
+            f"activations); export it again with --target tensorrt or portable"
         )
 
 

@@ -85,6 +85,21 @@ class Subgraph:
         self._graph.insert_before(self._before, node)
         return node.outputs[0]
 
+    def split(self, x: ir.Value, parts: int) -> list[ir.Value]:
+        """Add a Split of a value's last axis into equal parts and return them."""
+        node = ir.Node(
+            "",
+            "Split",
+            [x],
+            [_attribute("axis", -1), _attribute("num_outputs", parts)],
+            num_outputs=parts,
+            name=f"{self._path}/Split",
+        )
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_output_{index}"
+        self._graph.insert_before(self._before, node)
+        return list(node.outputs)
+
     def _register(self, name: str, tensor: ir.LazyTensor | ir.PackedTensor[Any]) -> ir.Value:
         """Make an initializer of a tensor."""
         value = ir.Value(

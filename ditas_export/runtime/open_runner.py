@@ -18,7 +18,7 @@ from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import read_form, require_signed_codes
+from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
@@ -171,7 +171,7 @@ def _file_opener(
             f"openvino ({INSTALL}), or an engine of it: ditas-build {path}"
         )
     if runtime in GPU_PROVIDERS:
-        require_signed_codes(path)
+        require_form_for_tensorrt(path)
     providers = GPU_PROVIDERS.get(runtime, CUDA if on_gpu else CPU)
     return lambda sha256: OnnxRuntimeRunner(
         path,
