@@ -221,23 +221,23 @@ def solve_linear(
         output_weights = torch.ones_like(output_weights)
     with timings.part("alpha search"):
         smoothing, alpha = _choose_smoothing(weight, step_maxima, inputs, output_weights, settings)
-    with timings.part("rounding and low rank"):
-        sample = sample_codes(inputs, smoothing) if settings.has_branch else None
-    target = _Target(
-        weight=weight,
-        bias=bias,
-        smoothing=smoothing,
-        output_weights=output_weights,
-        sample=sample,
-        settings=settings,
-    )
-    solve = partial(_solve_by_weight, target)
+    moments = None
     if method.compensated_rounding or method.target_correction:
         with timings.part("moments"):
             batches = _quantized_batches(inputs, smoothing, step_maxima, settings)
             moments = JointMoments.accumulate(weight, batches, inputs.ranks)
-        solve = partial(_solve_by_moments, target, moments)
     with timings.part("rounding and low rank"):
+        target = _Target(
+            weight=weight,
+            bias=bias,
+            smoothing=smoothing,
+            output_weights=output_weights,
+            sample=sample_codes(inputs, smoothing) if settings.has_branch else None,
+            settings=settings,
+        )
+        solve = partial(_solve_by_weight, target)
+        if moments is not None:
+            solve = partial(_solve_by_moments, target, moments)
         return replace(inputs.ranks.first(lambda: solve().to("cpu")), alpha=alpha)
 
 
