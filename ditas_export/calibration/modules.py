@@ -14,7 +14,7 @@ from ditas_export.quantization.ranges import (
     Ranges,
     quantize,
     static_scale,
-    token_ranges,
+    token_codes,
     unit_scale,
 )
 
@@ -79,8 +79,9 @@ class FakeQuantLinear(nn.Module):
         Args:
             x: (…, K), already multiplied by `input_multiplier`.
         """
-        ranges = token_ranges(x) if self.ranges == "token" else None
-        return quantize(x if ranges is None else x / ranges, self.scale), ranges
+        if self.ranges == "token":
+            return token_codes(x)
+        return quantize(x, self.scale), None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, N) for x (…, K)."""

@@ -1,7 +1,7 @@
 """Attention as the one operator that opset 23 has for it, in a skeleton.
 
-ONNX Runtime runs `Attention` on CPUs in three quarters of the time of the products, softmax and
-transposes that it stands for. It is for files of ONNX Runtime's form alone: opset 21 has none, and
+ONNX Runtime runs `Attention` on CPUs in less time than the products, softmax and transposes that
+it stands for. It is for files of ONNX Runtime's form alone: opset 21 has none, and
 NVIDIA's builder fuses the parts by itself.
 """
 
