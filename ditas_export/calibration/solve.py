@@ -43,6 +43,8 @@ from ditas_export.quantization.rounding import (
     InputMoments,
     compensated_blocks,
     compensated_rows,
+    damped,
+    rounding_order,
 )
 from ditas_export.quantization.smoothing import channel_maxima, smoothing_scale
 from ditas_export.timings import Timings
@@ -50,9 +52,12 @@ from ditas_export.timings import Timings
 RIDGE = 0.01
 """λ of the target and of rounding, relative to the mean diagonal of H."""
 
-LOW_RANK_ITERATIONS = 10
-"""Alternations of rounding and low-rank fit (DiTAS, section 4.1). Four cost 0.1 dB of a linear's
-output (the bundled model's twin)."""
+LORA_AO_ITERATIONS = 10
+"""Alternations of rounding and fitting of LoRA-AO (DiTAS, section 4.1)."""
+
+OUTPUT_FIT_ITERATIONS = 4
+"""Alternations of compensated rounding and fitting to the output error. Ten would gain 0.1 dB of a
+linear's output (the bundled model's twin) and take twice as long."""
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 """From a stride to (x_f, x_q), each (some tokens, K), of every stride-th token, evenly spread."""
@@ -166,6 +171,15 @@ class JointMoments:
             cross=cross.addr_(seen_mean, quantized_mean, alpha=-1),
             quantized_mean=quantized_mean,
             output_mean=seen_mean,
+        )
+
+    def take(self, columns: Tensor) -> JointMoments:
+        """Return the moments with the input's channels in another order, (K,)."""
+        return replace(
+            self,
+            quantized=self.quantized[columns][:, columns],
+            cross=self.cross[:, columns],
+            quantized_mean=self.quantized_mean[columns],
         )
 
 
@@ -302,16 +316,28 @@ def _solve_by_weight(target: _Target) -> SolvedLinear:
 
 def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
     """Round the best real weight, or W · s, for the least output error."""
-    weight, smoothing, settings = target.weight, target.smoothing, target.settings
-    inputs = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
+    settings = target.settings
+    order = _column_order(moments, settings)
+    ordered = moments.take(order)
+    weight, smoothing = target.weight[:, order], target.smoothing[order]
+    inputs = InputMoments.from_second_moment(ordered.quantized, damping=RIDGE)
     matrix = weight * smoothing
     if settings.method.target_correction:
-        matrix = corrected_target(weight, smoothing, moments, inputs).to(weight.dtype)
+        matrix = corrected_target(weight, smoothing, ordered, inputs).to(weight.dtype)
     rounded, factors = _round_to_target(matrix, inputs, target.output_weights, settings)
-    solved = target.solved(rounded, factors, mends_mean=True)
+    back = order.argsort()
+    factors = None if factors is None else factors.take(back)
+    solved = target.solved(rounded.take(back), factors, mends_mean=True)
     # The moments are centred: what the weights leave of the means is the bias's to mend.
     shift = moments.output_mean - solved.matrix().double() @ moments.quantized_mean
     return replace(solved, bias=(target.bias.double() + shift).float())
+
+
+def _column_order(moments: JointMoments, settings: LinearSettings) -> Tensor:
+    """Return the order in which a linear's columns are rounded, (K,) int64."""
+    if settings.weight_bits == 8 or not settings.method.compensated_rounding:
+        return torch.arange(moments.quantized.shape[0], device=moments.quantized.device)
+    return rounding_order(damped(moments.quantized, RIDGE), block_size=settings.block_size)
 
 
 def weight_maxima(weight: Tensor, method: Method) -> Tensor:
@@ -450,7 +476,7 @@ def _round_to_weight(
         return rounded, None
     best: tuple[IntegerWeight, Factors | None] = (rounded, None)
     best_error = float("inf")
-    for _ in range(LOW_RANK_ITERATIONS):
+    for _ in range(LORA_AO_ITERATIONS):
         error_left = (smoothed - rounded.dequantize()).double()
         factors = fit_weight_error(error_left, settings.rank).to(torch.float32)
         addition = factors.product()
@@ -480,7 +506,7 @@ def _round_to_target(
     addition = whitened_addition = torch.zeros_like(target)
     best: tuple[IntegerWeight, Factors] | None = None
     best_error = float("inf")
-    for _ in range(LOW_RANK_ITERATIONS):
+    for _ in range(OUTPUT_FIT_ITERATIONS):
         rounded, whitened = rounding(target - addition)
         whitened += whitened_addition  # what codes alone leave of the target
         factors = fit_output_error(whitened, moments, settings.rank, output_weights)

@@ -67,6 +67,11 @@ class IntegerWeight:
         """Return the weight, (N, K), in the row scale's float type."""
         return self.int8_rows().to(self.row_scale.dtype) * self.row_scale[:, None]
 
+    def take(self, columns: Tensor) -> IntegerWeight:
+        """Return the weight's columns in another order, (K,), that leaves blocks together."""
+        blocks = columns.reshape(-1, self.block_size)[:, 0] // self.block_size
+        return replace(self, codes=self.codes[:, columns], multipliers=self.multipliers[:, blocks])
+
     def to(self, target: torch.device | torch.dtype | str) -> IntegerWeight:
         """Return the weight with its row scale in another float type, or all on another device."""
         if isinstance(target, torch.dtype):

@@ -45,6 +45,10 @@ class Factors:
         """Return left @ right, (N, K)."""
         return self.left @ self.right()
 
+    def take(self, columns: Tensor) -> Factors:
+        """Return the factors with the input factor's columns in another order, (K,)."""
+        return replace(self, right_codes=self.right_codes[:, columns])
+
     def to(self, dtype: torch.dtype) -> Factors:
         """Return the factors with their floats in another type."""
         return replace(self, left=self.left.to(dtype), right_scale=self.right_scale.to(dtype))
