@@ -52,12 +52,9 @@ from ditas_export.timings import Timings
 RIDGE = 0.01
 """λ of the target and of rounding, relative to the mean diagonal of H."""
 
-LORA_AO_ITERATIONS = 10
-"""Alternations of rounding and fitting of LoRA-AO (DiTAS, section 4.1)."""
-
-OUTPUT_FIT_ITERATIONS = 4
-"""Alternations of compensated rounding and fitting to the output error. Ten would gain 0.1 dB of a
-linear's output (the bundled model's twin) and take twice as long."""
+LOW_RANK_ITERATIONS = 10
+"""Alternations of rounding and low-rank fit (DiTAS, section 4.1). Four cost 0.1 dB of a linear's
+output, and half a dB of the final latents (the bundled model and its twin)."""
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 """From a stride to (x_f, x_q), each (some tokens, K), of every stride-th token, evenly spread."""
@@ -476,7 +473,7 @@ def _round_to_weight(
         return rounded, None
     best: tuple[IntegerWeight, Factors | None] = (rounded, None)
     best_error = float("inf")
-    for _ in range(LORA_AO_ITERATIONS):
+    for _ in range(LOW_RANK_ITERATIONS):
         error_left = (smoothed - rounded.dequantize()).double()
         factors = fit_weight_error(error_left, settings.rank).to(torch.float32)
         addition = factors.product()
@@ -506,7 +503,7 @@ def _round_to_target(
     addition = whitened_addition = torch.zeros_like(target)
     best: tuple[IntegerWeight, Factors] | None = None
     best_error = float("inf")
-    for _ in range(OUTPUT_FIT_ITERATIONS):
+    for _ in range(LOW_RANK_ITERATIONS):
         rounded, whitened = rounding(target - addition)
         whitened += whitened_addition  # what codes alone leave of the target
         factors = fit_output_error(whitened, moments, settings.rank, output_weights)
