@@ -65,6 +65,7 @@ class ExportOptions:
     rank: int | None = None
     block_size: int | None = None
     alpha_grid: tuple[float, ...] | None = None
+    walk_tokens: int | None = None
     ranges: Literal["token", "static"] | None = None
     layout: Literal["int4", "int8"] | None = None
     precision: Precision | None = None

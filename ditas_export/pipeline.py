@@ -214,6 +214,7 @@ def _quantized(
         block_size=options.block_size,
         ranges=options.ranges or "token",
         alpha_grid=ALPHA_GRID if options.alpha_grid is None else options.alpha_grid,
+        walk_tokens=options.walk_tokens,
     )
     config = loaded.model.config
     for note in settings.notes(config):

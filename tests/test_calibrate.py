@@ -205,11 +205,13 @@ def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
 
 def test_small_models_walk_with_more_states(model: DiT, states: CalibrationStates) -> None:
     assert QuantizationSettings().share_for(states, model.config) == 1.0
-    assert QuantizationSettings(walk_share=0.1).share_for(states, model.config) == 0.1
     paper = replace(states, latents=torch.zeros(50, 12, 1, 1, 1))
     small = replace(model.config, input_size=16)  # 64 tokens
     assert QuantizationSettings().share_for(paper, small) == 65_536 / (50 * 12 * 2 * 64)
     assert QuantizationSettings().share_for(paper, preset_config("DiT-XL/2")) == 0.25
+    fewer = QuantizationSettings(walk_tokens=38_400)
+    assert fewer.share_for(paper, preset_config("DiT-XL/2")) == 0.125
+    assert QuantizationSettings(walk_tokens=10**6).share_for(paper, small) == 1.0
     large = replace(preset_config("DiT-XL/2"), input_size=64)  # 1024 tokens
     assert QuantizationSettings().share_for(paper, large) == 76_800 / (50 * 12 * 2 * 1024)
     middle = replace(model.config, input_size=24)  # 144 tokens: 0.38 of the states
@@ -243,6 +245,7 @@ def test_defaults_follow_the_model() -> None:
         ({"rank": -1}, "rank=-1 is negative"),
         ({"alpha_grid": (0.5, 1.5)}, "give values in"),
         ({"alpha_grid": ()}, "give values in"),
+        ({"walk_tokens": 0}, "takes at least one"),
         ({"block_size": 20}, "block_size=20 is not allowed with 8-bit"),
         ({"block_size": 48, "activation_bits": 16}, "block_size=48 is not allowed with 16-bit"),
     ],
@@ -300,7 +303,7 @@ def states(samples):
         latents=torch.randn(2, samples, 4, 32, 32), timesteps=torch.tensor([999, 0]),
         input_maxima=maxima, settings=CalibrationSettings(steps=2, classes=(1,) * samples),
         checkpoint_sha256="none")
-settings = QuantizationSettings(alpha_grid=(0.5,), walk_share=1.0)
+settings = QuantizationSettings(alpha_grid=(0.5,))
 quantize_dit(model, states(1), settings)  # what the libraries take
 def peak():  # ru_maxrss starts from that of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()

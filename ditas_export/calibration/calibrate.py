@@ -62,7 +62,7 @@ class QuantizationSettings:
     block_size: int | None = None
     ranges: Ranges = "token"
     alpha_grid: tuple[float, ...] = ALPHA_GRID
-    walk_share: float | None = None
+    walk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no method or kernel takes."""
@@ -72,6 +72,8 @@ class QuantizationSettings:
             raise QuantizationError(f"activation bits are 8 or 16, not {self.activation_bits}")
         if self.rank is not None and self.rank < 0:
             raise QuantizationError(f"rank={self.rank} is negative; 0 means no low-rank branch")
+        if self.walk_tokens is not None and self.walk_tokens < 1:
+            raise QuantizationError(f"walk_tokens={self.walk_tokens}; the walk takes at least one")
         if not self.alpha_grid or not all(0 <= alpha <= 1 for alpha in self.alpha_grid):
             raise QuantizationError(f"alpha_grid={self.alpha_grid}; give values in [0, 1]")
         allowed = BLOCK_SIZES[self.activation_bits]
@@ -124,17 +126,15 @@ class QuantizationSettings:
         return small[-1] if small else fitting[0]
 
     def share_for(self, states: CalibrationStates, config: DiTConfig) -> float:
-        """Return the share of the states that the walk sees: as asked, or a quarter.
+        """Return the share of the states that the walk sees: what gives the tokens asked for.
 
-        A quarter is raised, up to all, to what gives 65 536 tokens with both guidance halves, and
-        lowered to what gives 76 800.
+        By default a quarter, raised, up to all, to what gives 65 536 tokens with both guidance
+        halves, and lowered to what gives 76 800.
         """
-        if self.walk_share is not None:
-            return self.walk_share
         steps, samples = states.latents.shape[:2]
         halves = 1 if states.settings.cfg_scale == 1.0 else 2
         tokens = steps * samples * halves * config.num_tokens
-        wanted = min(max(WALK_SHARE * tokens, MIN_WALK_TOKENS), MAX_WALK_TOKENS)
+        wanted = self.walk_tokens or min(max(WALK_SHARE * tokens, MIN_WALK_TOKENS), MAX_WALK_TOKENS)
         return min(1.0, wanted / tokens)
 
     def notes(self, config: DiTConfig) -> list[str]:
@@ -158,7 +158,7 @@ class QuantizationSettings:
             "block_size": self.block_size,
             "ranges": self.ranges,
             "alpha_grid": list(self.alpha_grid),
-            "walk_share": self.walk_share,
+            "walk_tokens": self.walk_tokens,
         }
 
 

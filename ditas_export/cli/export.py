@@ -68,6 +68,14 @@ def export(
         str | None,
         _option("Smoothing exponents to try, as 0,0.25,0.5.", "alpha_grid", shown="0,0.05,…,1"),
     ] = None,
+    walk_tokens: Annotated[
+        int | None,
+        _option(
+            "Tokens that rounding is fitted to; fewer take less time.",
+            "walk_tokens",
+            shown="a quarter of those sampled, 65536 to 76800",
+        ),
+    ] = None,
     ranges: Annotated[
         str | None,
         _option("Activation ranges: token or static.", "ranges", shown="token"),
