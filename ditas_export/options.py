@@ -36,6 +36,10 @@ PREFERENCES: Mapping[Target, Preferences] = {
 }
 """By target."""
 
+WALK_TOKENS = 76_800
+"""Tokens that the walk sees, where there are as many: a quarter of the paper's setting at 256
+pixels, a sixteenth at 512, all of the bundled model's. Moments take tokens, not states."""
+
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
@@ -65,7 +69,7 @@ class ExportOptions:
     rank: int | None = None
     block_size: int | None = None
     alpha_grid: tuple[float, ...] | None = None
-    walk_tokens: int | None = None
+    walk_tokens: int = WALK_TOKENS
     ranges: Literal["token", "static"] | None = None
     layout: Literal["int4", "int8"] | None = None
     precision: Precision | None = None

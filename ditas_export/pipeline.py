@@ -224,9 +224,10 @@ def _quantized(
     with timings.part("sampling"):
         states = _states(options, loaded, ranks, on_progress)
     peak = peak_bytes(config, states, settings, ranks)
-    share = settings.share_for(states, config)
+    steps, samples = states.latents.shape[:2]
     say(
-        f"calibration on {device}: {share:.0%} of {states.latents[:, :, 0, 0, 0].numel()} states, "
+        f"calibration on {device}: the walk sees {settings.walked_states(states, config)} of "
+        f"{steps * samples} states, "
         f"about {peak / 2**20:,.0f} MiB beside the model"
     )
     total = 4 * config.depth

@@ -123,8 +123,8 @@ def quantize(model: DiT, states: CalibrationStates, config: dict[str, Any]) -> D
     """Return a copy of the model, fake-quantized by modelopt on the states of our walk."""
     import modelopt.torch.quantization as mtq
 
-    share = QuantizationSettings().share_for(states, model.config)
-    inputs = walk_states(states, null_class=model.config.null_class, share=share)
+    count = QuantizationSettings().walked_states(states, model.config)
+    inputs = walk_states(states, null_class=model.config.null_class, count=count)
 
     def forward_loop(quantized: DiT) -> None:
         for rows in row_batches(len(inputs.timesteps)):

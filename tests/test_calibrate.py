@@ -20,7 +20,6 @@ from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
     collect_states,
-    walk_states,
 )
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
@@ -203,24 +202,32 @@ def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_small_models_walk_with_more_states(model: DiT, states: CalibrationStates) -> None:
-    assert QuantizationSettings().share_for(states, model.config) == 1.0
-    paper = replace(states, latents=torch.zeros(50, 12, 1, 1, 1))
-    small = replace(model.config, input_size=16)  # 64 tokens
-    assert QuantizationSettings().share_for(paper, small) == 65_536 / (50 * 12 * 2 * 64)
-    assert QuantizationSettings().share_for(paper, preset_config("DiT-XL/2")) == 0.25
-    fewer = QuantizationSettings(walk_tokens=38_400)
-    assert fewer.share_for(paper, preset_config("DiT-XL/2")) == 0.125
-    assert QuantizationSettings(walk_tokens=10**6).share_for(paper, small) == 1.0
-    large = replace(preset_config("DiT-XL/2"), input_size=64)  # 1024 tokens
-    assert QuantizationSettings().share_for(paper, large) == 76_800 / (50 * 12 * 2 * 1024)
-    middle = replace(model.config, input_size=24)  # 144 tokens: 0.38 of the states
-    kept = walk_states(
-        replace(paper, timesteps=torch.arange(50), settings=CalibrationSettings(classes=(1,) * 12)),
-        null_class=10,
-        share=QuantizationSettings().share_for(paper, middle),
+@pytest.mark.parametrize(
+    ("side", "tokens", "cfg_scale", "expected"),
+    [
+        (32, None, 1.5, 150),  # DiT-XL/2 at 256 pixels: a quarter of the paper's states
+        (64, None, 1.5, 37),  # at 512
+        (16, None, 1.5, 600),  # the bundled model: all
+        (16, None, 1.0, 600),
+        (24, None, 1.5, 266),
+        (24, None, 1.0, 533),
+        (32, 38_400, 1.5, 75),
+        (32, 1, 1.5, 1),
+    ],
+)
+def test_the_walk_sees_the_states_of_its_tokens(
+    states: CalibrationStates, side: int, tokens: int | None, cfg_scale: float, expected: int
+) -> None:
+    paper = replace(
+        states,
+        latents=torch.zeros(50, 12, 1, 1, 1),
+        settings=CalibrationSettings(classes=(1,) * 12, cfg_scale=cfg_scale),
     )
-    assert 65_536 <= kept.latents.shape[0] * middle.num_tokens < 2 * 65_536
+    config = replace(preset_config("DiT-XL/2"), input_size=side)
+    settings = (
+        QuantizationSettings() if tokens is None else QuantizationSettings(walk_tokens=tokens)
+    )
+    assert settings.walked_states(paper, config) == expected
 
 
 def test_defaults_follow_the_model() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from quantized_fixture import (
@@ -60,6 +61,21 @@ def test_the_file_computes_the_fake_quantized_forward(int4_file: Path, batch: in
     assert out.shape == (batch, TINY.out_channels, TINY.input_size, TINY.input_size)
     # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
     assert snr_db(reference, out) > 50
+
+
+@pytest.mark.parametrize("ranges", ["token", "static"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bias_and_gelu_stay_apart_for_onnxruntime(ranges: str, rank: int, tmp_path: Path) -> None:
+    """Fused they are slower. GELU itself is one operator."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # a file for one machine only, it warns
+    path = exported(layout="int8", ranges=ranges, rank=rank, target="onnxruntime")
+    onnxruntime.InferenceSession(str(path), options)
+    graph = onnx.load(options.optimized_model_filepath).graph
+    kinds = [node.op_type for node in graph.node]
+    assert {"FastGelu", "BiasGelu"}.isdisjoint(kinds)
+    assert kinds.count("Gelu") == TINY.depth
 
 
 def test_static_ranges_in_half_precision() -> None:

@@ -33,6 +33,7 @@ def options(checkpoint: Path, folder: Path, **changes: object) -> ExportOptions:
         samples=2,
         rank=2,
         alpha_grid=(0.4, 0.5),
+        walk_tokens=100,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -80,6 +81,7 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     assert manifest["file"]["layout"] == "int4"
     assert set(manifest["linears"]) == set(result.quantized.linears)
     assert 4 < manifest["bits_per_weight"] < 8
+    assert manifest["settings"]["walk_tokens"] == 100
     assert list(manifest["seconds"]) == [
         "sampling",
         "passing on",

@@ -121,6 +121,29 @@ def test_moments_are_the_centred_averages(rows: int, monkeypatch: pytest.MonkeyP
     assert torch.allclose(moments.quantized_mean, x_quantized.mean(0), atol=1e-4)
 
 
+def test_moments_are_taken_in_another_order() -> None:
+    weight, _, _, inputs = problem()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(2))
+    taken = JointMoments.accumulate(weight, inputs.batches(1)).take(order)
+    reordered = [(x_f, x_q[:, order]) for x_f, x_q in inputs.batches(1)]
+    # The same sums, of float32 products in panels of other columns.
+    expected = JointMoments.accumulate(weight, reordered)
+    for name in ("quantized", "cross", "quantized_mean", "output_mean"):
+        assert torch.allclose(getattr(taken, name), getattr(expected, name), rtol=1e-4, atol=1e-2)
+
+
+def test_8_bit_weights_are_rounded_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("8-bit weights and plain rounding have no order")
+
+    monkeypatch.setattr(solve, "rounding_order", refuse)
+    weight, bias, maxima, inputs = problem()
+    plain = replace(METHODS["ditas-plus"], compensated_rounding=False)
+    for changes in ({"weight_bits": 8, "rank": 0}, {"method": plain}):
+        settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+        solve_linear(weight, bias, maxima, inputs, torch.ones(24), settings)
+
+
 def test_the_target_minimises_the_ridge_problem() -> None:
     """W* against ordinary least squares on the tokens themselves, with λ as extra rows."""
     weight, _, _, inputs = problem(outlier=1.0)

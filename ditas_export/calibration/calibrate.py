@@ -28,25 +28,16 @@ from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.fast_matmul import fast_float32_matmul
+from ditas_export.options import WALK_TOKENS
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.timings import Timings
 
-PROGRESS_FORMAT = "ditas-export calibration progress 2"
+PROGRESS_FORMAT = "ditas-export calibration progress 3"
 
 BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
 
 DEFAULT_BLOCK_SIZE = 48
-WALK_SHARE = 0.25
-"""Share of the states that the walk sees, where that gives enough tokens."""
-
-MIN_WALK_TOKENS = 65_536
-"""Small models and short calibrations walk with more: moments take tokens, not states."""
-
-MAX_WALK_TOKENS = 76_800
-"""Long rows and long calibrations walk with less: what a quarter of the paper's setting is at 256
-pixels."""
-
 WIDTH_PER_RANK = 36
 """`rank auto` is the paper's share, 32 of 1152."""
 
@@ -62,7 +53,7 @@ class QuantizationSettings:
     block_size: int | None = None
     ranges: Ranges = "token"
     alpha_grid: tuple[float, ...] = ALPHA_GRID
-    walk_tokens: int | None = None
+    walk_tokens: int = WALK_TOKENS
 
     def __post_init__(self) -> None:
         """Refuse what no method or kernel takes."""
@@ -72,7 +63,7 @@ class QuantizationSettings:
             raise QuantizationError(f"activation bits are 8 or 16, not {self.activation_bits}")
         if self.rank is not None and self.rank < 0:
             raise QuantizationError(f"rank={self.rank} is negative; 0 means no low-rank branch")
-        if self.walk_tokens is not None and self.walk_tokens < 1:
+        if self.walk_tokens < 1:
             raise QuantizationError(f"walk_tokens={self.walk_tokens}; the walk takes at least one")
         if not self.alpha_grid or not all(0 <= alpha <= 1 for alpha in self.alpha_grid):
             raise QuantizationError(f"alpha_grid={self.alpha_grid}; give values in [0, 1]")
@@ -125,17 +116,12 @@ class QuantizationSettings:
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
 
-    def share_for(self, states: CalibrationStates, config: DiTConfig) -> float:
-        """Return the share of the states that the walk sees: what gives the tokens asked for.
-
-        By default a quarter, raised, up to all, to what gives 65 536 tokens with both guidance
-        halves, and lowered to what gives 76 800.
-        """
+    def walked_states(self, states: CalibrationStates, config: DiTConfig) -> int:
+        """Return how many states the walk sees: those of `walk_tokens`, guidance halves counted."""
         steps, samples = states.latents.shape[:2]
         halves = 1 if states.settings.cfg_scale == 1.0 else 2
-        tokens = steps * samples * halves * config.num_tokens
-        wanted = self.walk_tokens or min(max(WALK_SHARE * tokens, MIN_WALK_TOKENS), MAX_WALK_TOKENS)
-        return min(1.0, wanted / tokens)
+        wanted = self.walk_tokens // (halves * config.num_tokens)
+        return min(max(1, wanted), steps * samples)
 
     def notes(self, config: DiTConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
@@ -206,8 +192,8 @@ def quantize_dit(
         )
         for site in sites
     }
-    share = settings.share_for(states, config)
-    inputs = walk_states(states, null_class=config.null_class, share=share)
+    count = settings.walked_states(states, config)
+    inputs = walk_states(states, null_class=config.null_class, count=count)
     key = _progress_key(states, settings)
     known = ranks.first(lambda: _read_progress(progress_file, key, sites))
     linears: dict[str, QuantizedLinear] = {}
@@ -259,21 +245,21 @@ def peak_bytes(
     """Return the bytes that the walk of this rank will hold beside the model, to about a third.
 
     Two streams of hidden states; with them either the attention's outputs in both, or what fc2
-    takes to solve: its second moment, factors and copies, eight matrices of its inputs squared.
+    takes to solve: its second moment, factors and copies, ten matrices of its inputs squared.
     Then batches on their way through a linear, and the sample that α is searched on.
 
     Raises:
         CalibrationError: more ranks than batches of states.
     """
-    share = settings.share_for(states, config)
-    total = walk_states(states, null_class=config.null_class, share=share).latents.shape[0]
+    count = settings.walked_states(states, config)
+    total = walk_states(states, null_class=config.null_class, count=count).latents.shape[0]
     batches = rank_batches(total, config.num_tokens, ranks)
     sizes = [int(batch.stop - batch.start) for _, batch in batches]
     stream = sum(sizes) * config.num_tokens * config.hidden_size * 4
     moment = config.mlp_hidden_size**2 * 8
     batch_bytes = max(sizes) * config.num_tokens * config.mlp_hidden_size * 4
     sample = SAMPLE_TOKENS * config.mlp_hidden_size * 4
-    return 2 * stream + max(2 * stream, 8 * moment) + 6 * batch_bytes + 2 * sample
+    return 2 * stream + max(2 * stream, 10 * moment) + 6 * batch_bytes + 2 * sample
 
 
 def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> str:

@@ -331,7 +331,11 @@ def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
 
 
 def _column_order(moments: JointMoments, settings: LinearSettings) -> Tensor:
-    """Return the order in which a linear's columns are rounded, (K,) int64."""
+    """Return the order in which a linear's columns are rounded, (K,) int64.
+
+    As they are given in 8 bits, where activations make most of the error, and without compensation,
+    which has no order.
+    """
     if settings.weight_bits == 8 or not settings.method.compensated_rounding:
         return torch.arange(moments.quantized.shape[0], device=moments.quantized.device)
     return rounding_order(damped(moments.quantized, RIDGE), block_size=settings.block_size)

@@ -272,25 +272,25 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def walk_states(states: CalibrationStates, *, null_class: int, share: float) -> WalkStates:
-    """Return the share of the states that the walk sees, both guidance halves of each.
+def walk_states(states: CalibrationStates, *, null_class: int, count: int) -> WalkStates:
+    """Return the states that the walk sees, both guidance halves of each.
 
-    One of 1, 2, 3 … states: steps are taken evenly and samples in turn, so every step keeps the
-    same share of the samples and every sample the same share of the steps, to one state.
+    Steps are taken evenly and samples in turn, so every step keeps the same share of the samples
+    and every sample the same share of the steps, to one state.
 
     Args:
         states: all states.
         null_class: the label of the unconditional half.
-        share: in (0, 1].
+        count: how many, 1 to all.
 
     Raises:
-        CalibrationError: `share` is not in (0, 1].
+        CalibrationError: there are not as many states.
     """
-    if not 0 < share <= 1:
-        raise CalibrationError(f"the walk's share of states is {share}; pick one in (0, 1]")
     steps, samples = states.latents.shape[:2]
-    chosen = torch.arange(max(1, steps * samples // int(1 / share)))
-    step_of, sample_of = chosen * steps // len(chosen), chosen % samples
+    if not 1 <= count <= steps * samples:
+        raise CalibrationError(f"a walk over {count} of {steps * samples} states; pick 1 to all")
+    chosen = torch.arange(count)
+    step_of, sample_of = chosen * steps // count, chosen % samples
     latents = states.latents[step_of, sample_of]
     timesteps = states.timesteps[step_of]
     labels = torch.tensor(states.settings.classes)[sample_of]

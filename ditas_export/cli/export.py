@@ -70,11 +70,7 @@ def export(
     ] = None,
     walk_tokens: Annotated[
         int | None,
-        _option(
-            "Tokens that rounding is fitted to; fewer take less time.",
-            "walk_tokens",
-            shown="a quarter of those sampled, 65536 to 76800",
-        ),
+        _option("Tokens that rounding is fitted to; fewer take less time.", "walk_tokens"),
     ] = None,
     ranges: Annotated[
         str | None,
@@ -197,6 +193,9 @@ def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> Export
     for name in ("save_calibration", "calibration", "save_artifact", "artifact", "reference"):
         if merged.get(name) is not None:
             merged[name] = Path(merged[name])
+    for name in ("num_heads", "block_size", "walk_tokens", "steps", "samples", "seed"):
+        if not isinstance(merged.get(name), int | None):
+            raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
     if merged.get("rank") is not None:
         merged["rank"] = _rank(merged["rank"])
     if isinstance(merged.get("alpha_grid"), str):

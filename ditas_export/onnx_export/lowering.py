@@ -108,8 +108,8 @@ def lower_linear(
         x = graph.node("Div", [x, token], name="Normalize")
         scale = unit_scale(linear.bias.dtype)
     low_rank = linear.low_rank
-    for_onnxruntime = joins_branch(target, scale.dtype)
-    if low_rank is not None and for_onnxruntime:
+    joins = joins_branch(target, scale.dtype)
+    if low_rank is not None and joins:
         y = _joined_product(graph, x, linear, low_rank, scale, layout)
     elif low_rank is not None and target == "tensorrt":
         y = _shared_scale_product(graph, x, linear, low_rank, scale, layout)
@@ -120,8 +120,8 @@ def lower_linear(
     if token is not None:
         y = graph.node("Mul", [y, token], name="Denormalize")
     follows_product = low_rank is None and token is None
-    at_rank_3 = for_onnxruntime or follows_product
-    return _add_bias(graph, y, _bias_of_rank_3(linear) if at_rank_3 else linear.bias)
+    keeps_apart = joins or follows_product
+    return _add_bias(graph, y, _bias_of_rank_3(linear) if keeps_apart else linear.bias)
 
 
 def lower_float_linear(
@@ -249,11 +249,10 @@ def _float_product(graph: Subgraph, x: ir.Value, linear: FoldedLinear, layout: L
 
 
 def _bias_of_rank_3(linear: FoldedLinear) -> torch.Tensor:
-    """Return a bias to add to a bare MatMul, (1, 1, N).
+    """Return a bias that ONNX Runtime fuses with nothing, (1, 1, N).
 
-    ONNX Runtime turns MatMul + Add of rank 1, where the shapes are fixed, into a Gemm that 1.24
-    runs in float and that 1.31 refuses; and Add of rank 1 + Gelu, after token ranges, into a
-    FastGelu that is slower than the two.
+    It turns MatMul + Add of rank 1, where the shapes are fixed, into a Gemm that 1.24 runs in float
+    and that 1.31 refuses; and Add of rank 1 + Gelu into a FastGelu that is slower than the two.
     """
     return linear.bias[None, None]
 

@@ -1,9 +1,10 @@
 """Error-compensated rounding of a weight to two-level integer codes (GPTQ-style).
 
-Minimises `tr (Q − W) H (Q − W)ᵀ`, H the second moment of the quantized input, column by column:
-each column's rounding error is pushed onto the columns not yet rounded, through the Cholesky factor
-of H⁻¹ (Frantar et al., "GPTQ", ICLR 2023). What is ours is the grid: a block's multiplier, an
-integer of 1 … 18, is chosen when its block is reached, by trying all of them.
+Minimises `tr (Q − W) H (Q − W)ᵀ`, H the second moment of the quantized input, column by column (the
+caller puts them in `rounding_order`): each column's rounding error is pushed onto the columns not
+yet rounded, through the Cholesky factor of H⁻¹ (Frantar et al., "GPTQ", ICLR 2023). What is ours is
+the grid: a block's multiplier, an integer of 1 … 18, is chosen when its block is reached, by trying
+all of them.
 
 A column's error over its pivot is a column of the whitened error: with R Rᵀ = H and U = R⁻¹, what
 is pushed on adds up to `W − Q = E U`, so `(W − Q) R = E`, and `tr (Q − W) H (Q − W)ᵀ = ‖E‖²`.
@@ -113,10 +114,11 @@ def rounding_order(moment: Tensor, *, block_size: int) -> Tensor:
     """Return the order in which to round the columns of a weight, blocks kept whole: (K,) int64.
 
     A column's error counts as its pivot: what its input varies by, given the inputs of the columns
-    rounded after it. The product of all pivots is the same in every order, so that their sum is
-    small where they are alike. Greedily from the end: last comes the block whose inputs vary least,
-    given all that is placed, and within it the column. (Min-pivot order, Chen et al., "The Geometry
-    of LLM Quantization", 2025, where blocks are single columns.)
+    rounded after it. The product of all pivots is the same in every order; their sum is small where
+    they are alike. A greedy choice, from the end: last comes the block whose inputs vary least (by
+    the geometric mean of its columns' variances, given the blocks already placed), and within it
+    the column. (Min-pivot order, Chen et al., "The Geometry of LLM Quantization", 2025, where
+    blocks are single columns.)
 
     Args:
         moment: H + λI, (K, K), positive definite; of anything else, some order.
@@ -125,12 +127,12 @@ def rounding_order(moment: Tensor, *, block_size: int) -> Tensor:
     blocks = torch.arange(moment.shape[0], device=moment.device).reshape(-1, block_size)
     remaining = moment.clone()  # in the order of `blocks`, given the blocks placed
     for last in reversed(range(blocks.shape[0])):
-        variances = remaining.diagonal()[: (last + 1) * block_size].reshape(-1, block_size)
+        start, end = last * block_size, (last + 1) * block_size
+        variances = remaining.diagonal()[:end].reshape(-1, block_size)
         chosen = int(variances.log().mean(dim=1).argmin())
         if chosen != last:
-            _swap_blocks(remaining, chosen, last, block_size)
+            _swap_blocks(remaining[:end, :end], chosen, last, block_size)
             blocks[[chosen, last]] = blocks[[last, chosen]]
-        start, end = last * block_size, (last + 1) * block_size
         local = remaining[start:end, start:end]
         blocks[last] = blocks[last, _least_varying_last(local)]
         factor = torch.linalg.cholesky_ex(local).L
@@ -151,14 +153,14 @@ def _swap_blocks(matrix: Tensor, first: int, second: int, block_size: int) -> No
 def _least_varying_last(moment: Tensor) -> Tensor:
     """Return (K,) columns, from the end each the one that varies least given those after it."""
     remaining = moment.clone()
-    order = torch.empty(moment.shape[0], dtype=torch.int64, device=moment.device)
-    placed = torch.zeros(moment.shape[0], dtype=torch.bool, device=moment.device)
-    for place in reversed(range(moment.shape[0])):
-        column = remaining.diagonal().masked_fill(placed, torch.inf).argmin()
-        order[place], placed[column] = column, True
-        seen = remaining[column]
+    free = list(range(moment.shape[0]))
+    order = []
+    while free:
+        column = free.pop(int(remaining.diagonal()[free].argmin()))
+        order.append(column)
+        seen = remaining[column].clone()
         remaining -= torch.outer(seen, seen / seen[column])
-    return order
+    return torch.tensor(order[::-1], device=moment.device)
 
 
 def compensated_blocks(
