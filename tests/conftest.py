@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     save_checkpoint(path, tiny_dit())
     return path
+
+
+@pytest.fixture
+def hide_openvino(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call to the test's end OpenVINO is as if not installed."""
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return None if name == "openvino" else find(name, *rest)
+
+    return lambda: monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def random_vae(*, seed: int = 0, **changes: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,6 @@ BF16 = torch.bfloat16
 _BFLOAT16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="extra [openvino]")
-
-
-def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-
-    def find_spec(name: str, *rest: Any) -> Any:
-        return None if name == "openvino" else find(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 @needs_openvino
@@ -170,14 +162,14 @@ def test_onnxruntime_has_no_kernels() -> None:
         onnxruntime.InferenceSession(str(exported(dtype=BF16, layout="int4")))
 
 
-def test_which_runtime_takes_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_runtime_takes_a_file(hide_openvino: Callable[[], None]) -> None:
     name = str(exported(dtype=BF16, layout="int4"))
     message = "is bf16, and onnxruntime has no bfloat16 kernels on CPUs; use --runtime openvino"
     with pytest.raises(RunnerError, match=message):
         open_runner(name, runtime="onnxruntime")
     if HAS_OPENVINO:
         assert isinstance(open_runner(name, threads=1).runner, OpenVINORunner)
-    without_openvino(monkeypatch)
+    hide_openvino()
     with pytest.raises(RunnerError, match=message):
         open_runner(name)
 
@@ -233,9 +225,9 @@ def test_a_mismatch_is_exit_code_1(
 
 
 def test_without_a_runtime_the_command_says_that_the_file_was_not_run(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, hide_openvino: Callable[[], None]
 ) -> None:
-    without_openvino(monkeypatch)
+    hide_openvino()
     code, printed = run_export(checkpoint, tmp_path / "out.onnx")
     assert code == 0, printed
     for words in ("out.onnx was not run", "ditas-export[openvino]", "ditas-build", "ditas-compare"):

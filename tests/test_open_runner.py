@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,6 @@ from ditas_export.runtime.torch_runner import TorchRunner
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITAS_EXPORT_CACHE", str(tmp_path / "cache"))
-
-
-def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-
-    def find_spec(name: str, *rest: Any) -> Any:
-        return None if name == "openvino" else find(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def test_a_checkpoint_runs_in_pytorch(checkpoint: Path) -> None:
@@ -125,12 +116,12 @@ def test_a_quantized_model_runs_in_half_precision_on_a_gpu(
     assert snr_db(open_runner(str(path)).runner(*inputs), opened.runner(*inputs)) > 35
 
 
-def test_auto_takes_openvino_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_openvino_where_it_is_installed(hide_openvino: Callable[[], None]) -> None:
     pytest.importorskip("openvino", reason="extra [openvino]")
     with open_runner(str(exported()), threads=2).runner as runner:
         assert isinstance(runner, OpenVINORunner)
         openvino = runner(*example_inputs())
-    without_openvino(monkeypatch)
+    hide_openvino()
     with open_runner(str(exported()), threads=2).runner as runner:
         assert isinstance(runner, OnnxRuntimeRunner)
         assert snr_db(openvino, runner(*example_inputs())) > 45  # rounding ties
@@ -142,8 +133,8 @@ def test_onnxruntime_keeps_what_it_optimized(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_openvino(monkeypatch)
+def test_a_missing_extra_is_named(hide_openvino: Callable[[], None]) -> None:
+    hide_openvino()
     with pytest.raises(RunnerError, match=r"openvino is not installed; run: pip install"):
         open_runner(str(exported()), runtime="openvino")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,14 +67,18 @@ class FakeQuantLinear(nn.Module):
         low_rank, row_scale = linear.low_rank, linear.weight.row_scale
         joined = low_rank if activation_bits == 8 and joins_branch(target, dtype) else None
         rows = joined_rows(linear.weight, low_rank).to(dtype)
-        self.register_buffer("weight", rows * row_scale[:, None])
-        self.register_buffer("bias", linear.bias)
-        self.register_buffer("input_multiplier", linear.input_multiplier)
-        self.register_buffer("right", low_rank.right(dtype) if low_rank else None)
-        self.register_buffer("right_codes", joined.right_codes.to(dtype) if joined else None)
-        self.register_buffer("divisor", joined.divisor if joined else None)
         scale = unit_scale(dtype) if ranges == "token" else static_scale(linear.static_range, dtype)
-        self.register_buffer("scale", scale)
+        buffers = {
+            "weight": rows * row_scale[:, None],
+            "bias": linear.bias,
+            "input_multiplier": linear.input_multiplier,
+            "right": low_rank.right(dtype) if low_rank else None,
+            "right_codes": joined.right_codes.to(dtype) if joined else None,
+            "divisor": joined.divisor if joined else None,
+            "scale": scale,
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the INT8 codes of an input, as floats, and its token ranges (None if static).
@@ -114,18 +121,22 @@ def fake_quantized_dit(
 
     Its forward is the reference that every exported file is held against.
     """
+    make = partial(
+        FakeQuantLinear, ranges=ranges, activation_bits=folded.activation_bits, target=target
+    )
+    return dit_of_linears(folded, make).to(device)
+
+
+def dit_of_linears(folded: FoldedDiT, make: Callable[[FoldedLinear], nn.Module]) -> DiT:
+    """Return a DiT in evaluation mode whose block linears are what `make` makes of them.
+
+    Args:
+        folded: its float parameters are shared.
+        make: gives a module whose state dict is empty: the quantized model is the file to keep.
+    """
     with torch.device("meta"):
         model = DiT(folded.config)
     for name, linear in folded.linears.items():
-        module = FakeQuantLinear(
-            linear, ranges=ranges, activation_bits=folded.activation_bits, target=target
-        )
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent).add_module(child, module)
-    missing, unexpected = model.load_state_dict(
-        dict(folded.float_parameters), strict=False, assign=True
-    )
-    stray = [name for name in missing if name.rpartition(".")[0] not in folded.linears]
-    assert not stray, stray  # QuantizedDiT checks the sites
-    assert not unexpected, unexpected
-    return model.to(device).eval().requires_grad_(requires_grad=False)
+        model.set_submodule(name, make(linear))
+    model.load_state_dict(dict(folded.float_parameters), assign=True)
+    return model.eval().requires_grad_(requires_grad=False)

@@ -11,11 +11,14 @@ product is exact: K products of INT8 values stay below 2³¹ for every K up to 1
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear
+from ditas_export.calibration.modules import dit_of_linears
 from ditas_export.dit.model import DiT
 from ditas_export.errors import RunnerError
 from ditas_export.quantization.ranges import (
@@ -145,12 +148,7 @@ def int8_dit(folded: FoldedDiT, *, ranges: Ranges) -> DiT:
             f"INT8 products take 8-bit activations, and this model has {folded.activation_bits}; "
             f"run it fake-quantized"
         )
-    with torch.device("meta"):
-        model = DiT(folded.config)
-    for name, linear in folded.linears.items():
-        model.set_submodule(name, IntegerLinear(linear, ranges=ranges))
-    model.load_state_dict(dict(folded.float_parameters), assign=True)
-    return model.eval().requires_grad_(requires_grad=False)
+    return dit_of_linears(folded, partial(IntegerLinear, ranges=ranges))
 
 
 def compile_for_gpu(model: DiT) -> None:
