@@ -38,7 +38,8 @@ PREFERENCES: Mapping[Target, Preferences] = {
 
 WALK_TOKENS = 76_800
 """Tokens that the walk sees, where there are as many: a quarter of the paper's setting at 256
-pixels, a sixteenth at 512, all of the bundled model's. Moments take tokens, not states."""
+pixels, a sixteenth at 512, all of the bundled model's. What moments need is a number of tokens,
+however many states they come from."""
 
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""

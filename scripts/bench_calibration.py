@@ -4,9 +4,10 @@
     python scripts/bench_calibration.py --size 512 --blocks 2 --steps 2 # a part, and a projection
 
 Outliers are planted; the weights are random: right for time and memory, not for quality. With
-fewer blocks or steps, sampling and the blocks' parts are multiplied up to the paper's setting (12
-classes, 50 steps, guidance 1.5), the walk sees as many tokens as it would there, of random states,
-and the table says that it is a projection. Operations are counted by torch on one block's walk.
+fewer blocks, steps or samples, sampling and the blocks' parts are multiplied up to the paper's
+setting (12 classes, 50 steps, guidance 1.5), the walk sees as many tokens as it would there, of
+random states, and the table says that it is a projection. Operations are counted by torch on one
+block's walk.
 """
 
 from __future__ import annotations

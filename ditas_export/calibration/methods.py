@@ -19,7 +19,7 @@ FIXED_ALPHA = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A recipe: the levers of METHOD, each off or on."""
+    """A recipe: which levers it pulls."""
 
     name: str
     summary: str

@@ -79,7 +79,7 @@ class QuantizedDiT:
         return next((weight.bits for weight in self.adaln.values()), 16)
 
     def save(self, path: Path) -> None:
-        """Write `*.ditas.safetensors`, 4-bit codes packed two a byte; bit-exact on loading."""
+        """Write one safetensors file, 4-bit codes packed two a byte; bit-exact on loading."""
         tensors = {f"float.{name}": tensor for name, tensor in self.float_parameters.items()}
         linears: dict[str, Any] = {}
         for name, linear in self.linears.items():

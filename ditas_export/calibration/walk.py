@@ -110,7 +110,8 @@ def rank_batches(rows: int, row_tokens: int, ranks: Ranks) -> list[tuple[int, sl
     if len(batches) < ranks.world_size:
         raise CalibrationError(
             f"{ranks.world_size} processes for {rows} rows of calibration states; "
-            f"launch at most {len(batches)}, or take more samples or steps"
+            f"launch at most {len(batches)}, or give the walk more states (--walk-tokens, "
+            f"--samples, --steps)"
         )
     first, last = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     return batches[first:last]

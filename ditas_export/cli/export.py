@@ -51,7 +51,7 @@ def export(
     rank: Annotated[
         str | None,
         _option(
-            "Rank of the low-rank branch; 0 for none.",
+            "Rank of the low-rank branch; 0 for none, the default with --w 8.",
             "rank",
             shown="auto, the paper's share of the width: 32 of 1152",
         ),
@@ -59,7 +59,7 @@ def export(
     block_size: Annotated[
         int | None,
         _option(
-            "Weights per block: 16, 24, 32, 48, 64, 96 or 128.",
+            "Weights per block: 16, 24, 32, 48, 64, 96 or 128; with --a 16: 32, 64 or 128.",
             "block_size",
             shown="48, or the next smaller that divides",
         ),
@@ -154,7 +154,7 @@ def export(
     """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
 
     Writes OUT.onnx and OUT.json. Exit codes: 0 done, 1 the file does not compute what was
-    calibrated, 2 bad input.
+    calibrated, 2 bad input, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):

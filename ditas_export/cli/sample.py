@@ -90,7 +90,7 @@ def sample(
 
     The same command goes on where a killed run stopped. Under torchrun, ranks share the images:
     torchrun --nproc-per-node 2 -m ditas_export.cli.sample MODEL -o DIR. Exit codes: 0 done, 2 bad
-    input.
+    input, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -13,8 +13,8 @@ kernel of the sum where it can:
     y = (DQ(q) (codes · m σ)ᵀ + (DQ(q) (right_codes · σ)ᵀ) (left_codes / divisor)ᵀ)
         · row_scale / σ · r + bias
 
-For ONNX Runtime the branch joins the linear's integer product, its inner product as codes on the
-input's own grid:
+For ONNX Runtime with a float32 side the branch joins the linear's integer product, its inner
+product as codes on the input's own grid:
 
     y = DQ([q | p]) [ŵ | ℓ̂]ᵀ · r + bias,      p = Q(DQ(q) rightᵀ)
 

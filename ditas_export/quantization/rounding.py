@@ -1,7 +1,7 @@
 """Error-compensated rounding of a weight to two-level integer codes (GPTQ-style).
 
-Minimises `tr (Q − W) H (Q − W)ᵀ`, H the second moment of the quantized input, column by column (the
-caller puts them in `rounding_order`): each column's rounding error is pushed onto the columns not
+Minimises `tr (Q − W) H (Q − W)ᵀ`, H the second moment of the quantized input, column by column
+(those of 4 bits in `rounding_order`): each column's rounding error is pushed onto the columns not
 yet rounded, through the Cholesky factor of H⁻¹ (Frantar et al., "GPTQ", ICLR 2023). What is ours is
 the grid: a block's multiplier, an integer of 1 … 18, is chosen when its block is reached, by trying
 all of them.
@@ -9,7 +9,8 @@ all of them.
 A column's error over its pivot is a column of the whitened error: with R Rᵀ = H and U = R⁻¹, what
 is pushed on adds up to `W − Q = E U`, so `(W − Q) R = E`, and `tr (Q − W) H (Q − W)ᵀ = ‖E‖²`.
 
-H is factored in float64, once; rounding is in float32, whose errors are far below a code.
+H is ordered and factored in float64, once; rounding is in float32, whose errors are far below a
+code.
 """
 
 from __future__ import annotations
