@@ -163,6 +163,7 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("- a\n", "expected option: value lines"),
         ("a: [\n", "is no YAML"),
         ("walk-tokens: 40k\n", "walk-tokens='40k'; give a number"),
+        ("w: four\n", "w='four'; give a number"),
     ):
         recipe.write_text(text)
         code, _, err = run("--recipe", recipe, tmp_path / "out.onnx")

@@ -163,8 +163,7 @@ def literal_dit(
         alphas |= _search_alphas(model, states, candidate, on_step)
     quantized = copy.deepcopy(model)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        quantized.get_submodule(parent).add_module(child, candidate(name, alphas[name]))
+        quantized.set_submodule(name, candidate(name, alphas[name]))
     return quantized
 
 

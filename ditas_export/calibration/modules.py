@@ -22,9 +22,10 @@ from ditas_export.quantization.ranges import (
 )
 
 
-def joins_branch(target: Target, dtype: torch.dtype) -> bool:
-    """Return whether a file's low-rank branches are part of the linears' integer products.
+def in_onnxruntime_form(target: Target, dtype: torch.dtype) -> bool:
+    """Return whether a file has the form that is ONNX Runtime's own.
 
+    There low-rank branches are part of the linears' integer products and attention is one operator.
     ONNX Runtime gains by it, and has no such kernels with half-precision scales on CPUs. TensorRT
     multiplies the output factor in float, which costs it less.
 
@@ -65,7 +66,7 @@ class FakeQuantLinear(nn.Module):
         self.ranges = ranges
         self.activation_bits = activation_bits
         low_rank, row_scale = linear.low_rank, linear.weight.row_scale
-        joined = low_rank if activation_bits == 8 and joins_branch(target, dtype) else None
+        joined = low_rank if activation_bits == 8 and in_onnxruntime_form(target, dtype) else None
         rows = joined_rows(linear.weight, low_rank).to(dtype)
         scale = unit_scale(dtype) if ranges == "token" else static_scale(linear.static_range, dtype)
         buffers = {

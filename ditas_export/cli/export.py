@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ditas_export.pipeline import ExportResult
 
 _DEFAULTS = defaults_of(ExportOptions)
+_INTEGERS = {field.name for field in fields(ExportOptions) if field.type in ("int", "int | None")}
 _option = flags_of(ExportOptions)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -193,11 +195,11 @@ def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> Export
     for name in ("save_calibration", "calibration", "save_artifact", "artifact", "reference"):
         if merged.get(name) is not None:
             merged[name] = Path(merged[name])
-    for name in ("num_heads", "block_size", "walk_tokens", "steps", "samples", "seed"):
-        if not isinstance(merged.get(name), int | None):
-            raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
     if merged.get("rank") is not None:
         merged["rank"] = _rank(merged["rank"])
+    for name in sorted(_INTEGERS & merged.keys()):
+        if not isinstance(merged[name], int | None):
+            raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
     if isinstance(merged.get("alpha_grid"), str):
         merged["alpha_grid"] = _numbers(merged["alpha_grid"])
     if isinstance(merged.get("alpha_grid"), list):

@@ -15,7 +15,7 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import atomic_path, require_writable
 from ditas_export.calibration.fold import FoldedDiT
-from ditas_export.calibration.modules import joins_branch
+from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.attention import fuse_attention
@@ -88,7 +88,7 @@ def export_onnx(
         return lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)
 
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
-    if target == "onnxruntime" and folded.dtype == torch.float32:
+    if in_onnxruntime_form(target, folded.dtype):
         fuse_attention(model, folded.config.num_heads)
     lower_placeholders(model, lower)
     form = {
@@ -110,7 +110,7 @@ def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
     if folded.activation_bits == 16:
         return None
     has_branch = any(linear.low_rank for linear in folded.linears.values())
-    return "uint8" if has_branch and joins_branch(target, folded.dtype) else "int8"
+    return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
 
 
 def export_reference(model: DiT, path: Path) -> None:

@@ -37,7 +37,7 @@ import torch
 from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedLinear
-from ditas_export.calibration.modules import joins_branch
+from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
@@ -108,8 +108,8 @@ def lower_linear(
         x = graph.node("Div", [x, token], name="Normalize")
         scale = unit_scale(linear.bias.dtype)
     low_rank = linear.low_rank
-    joins = joins_branch(target, scale.dtype)
-    if low_rank is not None and joins:
+    own_form = in_onnxruntime_form(target, scale.dtype)
+    if low_rank is not None and own_form:
         y = _joined_product(graph, x, linear, low_rank, scale, layout)
     elif low_rank is not None and target == "tensorrt":
         y = _shared_scale_product(graph, x, linear, low_rank, scale, layout)
@@ -120,7 +120,7 @@ def lower_linear(
     if token is not None:
         y = graph.node("Mul", [y, token], name="Denormalize")
     follows_product = low_rank is None and token is None
-    keeps_apart = joins or follows_product
+    keeps_apart = own_form or follows_product
     return _add_bias(graph, y, _bias_of_rank_3(linear) if keeps_apart else linear.bias)
 
 

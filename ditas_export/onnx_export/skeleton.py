@@ -97,9 +97,7 @@ def export_skeleton(
     with torch.device("meta"):
         model = DiT(config)
     for path, linear in list(_linears(model)):
-        parent, _, child = path.rpartition(".")
-        shell = _LinearShell(path, linear.out_features)
-        model.get_submodule(parent).add_module(child, shell)
+        model.set_submodule(path, _LinearShell(path, linear.out_features))
     kept = {name: parameters[name].detach().cpu() for name, _ in model.named_parameters()}
     if dtype == torch.bfloat16:
         _convolve_in_float32(model, kept)
