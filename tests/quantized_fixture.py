@@ -231,14 +231,22 @@ def folded_linear(
     )
 
 
-def write_linear(path: Path, linear: FoldedLinear, **settings: Any) -> None:
-    """Write one linear alone: input `x` (N, T, K), output `y` (N, T, out), in its float type."""
+def write_linear(
+    path: Path, linear: FoldedLinear, *, inputs: int = 1, outputs: int = 1, **settings: Any
+) -> None:
+    """Write one linear alone: input `x` (N, T, K), output `y` (N, T, out), in its float type.
+
+    It reads and gives as many parts of them as `inputs` and `outputs` say.
+    """
     dtype = _ONNX_TYPES[linear.bias.dtype]
     out_features, in_features = linear.weight.codes.shape
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(("N", 5, in_features)))
     anchor = ir.Node("", "Identity", [x], name="anchor")
     graph = ir.Graph([x], [], nodes=[anchor], name="linear", opset_imports={"": 21})
-    y = lower_linear(Subgraph(anchor, "linear"), x, linear, **settings)
+    place = Subgraph(anchor, "linear")
+    parts = [x] if inputs == 1 else place.split(x, inputs)
+    made = lower_linear(place, parts, linear, outputs=outputs, **settings)
+    y = made[0] if outputs == 1 else place.node("Concat", made, name="Whole", axis=-1)
     graph.remove(anchor)
     y.name = "y"
     y.type = ir.TensorType(dtype)

@@ -16,6 +16,9 @@ from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.contract import MAX_LISTED, RULES, check_contract
 
 QKV = "blocks.0.attn.qkv"
+PART = f"{QKV}/output_1"
+"""Of qkv where it gives its output in parts."""
+FC2 = "blocks.0.mlp.fc2"
 Graph = onnx.GraphProto
 
 
@@ -219,7 +222,7 @@ def second_reader_of_joined_codes(model: onnx.ModelProto) -> None:
 
 
 def second_reader_of_chained_rows(model: onnx.ModelProto) -> None:
-    rows = f"{QKV}/weight_Quantize_output_0"
+    rows = f"{PART}/weight_Quantize_output_0"
     model.graph.node.append(helper.make_node("Identity", [rows], ["copy"], name="Copy"))
 
 
@@ -258,20 +261,40 @@ def joint_with_another_linears_codes(model: onnx.ModelProto) -> None:
     node(model.graph, f"{QKV}/Join").input[1] = other
 
 
+def parts_of_an_input_on_tokens(model: onnx.ModelProto) -> None:
+    node(model.graph, f"{FC2}/Codes").attribute[0].i = 1
+
+
+def other_scale_of_a_part(model: onnx.ModelProto) -> None:
+    other = add_constant(model.graph, "other_scale", np.array(0.5, np.float32))
+    node(model.graph, f"{FC2}/input_1/input_Quantize").input[1] = other
+
+
+def part_left_out_of_the_joint(model: onnx.ModelProto) -> None:
+    parts = node(model.graph, f"{FC2}/Codes").input
+    joint = node(model.graph, f"{FC2}/Join").input
+    joint[:] = [*parts[:-1], joint[1]]
+
+
+def reader_of_joined_codes_that_is_no_product(model: onnx.ModelProto) -> None:
+    value = f"{QKV}/joined_Dequantize_output_0"
+    model.graph.node.append(helper.make_node("Identity", [value], ["copy"], name="Copy"))
+
+
 def rows_beside_rows(model: onnx.ModelProto) -> None:
-    node(model.graph, f"{QKV}/Rows").attribute[0].i = 1
+    node(model.graph, f"{PART}/Rows").attribute[0].i = 1
 
 
 def unsigned_rows_of_the_branch(model: onnx.ModelProto) -> None:
-    set_constant(model.graph, f"{QKV}/left_codes", np.ones((4, 288), np.uint8))
+    set_constant(model.graph, f"{PART}/left_codes", np.ones((4, 96), np.uint8))
 
 
 def rows_of_three(model: onnx.ModelProto) -> None:
-    node(model.graph, f"{QKV}/Rows").input.append(f"{QKV}/left_codes")
+    node(model.graph, f"{PART}/Rows").input.append(f"{PART}/left_codes")
 
 
 def rows_of_the_branch_at_run_time(model: onnx.ModelProto) -> None:
-    insert_before(model.graph, f"{QKV}/Rows", 1, "Abs")
+    insert_before(model.graph, f"{PART}/Rows", 1, "Abs")
 
 
 OTHER_BREAKS = [
@@ -286,6 +309,10 @@ OTHER_BREAKS = [
     ("joined", swapped_joint, "joined-codes"),
     ("joined", joint_on_tokens, "joined-codes"),
     ("joined", joint_with_another_linears_codes, "joined-codes"),
+    ("joined", parts_of_an_input_on_tokens, "joined-codes"),
+    ("joined", other_scale_of_a_part, "joined-codes"),
+    ("joined", part_left_out_of_the_joint, "joined-codes"),
+    ("joined", reader_of_joined_codes_that_is_no_product, "dequantize-feeds-product"),
     ("joined", rows_beside_rows, "joined-codes"),
     ("joined", unsigned_rows_of_the_branch, "joined-codes"),
     ("joined", rows_of_three, "joined-codes"),

@@ -108,6 +108,25 @@ def test_layouts_agree_bit_for_bit(
 
 @pytest.mark.parametrize("layout", ["int4", "int8"])
 @pytest.mark.parametrize("ranges", ["token", "static"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 3), (4, 1), (2, 2)])
+def test_a_linear_in_parts_gives_the_same_bits(
+    tmp_path: Path, layout: str, ranges: str, inputs: int, outputs: int
+) -> None:
+    """A range is over all parts of a token, and every channel has its own 1/s, row and bias."""
+    linear = folded_linear(K, out_features=24, multiplies_input=True)
+    form = {"layout": layout, "ranges": ranges, "activation_bits": 8, "target": "onnxruntime"}
+    x = random_input()
+    made = []
+    for parts in ({}, {"inputs": inputs, "outputs": outputs}):
+        path = tmp_path / f"{len(parts)}.onnx"
+        write_linear(path, linear, splits_output=False, **form, **parts)
+        made.append(run_linear(path, x))
+    assert made[0].shape == (3, 5, 24)
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("layout", ["int4", "int8"])
+@pytest.mark.parametrize("ranges", ["token", "static"])
 @pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
 def test_half_precision_agrees_to_its_rounding(
     tmp_path: Path, layout: str, ranges: str, target: str

@@ -11,10 +11,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ditas_export.artifact_files import require_writable
@@ -210,8 +212,8 @@ def _compare_linears(
     """
     wanted_names = linear_outputs(options.reference, config)
     found_names = linear_outputs(options.model, config)
-    reference = onnx_runner_with_outputs(options.reference, list(wanted_names.values()))
-    model = onnx_runner_with_outputs(options.model, list(found_names.values()))
+    reference = onnx_runner_with_outputs(options.reference, list(chain(*wanted_names.values())))
+    model = onnx_runner_with_outputs(options.model, list(chain(*found_names.values())))
     feeds = feeds_of(inputs)
     at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
     differences: list[Differences] = []
@@ -219,8 +221,13 @@ def _compare_linears(
         for wanted, found in run_both(reference, model, feeds[start : start + at_once]):
             differences.append(
                 {
-                    name: _linear_difference(name, wanted[value], found[found_names[name]], config)
-                    for name, value in wanted_names.items()
+                    name: _linear_difference(
+                        name,
+                        [wanted[value] for value in values],
+                        [found[value] for value in found_names[name]],
+                        config,
+                    )
+                    for name, values in wanted_names.items()
                 }
             )
         advance("Comparing linears", len(differences), len(feeds))
@@ -232,13 +239,14 @@ def _difference(wanted: Any, found: Any) -> Difference:
     return Difference.between(torch.from_numpy(wanted), torch.from_numpy(found))
 
 
-def _linear_difference(name: str, wanted: Any, found: Any, config: DiTConfig) -> Difference:
-    """Return the difference of a linear's outputs, where they are comparable."""
-    parts = (
-        comparable_part(name, torch.from_numpy(value), config.hidden_size)
-        for value in (wanted, found)
+def _linear_difference(
+    name: str, wanted: Sequence[Any], found: Sequence[Any], config: DiTConfig
+) -> Difference:
+    """Return the difference of a linear's outputs, each in parts, where they are comparable."""
+    wholes = (torch.from_numpy(np.concatenate(parts, axis=-1)) for parts in (wanted, found))
+    return Difference.between(
+        *(comparable_part(name, whole, config.hidden_size) for whole in wholes)
     )
-    return Difference.between(*parts)
 
 
 def _joined(steps: Sequence[Differences]) -> Differences:

@@ -1,11 +1,14 @@
 """The outputs of the block linears as outputs of the graph, in a copy of an exported file.
 
 Float and quantized files name the nodes of a linear after its path, `blocks.3.attn.qkv/…`; the last
-of them gives what the linear gives, bias and low-rank branch included.
+of them gives what the linear gives, bias and low-rank branch included. Where a linear gives its
+output in parts, the last nodes of `blocks.3.attn.qkv/output_0/…` and those after it do.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -14,27 +17,37 @@ from torch import Tensor
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import linear_sites, value_rows
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.lowering import OUTPUT_PART
 
 
-def linear_outputs(path: Path, config: DiTConfig) -> dict[str, str]:
-    """Return linear -> name of the value it gives, in the order of the network.
+def linear_outputs(path: Path, config: DiTConfig) -> dict[str, list[str]]:
+    """Return linear -> names of the values it gives, in the order of the network.
+
+    Several values are equal parts of its output channels, in order.
 
     Raises:
         OnnxExportError: a linear that has no nodes of its own in the file.
     """
-    last: dict[str, str] = {}
+    last: dict[str, dict[str, str]] = defaultdict(dict)
     for node in onnx.load(str(path), load_external_data=False).graph.node:
-        last[node.name.partition("/")[0]] = node.output[0]
+        linear, _, place = node.name.partition("/")
+        part = place.partition("/")[0] if place.startswith(OUTPUT_PART) else ""
+        last[linear][part] = node.output[0]
     sites = [site.name for site in linear_sites(config.depth)]
     if absent := [name for name in sites if name not in last]:
         raise OnnxExportError(
             f"{path} has no nodes named {absent[0]}/…; compare files as ditas-export wrote them, "
             f"or use --no-linears"
         )
-    return {name: last[name] for name in sites}
+    return {name: _parts_or_whole(last[name]) for name in sites}
 
 
-def with_outputs(path: Path, values: list[str]) -> bytes:
+def _parts_or_whole(last: dict[str, str]) -> list[str]:
+    """Return the parts' values in order (nodes are in the graph's), or the only one."""
+    return [value for part, value in last.items() if part] or [last[""]]
+
+
+def with_outputs(path: Path, values: Sequence[str]) -> bytes:
     """Return an ONNX file that gives more values after its own outputs.
 
     Tensors in a file of their own stay there: the bytes refer to it by its name.

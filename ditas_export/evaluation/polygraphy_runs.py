@@ -61,7 +61,7 @@ def onnx_runner(path: Path) -> Any:
     return OnnxrtRunner(lambda: open_session(path, options, CPU), name=str(path))
 
 
-def onnx_runner_with_outputs(path: Path, values: list[str]) -> Any:
+def onnx_runner_with_outputs(path: Path, values: Sequence[str]) -> Any:
     """Return a Polygraphy runner of an exported file that gives more of its values."""
     entries = {**ACCURATE_WEIGHT_ONLY, EXTERNAL_FOLDER: str(path.resolve().parent)}
     options = session_options(None, entries)

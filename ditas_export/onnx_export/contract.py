@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export import attention
+from ditas_export.onnx_export import onnxruntime_form
 from ditas_export.onnx_export.lowering import UNSIGNED_ZERO_POINT
 from ditas_export.onnx_export.patterns import (
     DEQUANTIZE,
@@ -28,9 +28,12 @@ from ditas_export.onnx_export.patterns import (
     integer_attribute,
     is_int4,
     is_joined,
+    joins_codes,
     operand,
     producer,
+    producers,
     products,
+    quantizers_of,
 )
 from ditas_export.onnx_export.skeleton import INPUT_NAMES, IR_VERSION, OPSET, OUTPUT_NAME
 from ditas_export.quantization.integer import MAX_MULTIPLIER
@@ -125,7 +128,7 @@ def _ir_version(model: ir.Model) -> Iterator[Finding]:
 def _versions(model: ir.Model) -> tuple[int, int]:
     """Return the opset and the IR version that a graph is to have."""
     if any(node.op_type == "Attention" for node in model.graph):
-        return attention.OPSET, attention.IR_VERSION
+        return onnxruntime_form.OPSET, onnxruntime_form.IR_VERSION
     return OPSET, IR_VERSION
 
 
@@ -269,7 +272,8 @@ def _dequantize_feeds_product(model: ir.Model) -> Iterator[Finding]:
         readers = [reader.op_type for reader in consumers(node)]
         if readers == ["Transpose"] and is_int4(node.inputs[0]):
             continue
-        if readers != ["MatMul"]:
+        several = is_joined(node)  # unsigned codes may feed a product for every part of an output
+        if readers != ["MatMul"] and not (several and set(readers) == {"MatMul"}):
             yield _name(node), f"read by {readers or 'nothing'}", "read by one MatMul"
 
 
@@ -301,21 +305,24 @@ def _own_constants(model: ir.Model) -> Iterator[Finding]:
 
 
 def _joined_codes(model: ir.Model) -> Iterator[Finding]:
-    for concat in (node for node in model.graph if node.op_type == "Concat"):
-        makers = [producer(concat, index) for index in range(len(concat.inputs))]
+    for concat in filter(joins_codes, model.graph):
+        if any(joins_codes(reader) for reader in consumers(concat)):
+            continue  # the parts of an input: of these and the inner product's is the joint
+        makers = producers(concat)
         codes, inner = makers if len(makers) == 2 else (None, None)
-        if not any(maker and maker.op_type == QUANTIZE and is_joined(maker) for maker in makers):
-            continue
         source = producer(producer(producer(inner, 0), 0), 0)  # of the inner product's input
-        if codes is None or source is not codes or integer_attribute(concat, "axis", 0) != -1:
+        axis = integer_attribute(concat, "axis", 0)
+        if codes is None or source is not codes or axis != -1:
             expected = "codes and those of a product of theirs, on the last axis"
             yield _name(concat), "another joint", expected
             continue
-        around = [*makers, *consumers(codes), *consumers(concat)]
+        if joins_codes(codes) and integer_attribute(codes, "axis", 0) != -1:
+            yield _name(codes), "parts of an input on another axis", "the last axis"
+        around = [*quantizers_of(codes), inner, *consumers(codes), *consumers(concat)]
         grids = {
             tuple(str(array(operand(node, index))) for index in (1, 2))
             for node in around
-            if node is not None and node is not concat
+            if node is not concat
         }
         if len(grids) != 1:
             yield _name(concat), "codes of several scales", "one scale and zero point"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
-from ditas_export.onnx_export.attention import fuse_attention
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.lowering import (
@@ -28,6 +27,7 @@ from ditas_export.onnx_export.lowering import (
     lower_weight_only_linear,
 )
 from ditas_export.onnx_export.manifest import bytes_by_part
+from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
@@ -39,7 +39,8 @@ FORM_KEY = "ditas_export.form"
 LARGEST_INLINE_BYTES = 2**31 - 2**24
 """Tensors beyond this go to a file of their own: protobuf holds 2 GiB, nodes included."""
 
-Lower = Callable[[Subgraph, str, ir.Value], ir.Value]
+Lower = Callable[[Subgraph, str, Sequence[ir.Value], int], Sequence[ir.Value]]
+"""From a placeholder's place, module path, inputs and number of outputs to what it gives."""
 
 
 def export_onnx(
@@ -70,26 +71,30 @@ def export_onnx(
     require_writable(path)
     parameters = folded.float_parameters
 
-    def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
+    def lower(
+        graph: Subgraph, module: str, inputs: Sequence[ir.Value], outputs: int
+    ) -> Sequence[ir.Value]:
         if module in folded.linears:
             return lower_linear(
                 graph,
-                x,
+                inputs,
                 folded.linears[module],
                 layout=layout,
                 ranges=ranges,
                 activation_bits=folded.activation_bits,
                 splits_output=module.endswith("attn.qkv"),
                 target=target,
+                outputs=outputs,
             )
+        (x,) = inputs
         bias = parameters[f"{module}.bias"]
         if module in folded.adaln:
-            return lower_weight_only_linear(graph, x, folded.adaln[module], bias)
-        return lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)
+            return [lower_weight_only_linear(graph, x, folded.adaln[module], bias)]
+        return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
     if in_onnxruntime_form(target, folded.dtype):
-        fuse_attention(model, folded.config.num_heads)
+        to_onnxruntime_form(model, folded.config, in_parts=_joins_branches(folded, target))
     lower_placeholders(model, lower)
     form = {
         "weight_bits": next(iter(folded.linears.values())).weight.bits,
@@ -109,8 +114,14 @@ def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
     """Return "int8", "uint8" where a low-rank branch joins its linear's product, None for float."""
     if folded.activation_bits == 16:
         return None
-    has_branch = any(linear.low_rank for linear in folded.linears.values())
-    return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
+    return "uint8" if _joins_branches(folded, target) else "int8"
+
+
+def _joins_branches(folded: FoldedDiT, target: Target) -> bool:
+    """Return whether low-rank branches join their linears' integer products."""
+    has_branch = all(linear.low_rank for linear in folded.linears.values())
+    integers = folded.activation_bits == 8
+    return has_branch and integers and in_onnxruntime_form(target, folded.dtype)
 
 
 def export_reference(model: DiT, path: Path) -> None:
@@ -129,9 +140,12 @@ def export_reference(model: DiT, path: Path) -> None:
     float_type = _float_type(dtype)
     require_writable(path)
 
-    def lower(graph: Subgraph, module: str, x: ir.Value) -> ir.Value:
+    def lower(
+        graph: Subgraph, module: str, inputs: Sequence[ir.Value], _outputs: int
+    ) -> Sequence[ir.Value]:
+        (x,) = inputs
         weight, bias = parameters[f"{module}.weight"], parameters[f"{module}.bias"]
-        return lower_float_linear(graph, x, weight, bias)
+        return [lower_float_linear(graph, x, weight, bias)]
 
     graph_model = export_skeleton(model.config, parameters, dtype=dtype)
     lower_placeholders(graph_model, lower)
@@ -145,10 +159,10 @@ def lower_placeholders(model: ir.Model, lower: Lower) -> None:
         if node.domain != PLACEHOLDER_DOMAIN:
             continue
         module = node.attributes["module"].as_string()
-        x = node.inputs[0]
-        assert x is not None  # a placeholder has one input
-        replacement = lower(Subgraph(node, module), module, x)
-        node.outputs[0].replace_all_uses_with(replacement)
+        inputs = [value for value in node.inputs if value is not None]
+        lowered = lower(Subgraph(node, module), module, inputs, len(node.outputs))
+        for output, replacement in zip(node.outputs, lowered, strict=True):
+            output.replace_all_uses_with(replacement)
         model.graph.remove(node, safe=True)
     model.graph.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
 

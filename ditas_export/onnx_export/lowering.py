@@ -18,6 +18,9 @@ product as codes on the input's own grid:
 
     y = DQ([q | p]) [ŵ | ℓ̂]ᵀ · r + bias,      p = Q(DQ(q) rightᵀ)
 
+Such a linear may read its input channels in parts, and give its output channels in parts: one
+product for each, all of the same codes.
+
 These codes are UINT8 with a zero point of 128: ONNX Runtime lets two products read one quantizer,
 and joins codes, where they are unsigned alone. TensorRT refuses them.
 
@@ -29,6 +32,7 @@ its own, scales and zero points are constants, and INT4 feeds only a DequantizeL
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -60,6 +64,9 @@ Layout = Literal["int4", "int8"]
 RANK_MULTIPLE = 8
 """Ranks of the form for TensorRT."""
 
+INPUT_PART, OUTPUT_PART = "input_", "output_"
+"""How the names of nodes of one part go on after a linear's path, before the part's number."""
+
 UNSIGNED_ZERO_POINT = 128
 """Of codes in UINT8 that are INT8 codes plus this."""
 
@@ -69,7 +76,7 @@ LARGEST_PRODUCT = 2.0**14
 
 def lower_linear(
     graph: Subgraph,
-    x: ir.Value,
+    inputs: Sequence[ir.Value],
     linear: FoldedLinear,
     *,
     layout: Layout,
@@ -77,51 +84,47 @@ def lower_linear(
     activation_bits: int,
     splits_output: bool,
     target: Target = "portable",
-) -> ir.Value:
-    """Write one quantized linear and return its output.
+    outputs: int = 1,
+) -> Sequence[ir.Value]:
+    """Write one quantized linear and return its outputs.
 
     Args:
         graph: where to write; its path is the linear's.
-        x: (…, K), the linear's input.
+        inputs: (…, K), the linear's input; with a joined branch, any number of equal parts of it.
         linear: what to write.
         layout: storage of the weight.
         ranges: of the activations.
         activation_bits: 8, or 16 for float activations.
         splits_output: the output is cut into parts, as qkv's is.
         target: the runtime whose form to write, where they differ.
+        outputs: 1; with a joined branch, any number of equal parts of the output.
 
     Raises:
         OnnxExportError: a layout or block size that the weight cannot take.
     """
     if linear.weight.bits == 8 and layout == "int4":
         raise OnnxExportError("8-bit weights have no int4 layout; use layout int8")
-    if linear.input_multiplier is not None:
-        multiplier = graph.constant("input_multiplier", linear.input_multiplier)
-        x = graph.node("Mul", [x, multiplier], name="Smooth")
+    dtype, low_rank = linear.bias.dtype, linear.low_rank
+    own_form = in_onnxruntime_form(target, dtype)
+    if own_form and low_rank is not None and activation_bits == 8:
+        return _lower_joined(
+            graph, inputs, linear, low_rank, layout=layout, ranges=ranges, outputs=outputs
+        )
+    (x,) = _smoothed([graph], inputs, linear)
     if activation_bits == 16:
         y = _float_product(graph, x, linear, layout)
-        return _add_bias(graph, y, linear.bias if linear.low_rank else _bias_of_rank_3(linear))
-    token = None
-    scale = static_scale(linear.static_range, linear.bias.dtype)
-    if ranges == "token":
-        token = _token_ranges(graph, x, linear.bias.dtype)
-        x = graph.node("Div", [x, token], name="Normalize")
-        scale = unit_scale(linear.bias.dtype)
-    low_rank = linear.low_rank
-    own_form = in_onnxruntime_form(target, scale.dtype)
-    if low_rank is not None and own_form:
-        y = _joined_product(graph, x, linear, low_rank, scale, layout)
-    elif low_rank is not None and target == "tensorrt":
+        return [_add_bias(graph, y, linear.bias if low_rank else _bias_of_rank_3(linear))]
+    (x,), token, scale = _normalized(graph, [graph], [x], linear, ranges)
+    if low_rank is not None and target == "tensorrt":
         y = _shared_scale_product(graph, x, linear, low_rank, scale, layout)
     elif low_rank is None and token is None and splits_output:
         y = _opaque_product(graph, x, linear, scale, layout)
     else:
         y = _integer_product(graph, x, linear, scale, layout)
-    if token is not None:
-        y = graph.node("Mul", [y, token], name="Denormalize")
     follows_product = low_rank is None and token is None
     keeps_apart = own_form or follows_product
-    return _add_bias(graph, y, _bias_of_rank_3(linear) if keeps_apart else linear.bias)
+    y = _denormalized(graph, y, token)
+    return [_add_bias(graph, y, _bias_of_rank_3(linear) if keeps_apart else linear.bias)]
 
 
 def lower_float_linear(
@@ -139,13 +142,57 @@ def lower_weight_only_linear(
     return _add_bias(graph, graph.node("MatMul", [x, _weight_only(graph, weight)]), bias)
 
 
-def _token_ranges(graph: Subgraph, x: ir.Value, dtype: torch.dtype) -> ir.Value:
+def _smoothed(
+    places: Sequence[Subgraph], inputs: Sequence[ir.Value], linear: FoldedLinear
+) -> Sequence[ir.Value]:
+    """Write each part of an input times its part of 1/s, where the linear has that to do."""
+    if linear.input_multiplier is None:
+        return inputs
+    multipliers = linear.input_multiplier.chunk(len(inputs))
+    return [
+        place.node("Mul", [x, place.constant("input_multiplier", multiplier)], name="Smooth")
+        for place, x, multiplier in zip(places, inputs, multipliers, strict=True)
+    ]
+
+
+def _normalized(
+    graph: Subgraph,
+    places: Sequence[Subgraph],
+    inputs: Sequence[ir.Value],
+    linear: FoldedLinear,
+    ranges: Ranges,
+) -> tuple[Sequence[ir.Value], ir.Value | None, torch.Tensor]:
+    """Return each part of an input over its token's range, the ranges, and the quantizer's scale.
+
+    Static ranges are in the scale: the input is left as it is then, and the ranges are None.
+    """
+    dtype = linear.bias.dtype
+    if ranges == "static":
+        return inputs, None, static_scale(linear.static_range, dtype)
+    token = _token_ranges(graph, places, inputs, dtype)
+    divided = [
+        place.node("Div", [x, token], name="Normalize")
+        for place, x in zip(places, inputs, strict=True)
+    ]
+    return divided, token, unit_scale(dtype)
+
+
+def _token_ranges(
+    graph: Subgraph, places: Sequence[Subgraph], inputs: Sequence[ir.Value], dtype: torch.dtype
+) -> ir.Value:
     """Write r = max(max x, −min x, 2⁻¹⁴) per token, (…, 1): no pass that writes |x|."""
     axis = graph.axes("last_axis", [-1])
-    highest = graph.node("ReduceMax", [x, axis], keepdims=1)
-    lowest = graph.node("ReduceMin", [x, axis], keepdims=1)
+    bounds = []
+    for place, x in zip(places, inputs, strict=True):
+        bounds.append(place.node("ReduceMax", [x, axis], keepdims=1))
+        bounds.append(place.node("Neg", [place.node("ReduceMin", [x, axis], keepdims=1)]))
     floor = graph.scalar("range_floor", RANGE_FLOOR, dtype)
-    return graph.node("Max", [highest, graph.node("Neg", [lowest]), floor], name="Range")
+    return graph.node("Max", [*bounds, floor], name="Range")
+
+
+def _denormalized(graph: Subgraph, y: ir.Value, token: ir.Value | None) -> ir.Value:
+    """Write y · r; y itself under static ranges."""
+    return y if token is None else graph.node("Mul", [y, token], name="Denormalize")
 
 
 def _integer_product(
@@ -175,15 +222,20 @@ def _opaque_product(
     return graph.node("Mul", [y, graph.scalar("half", 0.5, linear.bias.dtype)], name="Halve")
 
 
-def _joined_product(
+def _lower_joined(
     graph: Subgraph,
-    x: ir.Value,
+    inputs: Sequence[ir.Value],
     linear: FoldedLinear,
     low_rank: LowRank,
-    scale: torch.Tensor,
+    *,
     layout: Layout,
-) -> ir.Value:
-    """Write the one integer product of a linear and its branch: x (…, K) -> (…, N), no bias."""
+    ranges: Ranges,
+    outputs: int,
+) -> Sequence[ir.Value]:
+    """Write a linear whose branch joins its integer product, in parts of its input and output."""
+    places = _places(graph, INPUT_PART, len(inputs))
+    inputs = _smoothed(places, inputs, linear)
+    inputs, token, scale = _normalized(graph, places, inputs, linear, ranges)
     grid = [
         graph.constant("input_scale", scale),
         graph.constant("input_zero_point", torch.tensor(UNSIGNED_ZERO_POINT, dtype=torch.uint8)),
@@ -192,14 +244,63 @@ def _joined_product(
     def dequantized(codes: ir.Value, prefix: str) -> ir.Value:
         return graph.node("DequantizeLinear", [codes, *grid], name=f"{prefix}_Dequantize")
 
-    codes = graph.node("QuantizeLinear", [x, *grid], name="input_Quantize")
+    parts = [
+        place.node("QuantizeLinear", [x, *grid], name="input_Quantize")
+        for place, x in zip(places, inputs, strict=True)
+    ]
+    codes = parts[0] if len(parts) == 1 else graph.node("Concat", parts, name="Codes", axis=-1)
     right = low_rank.right_codes, low_rank.right_scale(scale.dtype)
     inner = _right_product(graph, dequantized(codes, "input"), *right)
     inner_codes = graph.node("QuantizeLinear", [inner, *grid], name="inner_Quantize")
-    joined = graph.node("Concat", [codes, inner_codes], name="Join", axis=-1)
-    rows = _joined_codes(graph, linear.weight, low_rank, layout)
-    weight = _dequantize(graph, rows, "row_scale", linear.weight.row_scale, "weight")
-    return graph.node("MatMul", [dequantized(joined, "joined"), weight])
+    joined = dequantized(graph.node("Concat", [codes, inner_codes], name="Join", axis=-1), "joined")
+    made = []
+    for place, rows in zip(
+        _places(graph, OUTPUT_PART, outputs), _parts(linear, outputs), strict=True
+    ):
+        weight = _joined_weight(place, rows, layout)
+        y = _denormalized(place, place.node("MatMul", [joined, weight]), token)
+        made.append(_add_bias(place, y, _bias_of_rank_3(rows)))
+    return made
+
+
+def _places(graph: Subgraph, name: str, parts: int) -> Sequence[Subgraph]:
+    """Return where each of some parts is written: with the linear itself, where there is one."""
+    return [graph] if parts == 1 else [graph.below(f"{name}{index}") for index in range(parts)]
+
+
+def _parts(linear: FoldedLinear, outputs: int) -> Sequence[FoldedLinear]:
+    """Return a linear of equal parts of the outputs for each of them, in order."""
+    weight, low_rank = linear.weight, linear.low_rank
+    assert low_rank is not None  # the caller looked
+    columns = zip(
+        weight.codes.chunk(outputs),
+        weight.multipliers.chunk(outputs),
+        weight.row_scale.chunk(outputs),
+        low_rank.left_codes.chunk(outputs),
+        linear.bias.chunk(outputs),
+        strict=True,
+    )
+    return [
+        replace(
+            linear,
+            weight=replace(weight, codes=codes, multipliers=multipliers, row_scale=row_scale),
+            low_rank=replace(low_rank, left_codes=left_codes),
+            bias=bias,
+        )
+        for codes, multipliers, row_scale, left_codes, bias in columns
+    ]
+
+
+def _joined_weight(graph: Subgraph, linear: FoldedLinear, layout: Layout) -> ir.Value:
+    """Write [ŵ | ℓ̂]ᵀ, [K + rank, N], its integers dequantized by the row scales."""
+    weight, low_rank = linear.weight, linear.low_rank
+    assert low_rank is not None  # the caller looked
+    if layout == "int8":
+        rows = graph.constant("int8_codes", joined_rows(weight, low_rank).T)
+    else:
+        left_codes = graph.constant("left_codes", low_rank.left_codes.T)
+        rows = graph.node("Concat", [_int4_chain(graph, weight), left_codes], name="Rows", axis=0)
+    return _dequantize(graph, rows, "row_scale", weight.row_scale, "weight")
 
 
 def _shared_scale_product(
@@ -302,16 +403,6 @@ def _integer_codes(graph: Subgraph, weight: IntegerWeight, layout: Layout) -> ir
     if layout == "int8":
         return graph.constant("int8_codes", weight.int8_rows().T)
     return _int4_chain(graph, weight)
-
-
-def _joined_codes(
-    graph: Subgraph, weight: IntegerWeight, low_rank: LowRank, layout: Layout
-) -> ir.Value:
-    """Write the integers of a weight and of a branch that joins it as INT8 [K + rank, N]."""
-    if layout == "int8":
-        return graph.constant("int8_codes", joined_rows(weight, low_rank).T)
-    left_codes = graph.constant("left_codes", low_rank.left_codes.T)
-    return graph.node("Concat", [_int4_chain(graph, weight), left_codes], name="Rows", axis=0)
 
 
 def _int4_chain(graph: Subgraph, weight: IntegerWeight) -> ir.Value:

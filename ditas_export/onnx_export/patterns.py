@@ -72,22 +72,33 @@ def int4_chain(dequantize: ir.Node) -> Int4Chain | None:
 def is_joined(node: ir.Node) -> bool:
     """Return whether a Q or DQ of activations is part of a joined input: `DQ(Concat(Q, Q))`.
 
-    Part of it are both quantizers, the last DequantizeLinear, and the one between the two.
+    Part of it are all quantizers, the last DequantizeLinear, and the one between the two. An input
+    that comes in parts is a Concat of their quantizers first.
     """
     if node.op_type == QUANTIZE:
-        return any(_joins_quantizers(reader) for reader in consumers(node))
+        return any(joins_codes(reader) for reader in consumers(node))
     source = producer(node, 0)
     if source is None:
         return False
-    return is_joined(source) if source.op_type == QUANTIZE else _joins_quantizers(source)
+    return is_joined(source) if source.op_type == QUANTIZE else joins_codes(source)
 
 
-def _joins_quantizers(node: ir.Node) -> bool:
-    """Return whether a node is a Concat of nothing but quantized activations."""
-    makers = [value.producer() if value else None for value in node.inputs]
+def joins_codes(node: ir.Node) -> bool:
+    """Return whether a node is a Concat of nothing but codes of activations."""
     return node.op_type == "Concat" and all(
-        maker is not None and maker.op_type == QUANTIZE for maker in makers
+        maker is not None and (maker.op_type == QUANTIZE or joins_codes(maker))
+        for maker in producers(node)
     )
+
+
+def quantizers_of(codes: ir.Node) -> list[ir.Node]:
+    """Return the quantizers that codes of activations come from: itself, or those that it joins."""
+    return [codes] if codes.op_type == QUANTIZE else [node for node in producers(codes) if node]
+
+
+def producers(node: ir.Node) -> list[ir.Node | None]:
+    """Return the nodes that make a node's operands; None for a constant or an input."""
+    return [value.producer() if value else None for value in node.inputs]
 
 
 def producer(node: ir.Node | None, index: int) -> ir.Node | None:

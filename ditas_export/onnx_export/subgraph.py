@@ -32,6 +32,10 @@ class Subgraph:
         self._before = before
         self._path = path
 
+    def below(self, name: str) -> Subgraph:
+        """Return the same place under the path `<path>/<name>`."""
+        return Subgraph(self._before, f"{self._path}/{name}")
+
     def constant(self, name: str, tensor: Tensor) -> ir.Value:
         """Add an initializer `<path>/<name>` and return it; the tensor is copied when written."""
         full_name = f"{self._path}/{name}"

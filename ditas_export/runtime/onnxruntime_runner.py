@@ -20,6 +20,7 @@ from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
+from ditas_export.onnx_export.lowering import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 from ditas_export.runtime.optimized_cache import optimized_model
@@ -221,6 +222,9 @@ def _product_kernels(optimized: Path) -> dict[str, str]:
 def _original_name(name: str) -> str:
     """Return the exported node's name, without what the optimizer appended."""
     path, _, rest = name.partition("/")
+    if rest.startswith(OUTPUT_PART):
+        part, _, rest = rest.partition("/")
+        path = f"{path}/{part}"
     return f"{path}/{rest.partition('/')[0]}"
 
 

@@ -1,0 +1,94 @@
+"""What ONNX Runtime's form has otherwise than the skeleton that all forms begin with.
+
+Attention is the one operator that opset 23 has for it: ONNX Runtime runs it on CPUs in less time
+than the products, softmax and transposes that it stands for. And where linears are integer products
+with their branches joined, a wide output is made in parts as wide as the hidden states: what lies
+between two products then stays in the processor's cache, and q, k and v come out apart.
+
+It is for files of that form alone: opset 21 has no `Attention`, and NVIDIA's builder fuses by
+itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ditas_export.dit.model import DiTConfig
+from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN
+from ditas_export.onnx_export.subgraph import Subgraph
+
+OPSET = 23
+"""The first opset with `Attention`."""
+
+IR_VERSION = 11
+"""The IR version that came with it."""
+
+
+def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -> None:
+    """Put one `Attention` between every block's qkv and proj, and cut what is wide; in place.
+
+    Args:
+        model: a skeleton, its linears placeholders; becomes opset 23.
+        config: shape of the model.
+        in_parts: qkv and fc1 give several outputs, and fc2 reads several inputs, in the order of
+            their channels. fc1 stays whole where its width is no multiple of the hidden size.
+    """
+    linears = {
+        node.attributes["module"].as_string(): node
+        for node in model.graph
+        if node.domain == PLACEHOLDER_DOMAIN
+    }
+    parts_of_mlp, rest = divmod(config.mlp_hidden_size, config.hidden_size)
+    for index in range(config.depth):
+        block = f"blocks.{index}"
+        qkv, proj = linears[f"{block}.attn.qkv"], linears[f"{block}.attn.proj"]
+        graph = Subgraph(proj, f"{block}.attn")
+        parts = _cut(qkv, 3) if in_parts else graph.split(qkv.outputs[0], 3)
+        heads = config.num_heads
+        fused = graph.node("Attention", parts, q_num_heads=heads, kv_num_heads=heads)
+        proj.replace_input_with(0, fused)
+        if in_parts and not rest:
+            _cut_mlp(linears[f"{block}.mlp.fc1"], linears[f"{block}.mlp.fc2"], parts_of_mlp)
+    RemoveUnusedNodesPass()(model)
+    model.graph.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+
+
+def _cut_mlp(fc1: ir.Node, fc2: ir.Node, parts: int) -> None:
+    """Let fc1 give its output in parts, its activation take each, and fc2 read them all."""
+    activation = fc2.inputs[0].producer() if fc2.inputs[0] else None
+    assert activation is not None
+    assert activation.inputs[0] is fc1.outputs[0]  # one operator between the two
+    activated = [
+        _copy(activation, [part], f"{activation.name}_{index}").outputs[0]
+        for index, part in enumerate(_cut(fc1, parts))
+    ]
+    whole = _copy(fc2, activated, str(fc2.name))
+    fc2.outputs[0].replace_all_uses_with(whole.outputs[0])
+
+
+def _cut(linear: ir.Node, parts: int) -> Sequence[ir.Value]:
+    """Put a placeholder of several outputs before one of a single output, and return them."""
+    return _copy(linear, list(linear.inputs), str(linear.name), outputs=parts).outputs
+
+
+def _copy(
+    node: ir.Node, inputs: Sequence[ir.Value | None], name: str, *, outputs: int = 1
+) -> ir.Node:
+    """Put a node's like before it, with other inputs, name and number of outputs."""
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        list(node.attributes.values()),
+        num_outputs=outputs,
+        name=name,
+    )
+    for index, value in enumerate(copy.outputs):
+        value.name = f"{name}_output_{index}"
+    assert isinstance(node.graph, ir.Graph)  # nodes are found by walking a graph
+    node.graph.insert_before(node, copy)
+    return copy
