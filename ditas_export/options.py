@@ -41,11 +41,15 @@ WALK_TOKENS = 76_800
 pixels, a sixteenth at 512, all of the bundled model's. What moments need is a number of tokens,
 however many states they come from."""
 
+FAST_WALK_TOKENS = 19_200
+"""The same with `fast`: a quarter."""
+
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
+    "fast": (False, True),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
@@ -70,7 +74,8 @@ class ExportOptions:
     rank: int | None = None
     block_size: int | None = None
     alpha_grid: tuple[float, ...] | None = None
-    walk_tokens: int = WALK_TOKENS
+    walk_tokens: int | None = None
+    fast: bool = False
     ranges: Literal["token", "static"] | None = None
     layout: Literal["int4", "int8"] | None = None
     precision: Precision | None = None

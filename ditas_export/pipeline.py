@@ -27,7 +27,9 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
+    SamplingPrecision,
     collect_states,
+    has_bfloat16_products,
 )
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks
@@ -44,7 +46,13 @@ from ditas_export.onnx_export.vae import (
     load_latent_decoder,
     require_same_channels,
 )
-from ditas_export.options import PREFERENCES, ExportOptions, Precision
+from ditas_export.options import (
+    FAST_WALK_TOKENS,
+    PREFERENCES,
+    WALK_TOKENS,
+    ExportOptions,
+    Precision,
+)
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.timings import Timings
 
@@ -194,6 +202,21 @@ def _device(options: ExportOptions) -> torch.device:
     return torch.device(options.device)
 
 
+def quantization_settings(options: ExportOptions) -> QuantizationSettings:
+    """Return how the model is quantized: as asked, or by the defaults, those of `fast` its own."""
+    walk_tokens = FAST_WALK_TOKENS if options.fast else WALK_TOKENS
+    return QuantizationSettings(
+        weight_bits=options.w,
+        activation_bits=options.a,
+        method=options.method,
+        rank=options.rank,
+        block_size=options.block_size,
+        ranges=options.ranges or "token",
+        alpha_grid=ALPHA_GRID if options.alpha_grid is None else options.alpha_grid,
+        walk_tokens=walk_tokens if options.walk_tokens is None else options.walk_tokens,
+    )
+
+
 def _quantized(
     options: ExportOptions,
     loaded: LoadedDiT,
@@ -206,23 +229,14 @@ def _quantized(
     artifact = options.artifact
     if artifact is not None:
         return ranks.together(lambda: _kept_artifact(artifact, loaded))
-    settings = QuantizationSettings(
-        weight_bits=options.w,
-        activation_bits=options.a,
-        method=options.method,
-        rank=options.rank,
-        block_size=options.block_size,
-        ranges=options.ranges or "token",
-        alpha_grid=ALPHA_GRID if options.alpha_grid is None else options.alpha_grid,
-        walk_tokens=options.walk_tokens,
-    )
+    settings = quantization_settings(options)
     config = loaded.model.config
     for note in settings.notes(config):
         say(note)
     device = _device(options)
     loaded.model.to(device)
     with timings.part("sampling"):
-        states = _states(options, loaded, ranks, on_progress)
+        states = _states(options, loaded, ranks, on_progress, say)
     peak = peak_bytes(config, states, settings, ranks)
     steps, samples = states.latents.shape[:2]
     say(
@@ -266,7 +280,11 @@ def _kept_artifact(path: Path, loaded: LoadedDiT) -> QuantizedDiT:
 
 
 def _states(
-    options: ExportOptions, loaded: LoadedDiT, ranks: Ranks, on_progress: OnProgress
+    options: ExportOptions,
+    loaded: LoadedDiT,
+    ranks: Ranks,
+    on_progress: OnProgress,
+    say: Callable[[str], None],
 ) -> CalibrationStates:
     """Read the calibration states, take up those of an interrupted run, or sample them."""
     path = options.calibration
@@ -282,6 +300,7 @@ def _states(
             seed=options.seed,
         ),
         seed=options.seed,
+        precision=sampling_precision(options, loaded.model.pos_embed.device, ranks, say),
     )
     kept = ranks.first(lambda: _interrupted_states(options.states_path, settings, loaded.sha256))
     if kept is not None:
@@ -296,6 +315,22 @@ def _states(
     )
     ranks.first(lambda: _save_states(options, states))
     return states
+
+
+def sampling_precision(
+    options: ExportOptions,
+    device: torch.device,
+    ranks: Ranks = SINGLE,
+    say: Callable[[str], None] = lambda _: None,
+) -> SamplingPrecision:
+    """Return what the float model samples in: with `fast` bfloat16 where every rank has it."""
+    if not options.fast:
+        return "fp32"
+    if all(ranks.gather(has_bfloat16_products(device))):
+        say("--fast: the float model samples in bfloat16")
+        return "bf16"
+    say(f"--fast: this {device.type} has no bfloat16 products; the float model samples in float32")
+    return "fp32"
 
 
 def _save_states(options: ExportOptions, states: CalibrationStates) -> None:

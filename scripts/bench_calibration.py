@@ -2,6 +2,7 @@
 
     python scripts/bench_calibration.py                                 # all of it
     python scripts/bench_calibration.py --size 512 --blocks 2 --steps 2 # a part, and a projection
+    python scripts/bench_calibration.py --fast                          # as `ditas-export --fast`
 
 Outliers are planted; the weights are random: right for time and memory, not for quality. With
 fewer blocks, steps or samples, sampling and the blocks' parts are multiplied up to the paper's
@@ -35,6 +36,8 @@ from ditas_export.dit.checkpoint import LoadedDiT, load_dit
 from ditas_export.dit.model import DiT, randomize
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.presets import preset_config
+from ditas_export.options import ExportOptions
+from ditas_export.pipeline import quantization_settings, sampling_precision
 from ditas_export.timings import Timings
 
 DEPTH, STEPS, SAMPLES = 28, 50, 12
@@ -100,11 +103,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=DEPTH)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of those that are sampled")
+    parser.add_argument("--fast", action="store_true", help="as ditas-export --fast calibrates")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-count", action="store_true", help="leave out the operations")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = QuantizationSettings()
+    options = ExportOptions(output=Path("out.onnx"), fast=args.fast)
+    settings = quantization_settings(options)
+    precision = sampling_precision(options, torch.device("cpu"))
     timings = Timings()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.safetensors"
@@ -113,7 +119,9 @@ def main() -> None:
         with timings.part("reading the checkpoint"):
             loaded = load_dit(path)
         make_scheduler("ddpm", 2)  # imports diffusers, which is no part of sampling
-        asked = CalibrationSettings(steps=args.steps, classes=tuple(range(args.samples)))
+        asked = CalibrationSettings(
+            steps=args.steps, classes=tuple(range(args.samples)), precision=precision
+        )
         with timings.part("sampling"):
             states = collect_states(loaded.model, asked, checkpoint_sha256=loaded.sha256)
         if args.steps != STEPS or args.samples != SAMPLES:
@@ -139,7 +147,8 @@ def main() -> None:
     whole_seconds = {name: value * factors[name] for name, value in seconds.items()}
     total = sum(whole_seconds.values())
     part = max(factors.values()) > 1
-    print(f"DiT-XL/2 at {args.size} pixels, {settings.recipe.name}, "
+    print(f"DiT-XL/2 at {args.size} pixels, {settings.recipe.name}, sampled in {precision}, "
+          f"{settings.walk_tokens} tokens in the walk, "
           f"{'projected from' if part else 'measured on'} {args.blocks} of {DEPTH} blocks, "
           f"{args.steps} of {STEPS} steps, {args.samples} of {SAMPLES} samples\n")  # fmt: skip
     print(f"| part | {'seconds measured | seconds projected' if part else 'seconds'} | share |")

@@ -50,6 +50,8 @@ from ditas_export.dit.model import DiT
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.errors import CalibrationError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.options import ExportOptions
+from ditas_export.pipeline import quantization_settings, sampling_precision
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -147,6 +149,7 @@ def all_rows() -> tuple[Row, ...]:
             no_branch,
         ),
         _quantized("ditas-plus", "**ditas-plus**: all of these"),
+        Row(key="fast", label="ditas-plus, `--fast`", build=_calibrated_fast),
         _quantized(
             "fixed-alpha",
             "ditas-plus, α = 0.5",
@@ -210,6 +213,22 @@ def _quantized(
         )
 
     return Row(key=key, label=label, build=build)
+
+
+def _calibrated_fast(model: DiT, states: CalibrationStates) -> Candidate:
+    """Return the model as `--fast` makes it, from states of its own: the same noise and classes."""
+    options = ExportOptions(output=Path("out.onnx"), fast=True)
+    precision = sampling_precision(options, model.pos_embed.device)
+    own = collect_states(
+        model,
+        replace(states.settings, precision=precision),
+        checkpoint_sha256=states.checkpoint_sha256,
+    )
+    quantized = quantize_dit(model, own, quantization_settings(options))
+    return Candidate(
+        model=fake_quantized_dit(fold_smoothing(quantized), ranges="token"),
+        bits_per_weight=bits_per_weight(quantized),
+    )
 
 
 def _literal(key: str, label: str, preset: str | None = None, *, rank: int | None = None) -> Row:

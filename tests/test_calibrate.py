@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from quantized_fixture import tiny_dit
+from torch import Tensor, nn
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibrate import (
@@ -17,13 +21,18 @@ from ditas_export.calibration.calibrate import (
 )
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear, linear_to_parts
 from ditas_export.calibration.states import (
+    STATES_FORMAT,
     CalibrationSettings,
     CalibrationStates,
     collect_states,
+    has_bfloat16_products,
 )
+from ditas_export.diffusion.sampling import image_generator, initial_noise
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
+from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import ArtifactError, CalibrationError, QuantizationError
+from ditas_export.runtime.torch_runner import TorchRunner
 
 SETTINGS = QuantizationSettings(rank=2, alpha_grid=(0.4, 0.5))
 
@@ -166,7 +175,11 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
     assert torch.equal(resumed.latents, whole.latents)
     for name, value in whole.input_maxima.items():
         assert torch.equal(resumed.input_maxima[name], value), name
-    for other, sha256 in ((replace(settings, seed=1), "tiny"), (settings, "another")):
+    for other, sha256 in (
+        (replace(settings, seed=1), "tiny"),
+        (replace(settings, precision="bf16"), "tiny"),
+        (settings, "another"),
+    ):
         progress.write_bytes(kept)
         steps.clear()
         collect_states(
@@ -194,6 +207,99 @@ def test_states_come_back_and_belong_to_their_checkpoint(
                for name in states.input_maxima)  # fmt: skip
     with pytest.raises(ArtifactError, match=r"calibrated with checkpoint tiny…"):
         CalibrationStates.load(path, checkpoint_sha256="another")
+
+
+def test_states_say_in_which_precision_the_model_sampled(
+    states: CalibrationStates, tmp_path: Path
+) -> None:
+    """A file from before there was a choice says nothing, and is of float32."""
+    path = tmp_path / "states"
+    rounded = replace(states, settings=replace(states.settings, precision="bf16"))
+    rounded.save(path)
+    tensors, header = load_tensors(path, file_format=STATES_FORMAT)
+    assert header["settings"]["precision"] == "bf16"
+    assert CalibrationStates.load(path, checkpoint_sha256="tiny").settings == rounded.settings
+    del header["settings"]["precision"]
+    save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
+    assert CalibrationStates.load(path, checkpoint_sha256="tiny").settings == states.settings
+
+
+def test_progress_of_states_of_another_precision_is_not_taken(
+    model: DiT, states: CalibrationStates, tmp_path: Path
+) -> None:
+    """With a marker in what the first block left behind."""
+    progress = tmp_path / "progress"
+    settings = QuantizationSettings(method="linear")
+    rounded = replace(states, settings=replace(states.settings, precision="bf16"))
+
+    def stop(name: str, _: QuantizedLinear) -> None:
+        if name == "blocks.1.attn.qkv":
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize_dit(model, states, settings, progress_file=progress, on_linear=stop)
+    tensors, header = load_tensors(progress, file_format=PROGRESS_FORMAT)
+    tensors["blocks.0.mlp.fc2.bias"] += 1.0
+    save_tensors(progress, tensors, file_format=PROGRESS_FORMAT, header=header)
+    resumed = quantize_dit(model, rounded, settings, progress_file=progress)
+    assert same(quantize_dit(model, rounded, settings), resumed)
+    assert resumed.settings["calibration"]["precision"] == "bf16"
+
+
+def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -> None:
+    """Bit for bit, against diffusers' scheduler, guidance as published, and hooks of our own."""
+    settings = CalibrationSettings(steps=4, cfg_scale=1.5, classes=(3, 7), precision="bf16")
+    found = collect_states(model, settings, checkpoint_sha256="tiny")
+    rounded = copy.deepcopy(model).bfloat16()
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> object:
+        def hook(_module: nn.Module, taken: tuple[Tensor, ...]) -> None:
+            inputs[name] = taken[0]
+
+        return rounded.get_submodule(name).register_forward_pre_hook(hook)
+
+    names = [site.name for site in linear_sites(model.config.depth)]
+    for name in names:
+        keep(name)
+    runner = TorchRunner(rounded)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        variance_type="learned_range",
+        timestep_spacing="linspace",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(4)
+    generators = [image_generator(settings.seed, index) for index in range(2)]
+    latents = initial_noise(model.config, generators)
+    labels = torch.tensor([3, 7, model.config.null_class, model.config.null_class])
+    for index, timestep in enumerate(scheduler.timesteps):
+        assert torch.equal(found.latents[index], latents)
+        output = runner(torch.cat([latents, latents]), timestep.repeat(4), labels)
+        for name in names:
+            largest = inputs[name].float().abs().flatten(0, 1).amax(dim=0)
+            assert torch.equal(found.input_maxima[name][index], largest), name
+        with_class, without = output.chunk(2)
+        eps = without[:, :3] + 1.5 * (with_class[:, :3] - without[:, :3])
+        guided = torch.cat([eps, with_class[:, 3:]], dim=1)
+        latents = scheduler.step(guided, timestep, latents, generator=generators).prev_sample
+    assert {value.dtype for value in found.input_maxima.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    exact = collect_states(
+        model, replace(settings, precision="fp32"), checkpoint_sha256="tiny"
+    ).latents
+    assert not torch.equal(exact[-1], found.latents[-1])
+    # A mantissa of 8 bits in some twenty layers; the steps in between carry it on.
+    assert float((exact - found.latents).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="reads /proc/cpuinfo"
+)
+def test_a_processor_has_bfloat16_products_where_the_system_says_so() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert has_bfloat16_products(torch.device("cpu")) == ("avx512_bf16" in flags)
 
 
 def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
@@ -277,6 +383,7 @@ def test_blocks_that_do_not_divide_are_refused() -> None:
         ({"steps": 1, "classes": (0,)}, "steps=1"),
         ({"classes": ()}, "at least one sample"),
         ({"classes": (0,), "cfg_scale": float("nan")}, "cfg_scale=nan"),
+        ({"classes": (0,), "precision": "fp16"}, "precision='fp16' of sampling; pick one of fp32"),
     ],
 )
 def test_impossible_calibrations_are_refused(settings: dict[str, object], message: str) -> None:

@@ -60,6 +60,34 @@ def test_the_command_line_wins_over_the_recipe(checkpoint: Path, tmp_path: Path)
     assert manifest["file"]["ranges"] == "static"
 
 
+@pytest.mark.parametrize(("flags", "tokens"), [([], 19_200), (["--no-fast"], 76_800)], ids=str)
+def test_a_recipe_may_be_fast(
+    checkpoint: Path, tmp_path: Path, flags: list[str], tokens: int
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fast: true\nsteps: 2\nsamples: 1\nmethod: linear\n")
+    code, out, _ = run(
+        "--model", checkpoint, "--recipe", recipe, *flags, "--json", tmp_path / "out.onnx"
+    )
+    assert code == 0
+    assert json.loads(out)["settings"]["walk_tokens"] == tokens
+
+
+def test_tokens_given_win_over_fast(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--fast", "--walk-tokens", "100", "--json"]
+    code, out, _ = run("--model", checkpoint, *QUICK, *flags, tmp_path / "out.onnx")
+    assert code == 0
+    assert json.loads(out)["settings"]["walk_tokens"] == 100
+
+
+def test_the_help_says_what_fast_chooses() -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    words = " ".join(out.replace("│", " ").split())
+    assert "--no-fast" in words
+    assert "(default: 76800, with --fast 19200)" in words
+
+
 def test_a_mismatch_is_exit_code_1(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +192,7 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("a: [\n", "is no YAML"),
         ("walk-tokens: 40k\n", "walk-tokens='40k'; give a number"),
         ("w: four\n", "w='four'; give a number"),
+        ("fast: maybe\n", "fast='maybe'; choose one of False, True"),
     ):
         recipe.write_text(text)
         code, _, err = run("--recipe", recipe, tmp_path / "out.onnx")

@@ -6,13 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import onnxruntime
 import pytest
 import torch
 from quantized_fixture import TINY, example_inputs, save_checkpoint, snr_db, tiny_dit
 
+from ditas_export import pipeline
 from ditas_export.artifact_files import sha256_of_file
+from ditas_export.calibration.states import CalibrationStates
+from ditas_export.distributed import Ranks
 from ditas_export.errors import (
     ArtifactError,
     CalibrationError,
@@ -22,7 +26,12 @@ from ditas_export.errors import (
 )
 from ditas_export.onnx_export.export import read_form
 from ditas_export.options import ExportOptions
-from ditas_export.pipeline import ExportResult, export
+from ditas_export.pipeline import (
+    ExportResult,
+    export,
+    quantization_settings,
+    sampling_precision,
+)
 
 
 def options(checkpoint: Path, folder: Path, **changes: object) -> ExportOptions:
@@ -267,6 +276,101 @@ def test_a_width_that_no_block_divides_is_refused_before_the_work(tmp_path: Path
         export(options(narrow, tmp_path, adaln=4), on_progress=lambda stage, *_: seen.append(stage))
     assert seen == []
     assert list(tmp_path.iterdir()) == [narrow]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        ({}, 76_800),
+        ({"fast": True}, 19_200),
+        ({"walk_tokens": 38_400}, 38_400),
+        ({"fast": True, "walk_tokens": 76_800}, 76_800),
+    ],
+    ids=str,
+)
+def test_fast_chooses_the_tokens_that_nobody_asked_for(asked: dict[str, Any], tokens: int) -> None:
+    settings = quantization_settings(ExportOptions(output=Path("out.onnx"), **asked))
+    assert settings.walk_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("has_products", "precision", "note"),
+    [
+        (True, "bf16", "--fast: the float model samples in bfloat16"),
+        (
+            False,
+            "fp32",
+            "--fast: this cpu has no bfloat16 products; the float model samples in float32",
+        ),
+    ],
+)
+def test_fast_samples_in_bfloat16_where_there_are_products(
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    tmp_path: Path,
+    has_products: bool,
+    precision: str,
+    note: str,
+) -> None:
+    """What was sampled in is in the states, the artefact and the manifest."""
+    monkeypatch.setattr(pipeline, "has_bfloat16_products", lambda _: has_products)
+    kept = tmp_path / "states.safetensors"
+    asked = options(
+        checkpoint,
+        tmp_path,
+        method="linear",
+        fast=True,
+        walk_tokens=None,
+        device="cpu",
+        save_calibration=kept,
+    )
+    said: list[str] = []
+    result = export(asked, say=said.append)
+    assert note in said
+    settings = result.manifest["settings"]
+    assert (settings["walk_tokens"], settings["calibration"]["precision"]) == (19_200, precision)
+    assert result.quantized.settings["calibration"]["precision"] == precision
+    sha256 = result.manifest["model"]["checkpoint_sha256"]
+    assert CalibrationStates.load(kept, checkpoint_sha256=sha256).settings.precision == precision
+
+
+def test_all_ranks_sample_in_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two processors has bfloat16 products."""
+    monkeypatch.setattr(pipeline, "has_bfloat16_products", lambda _: True)
+    asked = ExportOptions(output=Path("out.onnx"), fast=True)
+    ranks = Mock(spec=Ranks)
+    ranks.gather.side_effect = lambda mine: [mine, False]
+    assert sampling_precision(asked, torch.device("cpu"), ranks) == "fp32"
+    ranks.gather.side_effect = lambda mine: [mine, True]
+    assert sampling_precision(asked, torch.device("cpu"), ranks) == "bf16"
+
+
+def test_fast_takes_kept_states_as_they_are(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled in float32 before; the walk over them is the quick one."""
+    monkeypatch.setattr(pipeline, "has_bfloat16_products", lambda _: True)
+    asked, _, _ = exported
+    again = from_artifact(
+        asked,
+        None,
+        output=tmp_path / "out.onnx",
+        calibration=asked.save_calibration,
+        method="linear",
+        fast=True,
+        walk_tokens=None,
+    )
+    said: list[str] = []
+    settings = export(again, say=said.append).manifest["settings"]
+    assert (settings["walk_tokens"], settings["calibration"]["precision"]) == (19_200, "fp32")
+    assert not any("--fast" in line for line in said)
+
+
+def test_fast_changes_nothing_of_a_kept_model(exported: Exported, tmp_path: Path) -> None:
+    asked, _, _ = exported
+    again = from_artifact(asked, asked.save_artifact, output=tmp_path / "out.onnx", fast=True)
+    export(again)
+    assert again.output.read_bytes() == asked.output.read_bytes()
 
 
 def test_an_interrupted_export_samples_only_once(

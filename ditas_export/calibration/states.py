@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from ditas_export.runtime.torch_runner import TorchRunner
 STATES_FORMAT = "ditas-export calibration states 1"
 BATCHES_FORMAT = "ditas-export sampled batches 1"
 
+SamplingPrecision = Literal["fp32", "bf16"]
+"""Float types that the model may sample in."""
+
 SAMPLES_PER_BATCH = 2
 """Samples that go through the model at once, however many ranks share them: the same numbers."""
 
@@ -41,6 +44,7 @@ class CalibrationSettings:
     cfg_scale: float = 1.5
     classes: tuple[int, ...] = ()  # one per sample
     seed: int = 0
+    precision: SamplingPrecision = "fp32"  # of the model; the sampler's own arithmetic is float32
 
     def __post_init__(self) -> None:
         """Refuse settings that no sampler can follow."""
@@ -50,6 +54,9 @@ class CalibrationSettings:
             raise CalibrationError("calibration needs at least one sample")
         if not self.cfg_scale >= 0:
             raise CalibrationError(f"cfg_scale={self.cfg_scale} is negative or no number")
+        if self.precision not in get_args(SamplingPrecision):
+            known = ", ".join(get_args(SamplingPrecision))
+            raise CalibrationError(f"precision={self.precision!r} of sampling; pick one of {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -58,6 +65,7 @@ class CalibrationSettings:
             "cfg_scale": self.cfg_scale,
             "classes": list(self.classes),
             "seed": self.seed,
+            "precision": self.precision,
         }
 
 
@@ -81,6 +89,9 @@ class CalibrationStates:
     @classmethod
     def load(cls, path: Path, *, checkpoint_sha256: str) -> CalibrationStates:
         """Read states made with this very checkpoint.
+
+        A file that does not say in which precision the model sampled is of a time when there was
+        float32 alone.
 
         Raises:
             ArtifactError: another kind of file, or states of another checkpoint.
@@ -114,8 +125,8 @@ def collect_states(
     """Sample with the float model once and return what calibration needs of it, on every rank.
 
     Args:
-        model: float32 DiT, on the device that computes.
-        settings: steps, guidance, classes, seed.
+        model: float32 DiT, on the device that computes; left untouched.
+        settings: steps, guidance, classes, seed, precision.
         checkpoint_sha256: of the model's checkpoint.
         ranks: the processes that share the samples; how many makes no difference to the result.
         progress_file: written after every batch and left at the end; batches in it that were
@@ -178,6 +189,8 @@ def _sampled(
         CalibrationError: an activation is not finite.
     """
     device = model.pos_embed.device
+    if settings.precision == "bf16":
+        model = _in_bfloat16(model)
     runner = TorchRunner(model, device=device)
     maxima = {
         site.name: torch.zeros(settings.steps, in_features(model.config, site), device=device)
@@ -208,6 +221,27 @@ def _sampled(
             kept.write(latents, maxima)
     _require_finite(maxima)
     return latents, maxima
+
+
+def _in_bfloat16(model: DiT) -> DiT:
+    """Return a copy of a DiT whose parameters are bfloat16; float32 is never there twice."""
+    with torch.device("meta"):
+        rounded = DiT(model.config)
+    parameters = model.state_dict()
+    rounded.load_state_dict(
+        {name: tensor.bfloat16() for name, tensor in parameters.items()}, assign=True
+    )
+    return rounded
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Return whether a device multiplies in bfloat16 itself: AVX512-BF16, AMX, or a GPU's units.
+
+    Elsewhere torch takes bfloat16 as well, and is slower for it.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported()  # torch 2.8 has no public name for it
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
 from ditas_export.cli.flags import defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
-from ditas_export.options import ExportOptions
+from ditas_export.options import FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
 
 if TYPE_CHECKING:
     from ditas_export.distributed import Ranks
@@ -72,7 +72,20 @@ def export(
     ] = None,
     walk_tokens: Annotated[
         int | None,
-        _option("Tokens that rounding is fitted to; fewer take less time.", "walk_tokens"),
+        _option(
+            "Tokens that rounding is fitted to; fewer take less time.",
+            "walk_tokens",
+            shown=f"{WALK_TOKENS}, with --fast {FAST_WALK_TOKENS}",
+        ),
+    ] = None,
+    fast: Annotated[
+        bool | None,
+        typer.Option(
+            "--fast/--no-fast",
+            help="Calibrate in less than half the time: fewer tokens, and the float model samples "
+            "in bfloat16 where the device has such products; options given win.",
+            show_default=False,
+        ),
     ] = None,
     ranges: Annotated[
         str | None,
