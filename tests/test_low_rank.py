@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from quantized_fixture import folded_linear
-from test_rounding import correlated_moment, quadratic_error, random_weight
+from test_rounding import correlated_moment, moments_of, quadratic_error, random_weight
 from torch import Tensor
 
 from ditas_export.calibration.modules import FakeQuantLinear
@@ -21,7 +21,6 @@ from ditas_export.quantization.low_rank import (
     integer_low_rank,
     truncated_svd,
 )
-from ditas_export.quantization.rounding import InputMoments
 
 EVEN = torch.ones(20, dtype=torch.float64)
 
@@ -63,6 +62,46 @@ def test_truncated_svd_is_the_best_approximation(name: str, dtype: torch.dtype, 
         assert torch.allclose(basis.mT @ basis, unit, atol=8 * torch.finfo(dtype).eps)
 
 
+LARGE_SPECTRA = {
+    "flat": random_weight(600, 800),
+    "square": random_weight(600, 600),
+    "equal": with_singular_values(torch.ones(600), 600, 800),
+    "steep": with_singular_values(10.0 ** -torch.arange(600).clamp(max=60), 600, 800),
+    "slow": with_singular_values((torch.arange(600.0) + 1) ** -0.5, 600, 800),
+    "planted": random_weight(600, 800) + 100 * random_weight(600, 5) @ random_weight(5, 800),
+    "pairs": with_singular_values(torch.arange(300.0).repeat_interleave(2), 600, 800),
+    "zero": torch.zeros(600, 800, dtype=torch.float64),
+    "tiny": 1e-14 * random_weight(600, 800),
+    "huge": 1e14 * random_weight(600, 800),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_truncated_svd_has_nearly_all_of_the_best_energy(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Where the subspace is iterated; against singular values in float64, by the docstring."""
+    wide = LARGE_SPECTRA[name].to(dtype)
+    values = torch.linalg.svdvals(wide.double())
+    energy = float(values.square().sum())
+    for rank, matrix in ((1, wide), (4, wide.T), (32, wide), (32, wide.T)):
+        left, right = truncated_svd(matrix, rank)
+        assert left.dtype == right.dtype == dtype
+        error = float((matrix.double() - left.double() @ right.double()).square().sum())
+        best = float(values[rank:].square().sum())
+        short = 1e-3 * float(values[:rank].square().sum())
+        assert best - 1e-12 * energy <= error
+        assert error <= best + short + 2 * rank * torch.finfo(dtype).eps * energy
+        basis = left if left.shape[0] <= right.shape[1] else right.mT
+        # Two orthonormal factors multiplied, each of a few roundings.
+        unit = torch.eye(rank, dtype=dtype)
+        assert torch.allclose(basis.mT @ basis, unit, atol=32 * torch.finfo(dtype).eps)
+        again = truncated_svd(matrix, rank)
+        assert torch.equal(left, again[0])
+        assert torch.equal(right, again[1])
+
+
 def test_the_weight_fit_is_the_best_up_to_the_rounding_of_its_factor() -> None:
     matrix = random_weight(20, 48)
     values = torch.linalg.svdvals(matrix)
@@ -75,7 +114,7 @@ def test_the_weight_fit_is_the_best_up_to_the_rounding_of_its_factor() -> None:
 
 def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> None:
     matrix = random_weight(20, 48)
-    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    moments = moments_of(correlated_moment(48), damping=0.01)
     values = torch.linalg.svdvals(matrix @ moments.cholesky)
     best = float(values[4:].square().sum())
     error = quadratic_error(
@@ -89,7 +128,7 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
 
 def test_left_is_solved_for_the_rounded_right() -> None:
     matrix = random_weight(20, 48)
-    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    moments = moments_of(correlated_moment(48), damping=0.01)
     factors = fit_output_error(matrix @ moments.cholesky, moments, 3, EVEN)
     error = quadratic_error(matrix - factors.product(), moments)
     for sign in (-1, 1):
@@ -106,7 +145,7 @@ def test_ranks_that_do_not_exist_are_refused() -> None:
 def test_output_weights_spend_the_rank_where_errors_count() -> None:
     """Scaling rows up and their weights down is no change at all: the fit is the same."""
     matrix = random_weight(20, 48)
-    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    moments = moments_of(correlated_moment(48), damping=0.01)
     scale = torch.ones(20, dtype=torch.float64)
     scale[3:5] = 50.0
     plain = fit_output_error(matrix @ moments.cholesky, moments, 4, EVEN)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization import rounding
-from ditas_export.quantization.integer import round_to_blocks, round_to_rows
+from ditas_export.quantization.integer import IntegerWeight, round_to_blocks, round_to_rows
 from ditas_export.quantization.rounding import (
     InputMoments,
     compensated_blocks,
@@ -38,7 +38,18 @@ def random_weight(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 def quadratic_error(difference: Tensor, moments: InputMoments) -> float:
     """tr D (H + λI) Dᵀ of a weight difference D, (N, K)."""
-    return float(((difference @ moments.moment) * difference).sum())
+    return float((difference @ moments.cholesky).square().sum())
+
+
+def moments_of(moment: Tensor, *, damping: float) -> InputMoments:
+    """What rounding needs to know of H + λI."""
+    return InputMoments.from_cholesky(upper_cholesky(damped(moment, damping)))
+
+
+def rounded_blocks(
+    weight: Tensor, moments: InputMoments, *, block_size: int
+) -> tuple[IntegerWeight, Tensor]:
+    return compensated_blocks(weight, moments.whiten(weight), moments, block_size=block_size)
 
 
 def test_factors_are_what_they_say() -> None:
@@ -46,19 +57,27 @@ def test_factors_are_what_they_say() -> None:
     upper = upper_cholesky(moment)
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper @ upper.T, moment, atol=1e-12)
-    prepared = InputMoments.from_second_moment(moment, damping=0.01)
-    assert torch.allclose(prepared.cholesky @ prepared.cholesky.T, prepared.moment, atol=1e-12)
-    factor = prepared.inverse_factor
-    assert torch.allclose(factor.T @ factor, torch.linalg.inv(prepared.moment), atol=1e-9)
     assert torch.allclose(
         damped(moment, 0.01), moment + 0.01 * moment.diagonal().mean() * torch.eye(24)
     )
 
 
+def test_the_inverse_factor_is_the_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In panels that do not divide the columns; float32, against float64."""
+    monkeypatch.setattr(rounding, "PANEL", 20)
+    moments = moments_of(correlated_moment(48), damping=0.01)
+    factor = moments.inverse_factor
+    assert factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu())
+    exact = torch.linalg.inv(moments.cholesky)
+    # Float32 times the condition number of R, below 100.
+    assert (factor - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_a_whitened_error_has_the_energy_of_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """In panels that do not divide the columns; against the quadratic form in float64."""
-    monkeypatch.setattr(rounding, "WHITENING_PANEL", 20)
-    moments = InputMoments.from_second_moment(correlated_moment(48), damping=0.01)
+    monkeypatch.setattr(rounding, "PANEL", 20)
+    moments = moments_of(correlated_moment(48), damping=0.01)
     difference = random_weight(5, 48)
     whitened = moments.whiten(difference)
     assert whitened.dtype == torch.float32
@@ -85,7 +104,10 @@ def conditional_variances(moment: Tensor, columns: list[int], given: list[int]) 
 def test_the_least_varying_columns_are_rounded_last(size: int, block_size: int) -> None:
     """Each choice, of a block and of a column in it, against variances by matrix inverses."""
     moment = unequal_moment(size)
-    order = rounding_order(moment, block_size=block_size).tolist()
+    columns, factor = rounding_order(moment, block_size=block_size)
+    assert torch.equal(factor, factor.triu())
+    assert torch.allclose(factor @ factor.T, moment[columns][:, columns], rtol=1e-10, atol=1e-10)
+    order = columns.tolist()
     assert sorted(order) == list(range(size))
     blocks = {start // block_size for start in range(0, size, block_size)}
     for end in range(size, 0, -block_size):
@@ -104,27 +126,23 @@ def test_the_least_varying_columns_are_rounded_last(size: int, block_size: int) 
             assert int(conditional_variances(moment, free, after).argmin()) == place
 
 
-@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_is_found_in_any_order(broken: float) -> None:
-    """The order stays a permutation: a column that fell out would hide what is wrong with it."""
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan, -1.0])
+def test_a_moment_that_is_not_positive_definite_is_refused_in_any_order(broken: float) -> None:
     for place in range(24):
         moment = unequal_moment(24)
         moment[place, place] = broken
-        damped_moment = damped(moment, 0.01)
-        order = rounding_order(damped_moment, block_size=8)
-        assert sorted(order.tolist()) == list(range(24))
         with pytest.raises(QuantizationError, match="check the checkpoint for NaN"):
-            InputMoments.from_second_moment(moment[order][:, order], damping=0.01)
+            rounding_order(moment, block_size=8)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_order_lowers_the_error_of_compensation(seed: int) -> None:
     weight, moment = random_weight(64, 96, seed), unequal_moment(96, seed)
-    order = rounding_order(moment, block_size=16)
+    order, _ = rounding_order(moment, block_size=16)
     errors = []
     for columns in (torch.arange(96), order, order.flip(0)):
-        moments = InputMoments.from_second_moment(moment[columns][:, columns], damping=1e-9)
-        rounded, _ = compensated_blocks(weight[:, columns], moments, block_size=16)
+        moments = moments_of(moment[columns][:, columns], damping=1e-9)
+        rounded, _ = rounded_blocks(weight[:, columns], moments, block_size=16)
         difference = weight - rounded.take(columns.argsort()).dequantize()
         errors.append(float(((difference @ moment) * difference).sum()))
     as_given, ordered, reversed_ = errors
@@ -143,9 +161,9 @@ def test_columns_are_taken_with_their_blocks() -> None:
 @pytest.mark.parametrize("block_size", [8, 16, 48])
 def test_compensation_beats_nearest_on_the_output(block_size: int) -> None:
     weight = random_weight(32, 96)
-    moments = InputMoments.from_second_moment(correlated_moment(96), damping=0.01)
+    moments = moments_of(correlated_moment(96), damping=0.01)
     nearest = round_to_blocks(weight, block_size=block_size)
-    compensated, _ = compensated_blocks(weight, moments, block_size=block_size)
+    compensated, _ = rounded_blocks(weight, moments, block_size=block_size)
     error_nearest = quadratic_error(weight - nearest.dequantize(), moments)
     error_compensated = quadratic_error(weight - compensated.dequantize(), moments)
     # The point of the algorithm; on such inputs the gain is several dB, not a few per cent.
@@ -154,9 +172,9 @@ def test_compensation_beats_nearest_on_the_output(block_size: int) -> None:
 
 def test_compensation_beats_nearest_in_8_bits() -> None:
     weight = random_weight(32, 96)
-    moments = InputMoments.from_second_moment(correlated_moment(96), damping=0.01)
+    moments = moments_of(correlated_moment(96), damping=0.01)
     error_nearest = quadratic_error(weight - round_to_rows(weight).dequantize(), moments)
-    compensated, _ = compensated_rows(weight, moments)
+    compensated, _ = compensated_rows(weight, moments.whiten(weight), moments)
     assert compensated.bits == 8
     assert quadratic_error(weight - compensated.dequantize(), moments) < 0.5 * error_nearest
 
@@ -190,12 +208,17 @@ def round_column_by_column(
 
 def test_8_bit_compensation_is_the_column_by_column_algorithm() -> None:
     weight = random_weight(3, 150)  # two and a part of the strides
-    moments = InputMoments.from_second_moment(correlated_moment(150), damping=0.01)
+    moments = moments_of(correlated_moment(150), damping=0.01)
     scale = weight.abs().amax(dim=1) / 127
     expected = round_column_by_column(
-        weight, moments.moment, scale=scale, block_size=150, multipliers=range(1, 2), top=127
+        weight,
+        moments.cholesky @ moments.cholesky.T,
+        scale=scale,
+        block_size=150,
+        multipliers=range(1, 2),
+        top=127,
     )
-    got, _ = compensated_rows(weight, moments)
+    got, _ = compensated_rows(weight, moments.whiten(weight), moments)
     # Float32 against float64: a code may differ where both lie within 1e-4 of a tie, and what
     # follows in its row then differs too; no such tie is met here.
     assert torch.equal(got.codes, expected.to(torch.int8))
@@ -204,12 +227,17 @@ def test_8_bit_compensation_is_the_column_by_column_algorithm() -> None:
 @pytest.mark.parametrize("block_size", [16, 48])
 def test_4_bit_compensation_is_the_column_by_column_algorithm(block_size: int) -> None:
     weight = random_weight(8, 144)
-    moments = InputMoments.from_second_moment(correlated_moment(144), damping=0.01)
+    moments = moments_of(correlated_moment(144), damping=0.01)
     scale = weight.abs().amax(dim=1) / 126
     expected = round_column_by_column(
-        weight, moments.moment, scale=scale, block_size=block_size, multipliers=range(1, 19), top=7
+        weight,
+        moments.cholesky @ moments.cholesky.T,
+        scale=scale,
+        block_size=block_size,
+        multipliers=range(1, 19),
+        top=7,
     )
-    got, _ = compensated_blocks(weight, moments, block_size=block_size)
+    got, _ = rounded_blocks(weight, moments, block_size=block_size)
     assert torch.equal(got.int8_rows(), expected.to(torch.int8))
 
 
@@ -217,8 +245,8 @@ def test_4_bit_compensation_is_the_column_by_column_algorithm(block_size: int) -
 @given(seed=st.integers(0, 100), rows=st.integers(1, 6))
 def test_with_an_identity_moment_codes_are_the_nearest(seed: int, rows: int) -> None:
     weight = random_weight(rows, 32, seed)
-    moments = InputMoments.from_second_moment(torch.eye(32, dtype=torch.float64), damping=1e-6)
-    got, _ = compensated_rows(weight, moments)
+    moments = moments_of(torch.eye(32, dtype=torch.float64), damping=1e-6)
+    got, _ = compensated_rows(weight, moments.whiten(weight), moments)
     assert torch.equal(got.codes, round_to_rows(weight).codes)
 
 
@@ -226,14 +254,14 @@ def test_with_an_identity_moment_codes_are_the_nearest(seed: int, rows: int) -> 
 def test_the_refitted_row_scale_is_the_best_one(bits: int) -> None:
     """Against (Q H w) / (Q H Q) in float64 and its neighbours; and what it leaves, whitened."""
     weight = random_weight(4, 144)
-    moments = InputMoments.from_second_moment(correlated_moment(144), damping=0.01)
+    moments = moments_of(correlated_moment(144), damping=0.01)
     rounded, left_over = (
-        compensated_blocks(weight, moments, block_size=16)
+        rounded_blocks(weight, moments, block_size=16)
         if bits == 4
-        else compensated_rows(weight, moments)
+        else compensated_rows(weight, moments.whiten(weight), moments)
     )
     integers = rounded.int8_rows().double()
-    seen = integers @ moments.moment
+    seen = integers @ moments.cholesky @ moments.cholesky.T
     expected = (seen * weight).sum(1) / (seen * integers).sum(1)
     # Q R is what float32 rounding leaves of W R less the errors: 1e-6 of W R.
     assert torch.allclose(rounded.row_scale, expected, rtol=1e-5, atol=0)
@@ -248,7 +276,7 @@ def test_the_refitted_row_scale_is_the_best_one(bits: int) -> None:
 
 def test_a_row_scale_without_a_better_one_stays() -> None:
     """Rows of zeros, and integers that point away from their weight."""
-    moments = InputMoments.from_second_moment(torch.eye(16, dtype=torch.float64), damping=1e-6)
+    moments = moments_of(torch.eye(16, dtype=torch.float64), damping=1e-6)
     weight = random_weight(3, 16)
     weight[1] = 0
     rounded = round_to_blocks(weight, block_size=16)
@@ -263,8 +291,8 @@ def test_input_is_left_alone_and_a_zero_row_stays_zero() -> None:
     weight = random_weight(4, 32)
     weight[2] = 0
     before = weight.clone()
-    moments = InputMoments.from_second_moment(correlated_moment(32), damping=0.01)
-    rounded, _ = compensated_blocks(weight, moments, block_size=16)
+    moments = moments_of(correlated_moment(32), damping=0.01)
+    rounded, _ = rounded_blocks(weight, moments, block_size=16)
     assert torch.equal(weight, before)
     assert (rounded.dequantize()[2] == 0).all()
     assert rounded.row_scale[2] == 1
@@ -280,10 +308,13 @@ def test_a_moment_that_is_not_finite_is_refused(bad: float, row: int, column: in
 
 
 def test_refusals() -> None:
-    moments = InputMoments.from_second_moment(correlated_moment(8), damping=0.01)
+    moments = moments_of(correlated_moment(8), damping=0.01)
     with pytest.raises(QuantizationError, match="not positive definite"):
-        InputMoments.from_second_moment(-torch.eye(4, dtype=torch.float64), damping=0.01)
+        moments_of(-torch.eye(4, dtype=torch.float64), damping=0.01)
     with pytest.raises(QuantizationError, match="does not divide"):
-        compensated_blocks(random_weight(2, 8), moments, block_size=3)
-    with pytest.raises(QuantizationError, match="NaN or infinity"):
-        compensated_blocks(torch.full((2, 8), float("nan")), moments, block_size=4)
+        rounded_blocks(random_weight(2, 8), moments, block_size=3)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight = random_weight(2, 8)
+        weight[1, 5] = bad
+        with pytest.raises(QuantizationError, match="NaN or infinity"):
+            rounded_blocks(weight, moments, block_size=4)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,12 @@ from ditas_export.calibration.solve import (
 )
 from ditas_export.errors import CalibrationError
 from ditas_export.quantization.integer import round_to_blocks
-from ditas_export.quantization.rounding import InputMoments
+from ditas_export.quantization.rounding import (
+    InputMoments,
+    damped,
+    ridge_of,
+    upper_cholesky,
+)
 from ditas_export.quantization.smoothing import smoothing_scale
 
 SETTINGS = LinearSettings(
@@ -121,15 +127,40 @@ def test_moments_are_the_centred_averages(rows: int, monkeypatch: pytest.MonkeyP
     assert torch.allclose(moments.quantized_mean, x_quantized.mean(0), atol=1e-4)
 
 
-def test_moments_are_taken_in_another_order() -> None:
-    weight, _, _, inputs = problem()
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(2))
-    taken = JointMoments.accumulate(weight, inputs.batches(1)).take(order)
-    reordered = [(x_f, x_q[:, order]) for x_f, x_q in inputs.batches(1)]
-    # The same sums, of float32 products in panels of other columns.
-    expected = JointMoments.accumulate(weight, reordered)
-    for name in ("quantized", "cross", "quantized_mean", "output_mean"):
-        assert torch.allclose(getattr(taken, name), getattr(expected, name), rtol=1e-4, atol=1e-2)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rounding_and_the_branch_alternate_and_the_best_is_kept(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is fitted to what the other leaves of the target; errors are counted by their output."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(24, 48, generator=generator)
+    mixing = torch.randn(48, 60, generator=generator, dtype=torch.float64)
+    moments = InputMoments.from_cholesky(upper_cholesky(mixing @ mixing.T))
+    output_weights = 10 ** torch.linspace(-2, 2, 24)
+    rounded, fitted = [], []
+    blocks, fit = solve.compensated_blocks, solve.fit_output_error
+
+    def round_blocks(weight: Tensor, *args: Any, **options: Any) -> Any:
+        product = fitted[-1].product() if fitted else torch.zeros(24, 48, dtype=torch.float64)
+        assert torch.allclose(weight.double(), target - product, atol=1e-5)
+        rounded.append(blocks(weight, *args, **options))
+        return rounded[-1]
+
+    def fit_error(whitened: Tensor, *args: Any) -> Any:
+        exact = (target - rounded[-1][0].dequantize()).double() @ moments.cholesky
+        assert (whitened - exact).norm() < 1e-4 * exact.norm()  # float32
+        fitted.append(fit(whitened, *args))
+        return fitted[-1]
+
+    monkeypatch.setattr(solve, "compensated_blocks", round_blocks)
+    monkeypatch.setattr(solve, "fit_output_error", fit_error)
+    best, _ = solve._round_to_target(target, moments, output_weights, SETTINGS)
+    errors = []
+    for (integers, _), factors in zip(rounded, fitted, strict=True):
+        left_over = target - integers.dequantize() - factors.product()
+        errors.append(float((output_weights[:, None] * (left_over @ moments.cholesky)).norm()))
+    assert len(errors) == solve.LOW_RANK_ITERATIONS
+    assert best is rounded[errors.index(min(errors))][0]
 
 
 def test_8_bit_weights_are_rounded_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +181,10 @@ def test_the_target_minimises_the_ridge_problem() -> None:
     x_float, x_quantized = (part.double() for part in all_tokens(inputs))
     doubles = [(a.double(), b.double()) for a, b in inputs.batches(1)]
     moments = JointMoments.accumulate(weight.double(), doubles)
-    factors = InputMoments.from_second_moment(moments.quantized, damping=RIDGE)
+    cholesky = upper_cholesky(damped(moments.quantized, RIDGE))
     s = torch.linspace(0.5, 2.0, 48, dtype=torch.float64)
-    got = corrected_target(weight, s, moments, factors)
-    ridge = float(factors.moment[0, 0] - moments.quantized[0, 0])
+    ridge = ridge_of(moments.quantized, RIDGE)
+    got = corrected_target(weight * s, moments.cross, ridge, cholesky)
     anchor = ridge**0.5 * torch.eye(48, dtype=torch.float64)
     rows = torch.cat([(x_quantized - x_quantized.mean(0)) / 600**0.5, anchor])
     wanted = torch.cat(
@@ -215,7 +246,11 @@ def test_columns_are_rounded_in_the_order_that_costs_least(
         return sum(errors) / len(errors)
 
     ordered = mean_error()
-    monkeypatch.setattr(solve, "rounding_order", lambda moment, block_size: torch.arange(48))
+    monkeypatch.setattr(
+        solve,
+        "rounding_order",
+        lambda moment, block_size: (torch.arange(48), upper_cholesky(moment)),
+    )
     assert ordered < 0.95 * mean_error()
 
 

@@ -44,7 +44,9 @@ from ditas_export.quantization.rounding import (
     compensated_blocks,
     compensated_rows,
     damped,
+    ridge_of,
     rounding_order,
+    upper_cholesky,
 )
 from ditas_export.quantization.smoothing import channel_maxima, smoothing_scale
 from ditas_export.timings import Timings
@@ -168,15 +170,6 @@ class JointMoments:
             cross=cross.addr_(seen_mean, quantized_mean, alpha=-1),
             quantized_mean=quantized_mean,
             output_mean=seen_mean,
-        )
-
-    def take(self, columns: Tensor) -> JointMoments:
-        """Return the moments with the input's channels in another order, (K,)."""
-        return replace(
-            self,
-            quantized=self.quantized[columns][:, columns],
-            cross=self.cross[:, columns],
-            quantized_mean=self.quantized_mean[columns],
         )
 
 
@@ -314,13 +307,13 @@ def _solve_by_weight(target: _Target) -> SolvedLinear:
 def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
     """Round the best real weight, or W · s, for the least output error."""
     settings = target.settings
-    order = _column_order(moments, settings)
-    ordered = moments.take(order)
-    weight, smoothing = target.weight[:, order], target.smoothing[order]
-    inputs = InputMoments.from_second_moment(ordered.quantized, damping=RIDGE)
-    matrix = weight * smoothing
+    order, cholesky = _ordered_cholesky(moments, settings)
+    inputs = InputMoments.from_cholesky(cholesky)
+    matrix = (target.weight * target.smoothing)[:, order]
     if settings.method.target_correction:
-        matrix = corrected_target(weight, smoothing, ordered, inputs).to(weight.dtype)
+        ridge = ridge_of(moments.quantized, RIDGE)
+        corrected = corrected_target(matrix, moments.cross[:, order], ridge, cholesky)
+        matrix = corrected.to(matrix.dtype)
     rounded, factors = _round_to_target(matrix, inputs, target.output_weights, settings)
     back = order.argsort()
     factors = None if factors is None else factors.take(back)
@@ -330,15 +323,16 @@ def _solve_by_moments(target: _Target, moments: JointMoments) -> SolvedLinear:
     return replace(solved, bias=(target.bias.double() + shift).float())
 
 
-def _column_order(moments: JointMoments, settings: LinearSettings) -> Tensor:
-    """Return the order in which a linear's columns are rounded, (K,) int64.
+def _ordered_cholesky(moments: JointMoments, settings: LinearSettings) -> tuple[Tensor, Tensor]:
+    """Return the order in which a linear's columns are rounded, (K,) int64, and R in that order.
 
     As they are given in 8 bits, where activations make most of the error, and without compensation,
     which has no order.
     """
+    moment = damped(moments.quantized, RIDGE)
     if settings.weight_bits == 8 or not settings.method.compensated_rounding:
-        return torch.arange(moments.quantized.shape[0], device=moments.quantized.device)
-    return rounding_order(damped(moments.quantized, RIDGE), block_size=settings.block_size)
+        return torch.arange(moment.shape[0], device=moment.device), upper_cholesky(moment)
+    return rounding_order(moment, block_size=settings.block_size)
 
 
 def weight_maxima(weight: Tensor, method: Method) -> Tensor:
@@ -354,26 +348,21 @@ def weight_maxima(weight: Tensor, method: Method) -> Tensor:
     return channel_maxima(weight)
 
 
-def corrected_target(
-    weight: Tensor, smoothing: Tensor, moments: JointMoments, factors: InputMoments
-) -> Tensor:
+def corrected_target(smoothed: Tensor, cross: Tensor, ridge: Tensor, cholesky: Tensor) -> Tensor:
     """Return W* = (W C + λ W diag(s)) (H + λI)⁻¹: the best real weight for the quantized input.
 
     Args:
-        weight: W, (N, K).
-        smoothing: s, (K,).
-        moments: W C = E[W x_f x̂ᵀ] and H = E[x̂ x̂ᵀ].
-        factors: of H + λI.
+        smoothed: W diag(s), (N, K).
+        cross: W C = E[W x_f x̂ᵀ], (N, K) float64.
+        ridge: λ, a scalar.
+        cholesky: R, (K, K) float64, upper: R Rᵀ = H + λI, H = E[x̂ x̂ᵀ].
 
     Returns:
         (N, K) float64.
     """
-    ridge = (factors.moment - moments.quantized).diagonal().mean()
-    weight = weight.to(factors.moment.dtype)
-    wanted = moments.cross + ridge * weight * smoothing.to(weight.dtype)
-    cholesky = factors.cholesky
-    half = torch.linalg.solve_triangular(cholesky.mT, wanted, upper=False, left=False)
-    target: Tensor = torch.linalg.solve_triangular(cholesky, half, upper=True, left=False)
+    target = torch.addcmul(cross, smoothed.to(cross.dtype), ridge)
+    for factor, upper in ((cholesky.mT, False), (cholesky, True)):
+        torch.linalg.solve_triangular(factor, target, upper=upper, left=False, out=target)
     return target
 
 
@@ -493,30 +482,41 @@ def _round_to_target(
 ) -> tuple[IntegerWeight, Factors | None]:
     """Round the target on the grid, with the low-rank branch alternated; best iterate kept."""
 
-    def rounding(matrix: Tensor) -> tuple[IntegerWeight, Tensor]:
+    def rounding(matrix: Tensor, whitened: Tensor) -> tuple[IntegerWeight, Tensor]:
         """Return the integers and the whitened error that they leave."""
         if not settings.method.compensated_rounding:
             rounded = _round_once(matrix, settings)
             return rounded, moments.whiten(matrix - rounded.dequantize())
         if settings.weight_bits == 8:
-            return compensated_rows(matrix, moments)
-        return compensated_blocks(matrix, moments, block_size=settings.block_size)
+            return compensated_rows(matrix, whitened, moments)
+        return compensated_blocks(matrix, whitened, moments, block_size=settings.block_size)
 
+    target = target.mT.contiguous().mT  # a column in one piece, as all that is made of it
+    whitened_target = moments.whiten(target)
     if not settings.has_branch:
-        return rounding(target)[0], None
-    addition = whitened_addition = torch.zeros_like(target)
+        return rounding(target, whitened_target)[0], None
+    left = target.new_zeros(target.shape[0], settings.rank)
+    right = whitened_right = target.new_zeros(settings.rank, target.shape[1])
     best: tuple[IntegerWeight, Factors] | None = None
     best_error = float("inf")
     for _ in range(LOW_RANK_ITERATIONS):
-        rounded, whitened = rounding(target - addition)
-        whitened += whitened_addition  # what codes alone leave of the target
+        rounded, whitened = rounding(
+            _less_product(target, left, right), _less_product(whitened_target, left, whitened_right)
+        )
+        whitened.mT.addmm_(whitened_right.mT, left.mT)  # what codes alone leave of the target
         factors = fit_output_error(whitened, moments, settings.rank, output_weights)
         factors = factors.to(target.dtype)
-        addition = factors.product()
-        whitened_addition = factors.left @ moments.whiten(factors.right())
-        whitened -= whitened_addition
-        error = float((whitened * output_weights[:, None]).square().sum(dtype=torch.float64))
+        left, right = factors.left, factors.right()
+        whitened_right = moments.whiten(right)
+        whitened.mT.addmm_(whitened_right.mT, left.mT, alpha=-1)
+        by_row = torch.linalg.vector_norm(whitened, dim=1) * output_weights
+        error = float(by_row.square().sum(dtype=torch.float64))
         if best is None or error < best_error:
             best, best_error = (rounded, factors), error
     assert best is not None  # there is a first alternation
     return best
+
+
+def _less_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return matrix − left @ right, (N, K), a column in one piece."""
+    return torch.addmm(matrix.mT, right.mT, left.mT, alpha=-1).mT

@@ -38,57 +38,46 @@ from ditas_export.quantization.integer import (
 class InputMoments:
     """What rounding needs to know of a linear's input, prepared once per linear."""
 
-    moment: Tensor  # H + λI, (K, K), positive definite
-    cholesky: Tensor  # R, upper: R Rᵀ = H + λI
-    inverse_factor: Tensor  # U = R⁻¹, upper: Uᵀ U = (H + λI)⁻¹
+    cholesky: Tensor  # R, (K, K), upper: R Rᵀ = H + λI
     float32_cholesky: Tensor
-    float32_inverse_factor: Tensor
+    inverse_factor: Tensor  # U = R⁻¹, upper, float32: Uᵀ U = (H + λI)⁻¹
 
     @classmethod
-    def from_second_moment(cls, second_moment: Tensor, *, damping: float) -> InputMoments:
-        """Factor H + λI with λ = damping · mean diag H.
-
-        Args:
-            second_moment: H = E[x̂ x̂ᵀ], (K, K), symmetric; float64 is advised.
-            damping: relative ridge, > 0.
-
-        Raises:
-            QuantizationError: the damped moment is not positive definite, as with NaN.
-        """
-        moment = damped(second_moment, damping)
-        cholesky = upper_cholesky(moment)
-        inverse_factor = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-        torch.linalg.solve_triangular(cholesky, inverse_factor, upper=True, out=inverse_factor)
+    def from_cholesky(cls, cholesky: Tensor) -> InputMoments:
+        """Prepare what follows from R, upper; float64 is advised."""
+        float32_cholesky = cholesky.to(torch.float32)
         return cls(
-            moment=moment,
             cholesky=cholesky,
-            inverse_factor=inverse_factor,
-            float32_cholesky=cholesky.to(torch.float32),
-            float32_inverse_factor=inverse_factor.to(torch.float32),
+            float32_cholesky=float32_cholesky,
+            inverse_factor=upper_inverse(float32_cholesky),
         )
 
     def whiten(self, matrix: Tensor) -> Tensor:
-        """Return matrix @ R, (N, K) float32.
+        """Return matrix @ R, (N, K) float32, a column in one piece.
 
         R's columns are taken in panels, each down to where its zeros begin.
         """
-        matrix, cholesky = matrix.to(torch.float32), self.float32_cholesky
-        whitened = torch.empty_like(matrix)
-        for start in range(0, matrix.shape[1], WHITENING_PANEL):
-            columns = slice(start, start + WHITENING_PANEL)
-            whitened[:, columns] = matrix[:, : columns.stop] @ cholesky[: columns.stop, columns]
-        return whitened
+        columns_of, cholesky = matrix.to(torch.float32).mT, self.float32_cholesky
+        whitened = torch.empty_like(columns_of, memory_format=torch.contiguous_format)
+        for start in range(0, whitened.shape[0], PANEL):
+            own = slice(start, start + PANEL)
+            torch.mm(cholesky[: own.stop, own].mT, columns_of[: own.stop], out=whitened[own])
+        return whitened.mT
 
 
-WHITENING_PANEL = 512
-"""Columns of a whitened matrix that are made at once."""
+PANEL = 512
+"""Columns of a triangular factor that are worked on at once, each down to where its zeros begin."""
+
+
+def ridge_of(second_moment: Tensor, damping: float) -> Tensor:
+    """Return λ = damping · mean diag H, a scalar; damping > 0."""
+    return damping * second_moment.diagonal().mean().clamp(min=1e-30)
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
     """Return H + λI with λ = damping · mean diag H, (K, K)."""
-    ridge = damping * second_moment.diagonal().mean().clamp(min=1e-30)
     moment = second_moment.clone()
-    moment.diagonal().add_(ridge)
+    moment.diagonal().add_(ridge_of(second_moment, damping))
     return moment
 
 
@@ -99,7 +88,7 @@ def upper_cholesky(moment: Tensor) -> Tensor:
     they can. R⁻¹ is the upper factor U of `Uᵀ U = moment⁻¹` that compensation works with.
 
     Raises:
-        QuantizationError: the moment is not positive definite.
+        QuantizationError: the moment is not positive definite, as with NaN.
     """
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(moment.flip(0, 1))
@@ -111,8 +100,21 @@ def upper_cholesky(moment: Tensor) -> Tensor:
     return lower.flip(0, 1)
 
 
-def rounding_order(moment: Tensor, *, block_size: int) -> Tensor:
-    """Return the order in which to round the columns of a weight, blocks kept whole: (K,) int64.
+def upper_inverse(upper: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix, (K, K)."""
+    inverse = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
+    for start in range(0, upper.shape[0], PANEL):
+        stop = start + PANEL
+        panel = inverse[:stop, start:stop]
+        panel.copy_(torch.linalg.solve_triangular(upper[:stop, :stop], panel, upper=True))
+    return inverse
+
+
+def rounding_order(moment: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return the order in which to round the columns of a weight, and the moment's factor in it.
+
+    The order keeps blocks whole: (K,) int64. The factor is R, (K, K), upper triangular, with R Rᵀ =
+    moment[order][:, order].
 
     A column's error counts as its pivot: what its input varies by, given the inputs of the columns
     rounded after it. The product of all pivots is the same in every order; their sum is small where
@@ -121,34 +123,37 @@ def rounding_order(moment: Tensor, *, block_size: int) -> Tensor:
     the column. (Min-pivot order, Chen et al., "The Geometry of LLM Quantization", 2025, where
     blocks are single columns.)
 
+    It is a Cholesky factorisation with pivots, from the end: of the moment given the blocks placed,
+    only the diagonal is kept up to date, and the rows of a block are made when it is chosen.
+
     Args:
-        moment: H + λI, (K, K), positive definite; of anything else, some order.
+        moment: H + λI, (K, K), positive definite.
         block_size: consecutive columns that stay together; divides K.
+
+    Raises:
+        QuantizationError: the moment is not positive definite, as with NaN.
     """
     blocks = torch.arange(moment.shape[0], device=moment.device).reshape(-1, block_size)
-    remaining = moment.clone()  # in the order of `blocks`, given the blocks placed
+    variances = moment.diagonal().clone().reshape(-1, block_size)  # given the blocks placed
+    factor = torch.zeros_like(moment)  # Rᵀ: rows of the columns placed, columns as in `blocks`
+    by_block = factor.reshape(-1, *blocks.shape)
     for last in reversed(range(blocks.shape[0])):
         start, end = last * block_size, (last + 1) * block_size
-        variances = remaining.diagonal()[:end].reshape(-1, block_size)
-        chosen = int(variances.log().mean(dim=1).argmin())
+        chosen = int(variances[: last + 1].log().mean(dim=1).argmin())
         if chosen != last:
-            _swap_blocks(remaining[:end, :end], chosen, last, block_size)
-            blocks[[chosen, last]] = blocks[[last, chosen]]
-        local = remaining[start:end, start:end]
-        blocks[last] = blocks[last, _least_varying_last(local)]
-        factor = torch.linalg.cholesky_ex(local).L
-        shared = torch.linalg.solve_triangular(factor, remaining[start:end, :start], upper=False)
-        remaining[:start, :start].addmm_(shared.mT, shared, alpha=-1)
-    return blocks.flatten()
-
-
-def _swap_blocks(matrix: Tensor, first: int, second: int, block_size: int) -> None:
-    """Swap two blocks of rows and columns, in place."""
-    rows = torch.arange(block_size, device=matrix.device)
-    here = torch.cat([rows + first * block_size, rows + second * block_size])
-    there = here.roll(block_size)
-    matrix[here] = matrix[there]
-    matrix[:, here] = matrix[:, there]
+            for part in (blocks, variances, by_block[end:].transpose(0, 1)):
+                part[[chosen, last]] = part[[last, chosen]]
+        remaining = moment[blocks[last]][:, blocks[: last + 1].flatten()]
+        remaining -= factor[end:, start:end].mT @ factor[end:, :end]
+        order = _least_varying_last(remaining[:, start:])
+        remaining = remaining[order]
+        upper = upper_cholesky(remaining[:, start:][:, order])
+        shared = torch.linalg.solve_triangular(upper, remaining[:, :start], upper=True)
+        factor[start:end, :start], factor[start:end, start:end] = shared, upper.mT
+        factor[end:, start:end] = factor[end:, start:end][:, order]
+        variances[:last] -= shared.square().sum(dim=0).reshape(-1, block_size)
+        blocks[last] = blocks[last, order]
+    return blocks.flatten(), factor.mT
 
 
 def _least_varying_last(moment: Tensor) -> Tensor:
@@ -165,12 +170,13 @@ def _least_varying_last(moment: Tensor) -> Tensor:
 
 
 def compensated_blocks(
-    weight: Tensor, moments: InputMoments, *, block_size: int
+    weight: Tensor, whitened: Tensor, moments: InputMoments, *, block_size: int
 ) -> tuple[IntegerWeight, Tensor]:
     """Round a weight to 4-bit codes with error compensation.
 
     Args:
-        weight: (N, K) float, finite; left untouched.
+        weight: W, (N, K) float, finite; left untouched.
+        whitened: W R, (N, K) float.
         moments: of the quantized input, K × K.
         block_size: consecutive input channels that share a multiplier; divides K.
 
@@ -178,30 +184,39 @@ def compensated_blocks(
         Codes, multipliers, and the row scales that fit them best in the sense of the error; and the
         whitened error (W − Ŵ) R that they leave, (N, K) float.
     """
-    require_finite("a weight", weight)
+    require_finite("a weight", weight.sum(dim=1))
     require_block_size(weight.shape[1], block_size)
     row_scale = initial_row_scale(weight)
     codes, multipliers, errors = _compensate(
-        weight / row_scale[:, None],
-        moments.float32_inverse_factor,
+        weight,
+        row_scale,
+        moments.inverse_factor,
         block_size=block_size,
         max_code=MAX_CODE_4BIT,
         choose=_choose_multipliers,
     )
     rounded = IntegerWeight(codes=codes, multipliers=multipliers, row_scale=row_scale, bits=4)
-    return refit_row_scale(rounded, moments.whiten(weight), errors)
+    return refit_row_scale(rounded, whitened, errors)
 
 
-def compensated_rows(weight: Tensor, moments: InputMoments) -> tuple[IntegerWeight, Tensor]:
+def compensated_rows(
+    weight: Tensor, whitened: Tensor, moments: InputMoments
+) -> tuple[IntegerWeight, Tensor]:
     """Round a weight to 8-bit codes, one scale per row, with error compensation.
+
+    Args:
+        weight: W, (N, K) float, finite; left untouched.
+        whitened: W R, (N, K) float.
+        moments: of the quantized input, K × K.
 
     Returns:
         Codes and scales, and the whitened error (W − Ŵ) R that they leave, (N, K) float.
     """
     _, row_scale = quantize_rows(weight)
     codes, multipliers, errors = _compensate(
-        weight / row_scale[:, None],
-        moments.float32_inverse_factor,
+        weight,
+        row_scale,
+        moments.inverse_factor,
         block_size=ROW_STRIDE,
         max_code=MAX_CODE_8BIT,
         choose=lambda block, _: torch.ones_like(block[0]),
@@ -209,7 +224,7 @@ def compensated_rows(weight: Tensor, moments: InputMoments) -> tuple[IntegerWeig
     rounded = IntegerWeight(
         codes=codes, multipliers=multipliers[:, :1], row_scale=row_scale, bits=8
     )
-    return refit_row_scale(rounded, moments.whiten(weight), errors)
+    return refit_row_scale(rounded, whitened, errors)
 
 
 ROW_STRIDE = 64
@@ -217,7 +232,8 @@ ROW_STRIDE = 64
 
 
 def _compensate(
-    scaled: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
     inverse_factor: Tensor,
     *,
     block_size: int,
@@ -231,7 +247,8 @@ def _compensate(
     its codes; each column's place is then taken by its error.
 
     Args:
-        scaled: (N, K), in units of the row scale.
+        weight: (N, K) float.
+        row_scale: (N,): its unit.
         inverse_factor: U, (K, K) float32.
         block_size: columns of a block; the last may have fewer.
         max_code: codes are ±max_code.
@@ -241,7 +258,9 @@ def _compensate(
         Codes (N, K) int8, multipliers (N, blocks) int8, and the whitened error E = (W − Q) R in
         units of the row scale, (N, K) float32.
     """
-    errors = scaled.to(torch.float32).mT.contiguous()  # (K, N); not yet rounded: what remains
+    # Of what is not yet rounded: what remains.
+    errors = torch.empty(weight.mT.shape, dtype=torch.float32, device=weight.device)
+    torch.div(weight.mT, row_scale, out=errors)
     codes = torch.empty_like(errors, dtype=torch.int8)
     multipliers = []
     for start in range(0, errors.shape[0], block_size):
@@ -278,14 +297,15 @@ def refit_row_scale(
     Returns:
         The integers, and the whitened error (W − Ŵ) R that they now leave, (N, K) float.
     """
-    integers = whitened / rounded.row_scale[:, None] - errors  # Q R
-    power = integers.square().sum(dim=1)
-    best = (integers * whitened).sum(dim=1) / power
-    usable = (power > 0) & (best > 0) & best.isfinite()
-    row_scale = torch.where(usable, best.to(rounded.row_scale.dtype), rounded.row_scale)
     before = rounded.row_scale
+    integers = (whitened / before[:, None]).sub_(errors)  # Q R
+    power = torch.linalg.vector_norm(integers, dim=1).square()
+    best = integers.mul_(whitened).sum(dim=1) / power
+    usable = (power > 0) & (best > 0) & best.isfinite()
+    row_scale = torch.where(usable, best.to(before.dtype), before)
     # Not W R less what the integers make of it: that would cost the digits of a small error.
-    left_over = errors * row_scale[:, None] + whitened * ((before - row_scale) / before)[:, None]
+    left_over = torch.mul(errors, row_scale[:, None], out=integers)
+    left_over.addcmul_(whitened, ((before - row_scale) / before)[:, None])
     return replace(rounded, row_scale=row_scale), left_over
 
 
@@ -297,9 +317,12 @@ def _choose_multipliers(block: Tensor, diagonal: Tensor) -> Tensor:
     """
     weights = diagonal**-2.0
     error = torch.empty_like(block)
-    losses = []
+    best = torch.ones_like(block[0])
+    least = torch.full_like(best, torch.inf)
     for multiplier in range(1, MAX_MULTIPLIER + 1):
         torch.div(block, multiplier, out=error).round_().clamp_(-MAX_CODE_4BIT, MAX_CODE_4BIT)
         torch.sub(block, error, alpha=multiplier, out=error).square_()
-        losses.append(weights @ error)
-    return torch.stack(losses).argmin(dim=0).to(block.dtype) + 1
+        loss = weights @ error
+        best.masked_fill_(loss < least, multiplier)
+        torch.minimum(loss, least, out=least)
+    return best
