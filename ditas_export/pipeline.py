@@ -300,11 +300,13 @@ def _states(
             seed=options.seed,
         ),
         seed=options.seed,
-        precision=sampling_precision(options, loaded.model.pos_embed.device, ranks, say),
+        precision=sampling_precision(options, loaded.model.pos_embed.device, ranks),
     )
     kept = ranks.first(lambda: _interrupted_states(options.states_path, settings, loaded.sha256))
     if kept is not None:
         return kept
+    if options.fast:
+        say(SAMPLES_IN[settings.precision])
     states = collect_states(
         loaded.model,
         settings,
@@ -317,19 +319,20 @@ def _states(
     return states
 
 
+SAMPLES_IN: Mapping[SamplingPrecision, str] = {
+    "bf16": "--fast: the float model samples in bfloat16",
+    "fp32": "--fast: found no bfloat16 products (AVX512-BF16, or a GPU's) in every process; the "
+    "float model samples in float32",
+}
+"""What is said of `fast`."""
+
+
 def sampling_precision(
-    options: ExportOptions,
-    device: torch.device,
-    ranks: Ranks = SINGLE,
-    say: Callable[[str], None] = lambda _: None,
+    options: ExportOptions, device: torch.device, ranks: Ranks = SINGLE
 ) -> SamplingPrecision:
     """Return what the float model samples in: with `fast` bfloat16 where every rank has it."""
-    if not options.fast:
-        return "fp32"
-    if all(ranks.gather(has_bfloat16_products(device))):
-        say("--fast: the float model samples in bfloat16")
+    if options.fast and all(ranks.gather(has_bfloat16_products(device))):
         return "bf16"
-    say(f"--fast: this {device.type} has no bfloat16 products; the float model samples in float32")
     return "fp32"
 
 

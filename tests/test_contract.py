@@ -281,6 +281,12 @@ def reader_of_joined_codes_that_is_no_product(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Identity", [value], ["copy"], name="Copy"))
 
 
+def second_product_of_the_inner_input(model: onnx.ModelProto) -> None:
+    product = node(model.graph, f"{QKV}/right_MatMul")
+    twin = helper.make_node("MatMul", list(product.input), ["twin"], name="Twin")
+    model.graph.node.append(twin)
+
+
 def rows_beside_rows(model: onnx.ModelProto) -> None:
     node(model.graph, f"{PART}/Rows").attribute[0].i = 1
 
@@ -313,6 +319,7 @@ OTHER_BREAKS = [
     ("joined", other_scale_of_a_part, "joined-codes"),
     ("joined", part_left_out_of_the_joint, "joined-codes"),
     ("joined", reader_of_joined_codes_that_is_no_product, "dequantize-feeds-product"),
+    ("joined", second_product_of_the_inner_input, "dequantize-feeds-product"),
     ("joined", rows_beside_rows, "joined-codes"),
     ("joined", unsigned_rows_of_the_branch, "joined-codes"),
     ("joined", rows_of_three, "joined-codes"),

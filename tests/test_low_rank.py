@@ -73,7 +73,11 @@ LARGE_SPECTRA = {
     "zero": torch.zeros(600, 800, dtype=torch.float64),
     "tiny": 1e-14 * random_weight(600, 800),
     "huge": 1e14 * random_weight(600, 800),
+    "step": with_singular_values(torch.where(torch.arange(600) < 32, 1.0, 0.98), 600, 800),
 }
+
+SHORTFALL = {"step": 0.04}
+"""What may be missing of the best energy, where it is more than a thousandth: squares of 0.98."""
 
 
 @pytest.mark.parametrize("name", LARGE_SPECTRA)
@@ -90,7 +94,7 @@ def test_a_large_truncated_svd_has_nearly_all_of_the_best_energy(
         assert left.dtype == right.dtype == dtype
         error = float((matrix.double() - left.double() @ right.double()).square().sum())
         best = float(values[rank:].square().sum())
-        short = 1e-3 * float(values[:rank].square().sum())
+        short = SHORTFALL.get(name, 1e-3) * float(values[:rank].square().sum())
         assert best - 1e-12 * energy <= error
         assert error <= best + short + 2 * rank * torch.finfo(dtype).eps * energy
         basis = left if left.shape[0] <= right.shape[1] else right.mT
@@ -124,6 +128,12 @@ def test_the_output_fit_is_the_best_in_the_moment_and_beats_the_weight_fit() -> 
     # The moment's condition number amplifies the INT8 rounding of the input factor.
     assert best <= error < 1.05 * best
     assert error < plain
+
+
+def test_an_error_of_nothing_has_factors_of_nothing() -> None:
+    moments = moments_of(correlated_moment(48), damping=0.01)
+    factors = fit_output_error(torch.zeros(20, 48), moments, 3, EVEN.float())
+    assert torch.equal(factors.product(), torch.zeros_like(factors.product()))
 
 
 def test_left_is_solved_for_the_rounded_right() -> None:

@@ -37,7 +37,8 @@ from ditas_export.onnx_export.export import (
     read_form,
 )
 from ditas_export.onnx_export.manifest import bytes_by_part
-from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
+from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME, export_skeleton
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
     OnnxRuntimeRunner,
@@ -146,6 +147,18 @@ def test_fc1_is_cut_where_its_width_is_a_multiple_of_the_hidden_size(
         out = runner(*inputs)
     fake = fake_quantized_dit(folded, ranges="token", target="onnxruntime")
     assert snr_db(fake(*inputs), out) > 50  # but for ties, as above
+
+
+def test_an_activation_of_several_operators_is_refused() -> None:
+    """As a PyTorch might export it that no one has tested."""
+    skeleton = export_skeleton(TINY, FOLDED.float_parameters, dtype=torch.float32)
+    gelu = next(node for node in skeleton.graph if node.name == "blocks.1.mlp.act/Gelu")
+    more = ir.Node("", "Identity", gelu.outputs)
+    gelu.outputs[0].replace_all_uses_with(more.outputs[0])
+    more.replace_input_with(0, gelu.outputs[0])
+    skeleton.graph.insert_after(gelu, more)
+    with pytest.raises(OnnxExportError, match=r"blocks\.1\.mlp\.fc1.*; export --target portable"):
+        to_onnxruntime_form(skeleton, TINY, in_parts=True)
 
 
 @pytest.mark.parametrize("adaln_bits", [8, 4])

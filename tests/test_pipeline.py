@@ -300,7 +300,8 @@ def test_fast_chooses_the_tokens_that_nobody_asked_for(asked: dict[str, Any], to
         (
             False,
             "fp32",
-            "--fast: this cpu has no bfloat16 products; the float model samples in float32",
+            "--fast: found no bfloat16 products (AVX512-BF16, or a GPU's) in every process; the "
+            "float model samples in float32",
         ),
     ],
 )

@@ -408,7 +408,7 @@ def search_alpha(
 
 
 SAMPLE_TOKENS = 4096
-"""Tokens on which α is searched."""
+"""Tokens on which α is searched, and a branch's divisors are chosen."""
 
 SEARCH_BATCH = 1024
 """Tokens of the sample that are tried at once."""

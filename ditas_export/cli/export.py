@@ -82,7 +82,7 @@ def export(
         bool | None,
         typer.Option(
             "--fast/--no-fast",
-            help="Calibrate in less than half the time: fewer tokens, and the float model samples "
+            help="Calibrate in about half the time: fewer tokens, and the float model samples "
             "in bfloat16 where the device has such products; options given win.",
             show_default=False,
         ),

@@ -212,8 +212,10 @@ def _compare_linears(
     """
     wanted_names = linear_outputs(options.reference, config)
     found_names = linear_outputs(options.model, config)
-    reference = onnx_runner_with_outputs(options.reference, list(chain(*wanted_names.values())))
-    model = onnx_runner_with_outputs(options.model, list(chain(*found_names.values())))
+    reference, model = (
+        onnx_runner_with_outputs(path, list(chain.from_iterable(names.values())))
+        for path, names in ((options.reference, wanted_names), (options.model, found_names))
+    )
     feeds = feeds_of(inputs)
     at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
     differences: list[Differences] = []

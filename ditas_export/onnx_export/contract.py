@@ -272,8 +272,9 @@ def _dequantize_feeds_product(model: ir.Model) -> Iterator[Finding]:
         readers = [reader.op_type for reader in consumers(node)]
         if readers == ["Transpose"] and is_int4(node.inputs[0]):
             continue
-        several = is_joined(node)  # unsigned codes may feed a product for every part of an output
-        if readers != ["MatMul"] and not (several and set(readers) == {"MatMul"}):
+        if _is_joint(producer(node, 0)):  # feeds a product for every part of the output
+            readers = sorted(set(readers))
+        if readers != ["MatMul"]:
             yield _name(node), f"read by {readers or 'nothing'}", "read by one MatMul"
 
 
@@ -304,10 +305,18 @@ def _own_constants(model: ir.Model) -> Iterator[Finding]:
             yield constant, f"used for {sorted(names)}", "a constant for each MatMul"
 
 
+def _is_joint(node: ir.Node | None) -> bool:
+    """Return whether a node joins an input's codes and an inner product's, not parts of an input.
+
+    Of the parts another Concat is made, with the inner product's.
+    """
+    if node is None or not joins_codes(node):
+        return False
+    return not any(joins_codes(reader) for reader in consumers(node))
+
+
 def _joined_codes(model: ir.Model) -> Iterator[Finding]:
-    for concat in filter(joins_codes, model.graph):
-        if any(joins_codes(reader) for reader in consumers(concat)):
-            continue  # the parts of an input: of these and the inner product's is the joint
+    for concat in filter(_is_joint, model.graph):
         makers = producers(concat)
         codes, inner = makers if len(makers) == 2 else (None, None)
         source = producer(producer(producer(inner, 0), 0), 0)  # of the inner product's input

@@ -92,9 +92,10 @@ def export_onnx(
             return [lower_weight_only_linear(graph, x, folded.adaln[module], bias)]
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
+    codes = _activation_codes(folded, target)
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
     if in_onnxruntime_form(target, folded.dtype):
-        to_onnxruntime_form(model, folded.config, in_parts=_joins_branches(folded, target))
+        to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
     form = {
         "weight_bits": next(iter(folded.linears.values())).weight.bits,
@@ -102,7 +103,7 @@ def export_onnx(
         "adaln_bits": folded.adaln_bits,
         "layout": layout,
         "ranges": ranges if folded.activation_bits == 8 else None,
-        "activation_codes": _activation_codes(folded, target),
+        "activation_codes": codes,
         "float_type": float_type,
         "target": target,
     }
@@ -114,14 +115,8 @@ def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
     """Return "int8", "uint8" where a low-rank branch joins its linear's product, None for float."""
     if folded.activation_bits == 16:
         return None
-    return "uint8" if _joins_branches(folded, target) else "int8"
-
-
-def _joins_branches(folded: FoldedDiT, target: Target) -> bool:
-    """Return whether low-rank branches join their linears' integer products."""
     has_branch = all(linear.low_rank for linear in folded.linears.values())
-    integers = folded.activation_bits == 8
-    return has_branch and integers and in_onnxruntime_form(target, folded.dtype)
+    return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
 
 
 def export_reference(model: DiT, path: Path) -> None:

@@ -110,6 +110,7 @@ def lower_linear(
         return _lower_joined(
             graph, inputs, linear, low_rank, layout=layout, ranges=ranges, outputs=outputs
         )
+    assert len(inputs) == outputs == 1  # parts are for joined branches alone
     (x,) = _smoothed([graph], inputs, linear)
     if activation_bits == 16:
         y = _float_product(graph, x, linear, layout)

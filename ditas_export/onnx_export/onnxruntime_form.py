@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ditas_export.dit.model import DiTConfig
+from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN
 from ditas_export.onnx_export.subgraph import Subgraph
 
@@ -35,6 +37,9 @@ def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -
         config: shape of the model.
         in_parts: qkv and fc1 give several outputs, and fc2 reads several inputs, in the order of
             their channels. fc1 stays whole where its width is no multiple of the hidden size.
+
+    Raises:
+        OnnxExportError: an activation of several operators, of an untested PyTorch.
     """
     linears = {
         node.attributes["module"].as_string(): node
@@ -60,8 +65,12 @@ def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -
 def _cut_mlp(fc1: ir.Node, fc2: ir.Node, parts: int) -> None:
     """Let fc1 give its output in parts, its activation take each, and fc2 read them all."""
     activation = fc2.inputs[0].producer() if fc2.inputs[0] else None
-    assert activation is not None
-    assert activation.inputs[0] is fc1.outputs[0]  # one operator between the two
+    if activation is None or activation.inputs[0] is not fc1.outputs[0]:
+        raise OnnxExportError(
+            f"this PyTorch ({torch.__version__}) exports what lies between {fc1.name} and "
+            f"{fc2.name} as more than one operator; export --target portable, or use a tested "
+            f"version (constraints.txt)"
+        )
     activated = [
         _copy(activation, [part], f"{activation.name}_{index}").outputs[0]
         for index, part in enumerate(_cut(fc1, parts))

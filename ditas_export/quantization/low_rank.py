@@ -135,9 +135,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     - 2 · rank · ε · ‖matrix‖², ε the precision of the matrix's float type, as squaring costs digits
       (Ky Fan), and
     - where min(N, K) is more than 8 · (rank + 32), a thousandth of itself: subspace iteration stops
-      short. What it leaves is most for a flat spectrum; random matrices of up to 1152 x 4608 leave
-      half of that. (Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review
-      2011, algorithm 4.4.)
+      short (Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011,
+      algorithm 4.4). That is for spectra no flatter than a random 1:8 matrix's, half of it for 1:4.
+      Where values just behind the rank are a few per cent smaller than those before it, it may be
+      as many per cent: of values so alike it matters little which are taken.
 
     The factor on the smaller side is orthonormal. The same matrix gives the same factors.
 
@@ -208,7 +209,7 @@ def fit_output_error(
     target = whitened_error @ seen.mT  # (N, rank)
     seen = seen.to(moments.cholesky.dtype)
     gram = seen @ seen.mT
-    gram.diagonal().add_(1e-10 * gram.diagonal().mean())
+    gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-30))  # an error of nothing
     left = torch.linalg.solve(gram, target.to(gram.dtype).mT).mT.contiguous()
     return replace(fitted, left=left, right_scale=fitted.right_scale.to(gram.dtype))
 

@@ -9,8 +9,8 @@ all of them.
 A column's error over its pivot is a column of the whitened error: with R Rᵀ = H and U = R⁻¹, what
 is pushed on adds up to `W − Q = E U`, so `(W − Q) R = E`, and `tr (Q − W) H (Q − W)ᵀ = ‖E‖²`.
 
-H is ordered and factored in float64, once; rounding is in float32, whose errors are far below a
-code.
+H is ordered and factored in float64, once. U and rounding are in float32, whose errors are far
+below a code: with a ridge of 0.01, no two values of R are further apart than √(100 K).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def compensated_blocks(
         Codes, multipliers, and the row scales that fit them best in the sense of the error; and the
         whitened error (W − Ŵ) R that they leave, (N, K) float.
     """
-    require_finite("a weight", weight.sum(dim=1))
+    require_finite("a weight", weight.sum(dim=1))  # a sum shows NaN and infinities
     require_block_size(weight.shape[1], block_size)
     row_scale = initial_row_scale(weight)
     codes, multipliers, errors = _compensate(
