@@ -93,7 +93,9 @@ def joins_codes(node: ir.Node) -> bool:
 
 def quantizers_of(codes: ir.Node) -> list[ir.Node]:
     """Return the quantizers that codes of activations come from: itself, or those that it joins."""
-    return [codes] if codes.op_type == QUANTIZE else [node for node in producers(codes) if node]
+    if codes.op_type == QUANTIZE:
+        return [codes]
+    return [found for node in producers(codes) if node for found in quantizers_of(node)]
 
 
 def producers(node: ir.Node) -> list[ir.Node | None]:
