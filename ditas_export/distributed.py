@@ -6,6 +6,7 @@ takes nothing and needs no torch.distributed. So the code that shares work has o
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,7 @@ def launched_ranks(device: str = "auto") -> Iterator[Ranks]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
+    importlib.import_module("torch.distributed.nn")  # imported later, its defaults keep the group
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_on_ranks
 import pytest
 import torch
 import two_ranks
@@ -152,15 +153,18 @@ def test_a_rank_that_dies_stops_the_other(
     assert not (folder / "not stopped").exists()
 
 
-COMMAND = ("-m", "ditas_export.cli.export", "--device", "cpu", "--json")
+OPTIONS = ("--device", "cpu", "--json")
+COMMAND = ("-m", "ditas_export.cli.export", *OPTIONS)
 
 
 def test_the_command_writes_and_speaks_once(checkpoint: Path, tmp_path: Path) -> None:
     quick = ("--model", checkpoint, "--steps", "4", "--samples", "3", "--method", "linear")
-    done = torchrun(*COMMAND, *quick, tmp_path / "out.onnx")
+    done = torchrun(command_on_ranks.__file__, *OPTIONS, *quick, tmp_path / "out.onnx")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.json"}
+    left = [tmp_path / f"out.{rank}.txt" for rank in (0, 1)]
+    assert set(tmp_path.iterdir()) == {tmp_path / "out.onnx", tmp_path / "out.json", *left}
     assert json.loads(done.stdout) == json.loads((tmp_path / "out.json").read_text())
+    assert not any("gloo" in path.read_text() for path in left)
 
 
 @pytest.mark.slow
