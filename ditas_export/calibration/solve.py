@@ -378,7 +378,8 @@ def search_alpha(
 
     The error is that of weights rounded to nearest, ‖Q(x_q / s) Q(s · W) − x_f W‖², whatever the
     rounding that follows: to search with compensated rounding costs more and gains nothing that
-    could be measured on the bundled model.
+    could be measured on the bundled model. Every α is tried on a quarter of the sample, the best
+    five of them on all of it.
 
     Source: DiTAS, Algorithm 1.
     """
@@ -386,14 +387,19 @@ def search_alpha(
     weight_max = weight_maxima(weight, settings.method)
     stride = -(-weight.shape[0] // SAMPLE_OUTPUTS)
     weight, output_weights = weight[::stride], output_weights[::stride]
-    losses = []
-    wanted = torch.split(x_float @ weight.mT, SEARCH_BATCH)
-    for alpha in settings.alpha_grid:
+    wanted = x_float @ weight.mT
+
+    def loss(alpha: float, every: int) -> float:
+        """Return the error of every `every`-th token, summed."""
         smoothing = smoothing_scale(input_max, weight_max, alpha)
         static_range = float((step_maxima / smoothing).amax())
         rounded = _round_once(weight * smoothing, settings).dequantize()
-        loss = 0.0
-        for x_q, y in zip(torch.split(x_quantized, SEARCH_BATCH), wanted, strict=True):
+        total = 0.0
+        for x_q, y in zip(
+            torch.split(x_quantized[::every], SEARCH_BATCH),
+            torch.split(wanted[::every], SEARCH_BATCH),
+            strict=True,
+        ):
             x_hat = round_activations(
                 x_q / smoothing,
                 activation_bits=settings.activation_bits,
@@ -401,10 +407,15 @@ def search_alpha(
                 static_range=static_range,
             )
             error = (x_hat @ rounded.mT - y) * output_weights
-            loss += float(error.square().sum(dtype=torch.float64))
-        losses.append(loss)
-    losses = inputs.ranks.sum_(torch.tensor(losses, dtype=torch.float64)).tolist()
-    return settings.alpha_grid[losses.index(min(losses))]
+            total += float(error.square().sum(dtype=torch.float64))
+        return total
+
+    candidates = settings.alpha_grid
+    for every in (4, 1):
+        losses = torch.tensor([loss(alpha, every) for alpha in candidates], dtype=torch.float64)
+        ranked = inputs.ranks.sum_(losses).argsort(stable=True).tolist()
+        candidates = tuple(candidates[index] for index in ranked[:SHORT_LIST])
+    return candidates[0]
 
 
 SAMPLE_TOKENS = 4096
@@ -412,6 +423,9 @@ SAMPLE_TOKENS = 4096
 
 SEARCH_BATCH = 1024
 """Tokens of the sample that are tried at once."""
+
+SHORT_LIST = 5
+"""Values of α that are tried on all of the sample."""
 
 SAMPLE_OUTPUTS = 768
 """Outputs of a linear on which α is searched, evenly spread."""
