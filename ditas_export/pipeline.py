@@ -391,6 +391,7 @@ def _verify(
         fake_quantized,
         options.output,
         settings,
+        device=_device(options),
         on_step=lambda done, total: on_progress("verify", done, total),
     )
 

@@ -3,6 +3,7 @@
     python scripts/bench_calibration.py                                 # all of it
     python scripts/bench_calibration.py --size 512 --blocks 2 --steps 2 # a part, and a projection
     python scripts/bench_calibration.py --fast                          # as `ditas-export --fast`
+    python scripts/bench_calibration.py --device cuda --no-count        # on a GPU
 
 Outliers are planted; the weights are random: right for time and memory, not for quality. With
 fewer blocks, steps or samples, sampling and the blocks' parts are multiplied up to the paper's
@@ -76,8 +77,10 @@ def forward_flops(model: DiT) -> float:
     """Return the floating-point operations of one row's forward pass, depth as in the paper."""
     config = model.config
     inputs = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
+    none = torch.zeros(1, dtype=torch.int64)
+    device = model.pos_embed.device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        model(*(tensor.to(device) for tensor in (inputs, none, none)))
     return float(counter.get_total_flops()) * DEPTH / config.depth
 
 
@@ -104,13 +107,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of those that are sampled")
     parser.add_argument("--fast", action="store_true", help="as ditas-export --fast calibrates")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--no-count", action="store_true", help="leave out the operations")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     options = ExportOptions(output=Path("out.onnx"), fast=args.fast)
     settings = quantization_settings(options)
-    precision = sampling_precision(options, torch.device("cpu"))
+    device = torch.device(args.device)
+    precision = sampling_precision(options, device)
     timings = Timings()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.safetensors"
@@ -118,6 +123,7 @@ def main() -> None:
             other.submit(write_checkpoint, path, args.size, args.blocks).result()
         with timings.part("reading the checkpoint"):
             loaded = load_dit(path)
+            loaded.model.to(device)
         make_scheduler("ddpm", 2)  # imports diffusers, which is no part of sampling
         asked = CalibrationSettings(
             steps=args.steps, classes=tuple(range(args.samples)), precision=precision
@@ -170,6 +176,9 @@ def main() -> None:
     estimate = peak_bytes(loaded.model.config, states, settings)
     print(f"Peak RSS {peak:.2f} GiB, after sampling {sampled_peak:.2f}; the estimate beside the "
           f"model was {estimate / 2**30:.2f} GiB.")  # fmt: skip
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated() / 2**30
+        print(f"{torch.cuda.get_device_name()}: at most {allocated:.2f} GiB allocated.")
     if args.blocks < DEPTH:
         missing = sum(p.numel() for p in loaded.model.blocks[0].parameters()) * 4 / 2**30
         print(

@@ -448,3 +448,13 @@ def test_sampling_leaves_the_model_on_its_device(states: CalibrationStates) -> N
     found = collect_states(moved, states.settings, checkpoint_sha256="tiny")
     assert moved.pos_embed.device.type == "cuda"
     assert all(value.device.type == "cpu" for value in found.input_maxima.values())
+
+
+@pytest.mark.gpu
+def test_a_gpu_quantizes_as_well(states: CalibrationStates) -> None:
+    """Sums run in another order there, and codes at ties of rounding with them."""
+    wanted = quantize_dit(tiny_dit(), states, SETTINGS).linears
+    found = quantize_dit(tiny_dit().cuda(), states, SETTINGS).linears
+    for name, linear in found.items():
+        assert linear.weight.codes.device.type == "cpu"
+        assert abs(linear.output_snr_db - wanted[name].output_snr_db) < 1.0, name

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from quantized_fixture import TINY, example_inputs, exported, exported_reference, snr_db
 
 from ditas_export.errors import RunnerError
@@ -19,6 +21,7 @@ from ditas_export.runtime.openvino_runner import OpenVINORunner
 pytest.importorskip("openvino", reason="extra [openvino]")
 
 HERE = Path(__file__).parent
+FINAL_BIAS = "final_layer.linear/bias"
 
 
 @pytest.fixture
@@ -99,6 +102,46 @@ def test_the_description_of_float32(reference_file: Path) -> None:
             assert runner.description.endswith("(CPU, f32)")
 
 
+def test_what_was_compiled_is_kept(tmp_path: Path) -> None:
+    inputs = example_inputs(batch=3)
+    with OpenVINORunner(exported(), threads=1, cache=tmp_path) as runner:
+        expected, description = runner(*inputs), runner.description
+    (blob,) = tmp_path.rglob("*.blob")
+    made = blob.stat().st_mtime_ns
+    with OpenVINORunner(exported(), threads=1, cache=tmp_path) as runner:
+        assert torch.equal(runner(*inputs), expected)
+        assert runner.description == description
+    assert blob.stat().st_mtime_ns == made
+    # A write that was interrupted: it is compiled again.
+    blob.chmod(0o600)
+    blob.write_bytes(blob.read_bytes()[:-1000])
+    with OpenVINORunner(exported(), threads=1, cache=tmp_path) as runner:
+        assert torch.equal(runner(*inputs), expected)
+
+
+def test_what_was_compiled_of_another_file_is_not_taken(tmp_path: Path) -> None:
+    """Of the same name, the same size and the same time."""
+    path, inputs = tmp_path / "model.onnx", example_inputs(batch=3)
+    path.write_bytes(exported().read_bytes())
+    with OpenVINORunner(path, threads=1, cache=tmp_path / "cache") as runner:
+        before = runner(*inputs)
+    status = path.stat()
+    model = onnx.load(str(path))
+    bias = next(part for part in model.graph.initializer if part.name == FINAL_BIAS)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(model, str(path))
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with OpenVINORunner(path, threads=1, cache=tmp_path / "cache") as runner:
+        assert torch.allclose(runner(*inputs), before + 1, atol=1e-5)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunnerError, match="set DITAS_EXPORT_CACHE to a folder"):
+        OpenVINORunner(exported(), cache=tmp_path / "file")
+
+
 def test_a_closed_runner_is_refused(reference_file: Path) -> None:
     with OpenVINORunner(reference_file) as runner:
         pass
@@ -107,8 +150,6 @@ def test_a_closed_runner_is_refused(reference_file: Path) -> None:
 
 
 def test_a_file_that_openvino_refuses(reference_file: Path, tmp_path: Path) -> None:
-    import onnx
-
     model = onnx.load(str(reference_file))
     next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "NoSuchOp"
     path = tmp_path / "broken.onnx"

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from ditas_export.calibration import solve
-from ditas_export.calibration.methods import METHODS, method_named
+from ditas_export.calibration.methods import ALPHA_GRID, METHODS, method_named
 from ditas_export.calibration.solve import (
     RIDGE,
     JointMoments,
@@ -197,10 +198,20 @@ def test_the_target_minimises_the_ridge_problem() -> None:
     assert torch.allclose(got, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_algorithm_1_literally() -> None:
-    """α as the paper searches it: every α, every token, nearest rounding, the float output."""
+@pytest.mark.parametrize(
+    ("grid", "roundings"), [(SETTINGS.alpha_grid, 5), (ALPHA_GRID, 21 + 5)], ids=["short", "long"]
+)
+def test_algorithm_1_literally(
+    grid: Sequence[float], roundings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """α as the paper searches it: every α, every token, nearest rounding, the float output.
+
+    Of a long grid only the best are tried on every token.
+    """
+    counted = Mock(side_effect=solve._round_once)
+    monkeypatch.setattr(solve, "_round_once", counted)
     weight, _, maxima, inputs = problem(seed=1)
-    settings = replace(SETTINGS, method=METHODS["tas-search"])
+    settings = replace(SETTINGS, method=METHODS["tas-search"], alpha_grid=grid)
     x_float, x_quantized = all_tokens(inputs)
     losses = {}
     for alpha in settings.alpha_grid:
@@ -214,6 +225,7 @@ def test_algorithm_1_literally() -> None:
     assert (
         search_alpha(weight, maxima.amax(0), maxima, inputs, torch.ones(24), settings) == expected
     )
+    assert counted.call_count == roundings
     assert 0.0 < expected < 1.0  # a case in which the search has something to find
 
 

@@ -73,5 +73,5 @@ def test_a_gpu_gives_the_same_numbers(tiny_dit: DiT) -> None:
     expected = tiny_dit(*INPUTS)
     out = TorchRunner(copy.deepcopy(tiny_dit), device="cuda")(*INPUTS)
     assert out.device.type == "cpu"
-    # TF32 is off by default for matrix products; sums run in another order.
-    assert float((out - expected).norm() / expected.norm()) < 1e-4
+    # TF32, 2⁻¹¹, is off by default for matrix products, and on for the patches' convolution.
+    assert float((out - expected).norm() / expected.norm()) < 1e-3

@@ -378,8 +378,8 @@ def search_alpha(
 
     The error is that of weights rounded to nearest, ‖Q(x_q / s) Q(s · W) − x_f W‖², whatever the
     rounding that follows: to search with compensated rounding costs more and gains nothing that
-    could be measured on the bundled model. Every α is tried on a quarter of the sample, the best
-    five of them on all of it.
+    could be measured on the bundled model. Where there are more than five, every α is tried on a
+    quarter of the sample, and the best five on all of it.
 
     Source: DiTAS, Algorithm 1.
     """
@@ -410,12 +410,16 @@ def search_alpha(
             total += float(error.square().sum(dtype=torch.float64))
         return total
 
-    candidates = settings.alpha_grid
-    for every in (4, 1):
+    def ranked(candidates: Sequence[float], every: int) -> list[float]:
+        """Return the candidates, that of the least error first."""
         losses = torch.tensor([loss(alpha, every) for alpha in candidates], dtype=torch.float64)
-        ranked = inputs.ranks.sum_(losses).argsort(stable=True).tolist()
-        candidates = tuple(candidates[index] for index in ranked[:SHORT_LIST])
-    return candidates[0]
+        order = inputs.ranks.sum_(losses).argsort(stable=True)
+        return [candidates[index] for index in order.tolist()]
+
+    candidates = settings.alpha_grid
+    if len(candidates) > SHORT_LIST:
+        candidates = ranked(candidates, 4)[:SHORT_LIST]
+    return ranked(candidates, 1)[0]
 
 
 SAMPLE_TOKENS = 4096

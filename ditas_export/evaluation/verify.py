@@ -143,15 +143,19 @@ def verify_file(
     path: Path,
     settings: VerificationSettings,
     *,
+    device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Sample with the float model, the fake-quantized model and the file, if it runs; compare.
+
+    The two models stay on `device`; the file runs on the CPU.
 
     Args:
         float_model: float32.
         fake_quantized: what the file must compute, in the file's float type.
         path: the exported ONNX file.
         settings: seeds, classes, steps, guidance.
+        device: where the models compute.
         on_step: called with (sampling steps done, in all).
 
     Raises:
@@ -168,9 +172,9 @@ def verify_file(
             on_step(done, total)
 
     inputs: list[ModelInputs] = []
-    with TorchRunner(float_model) as runner:
+    with TorchRunner(float_model, device=device) as runner:
         reference = _run(runner, settings, inputs, count, gather=True)
-    with TorchRunner(fake_quantized) as runner:
+    with TorchRunner(fake_quantized, device=device) as runner:
         expected = _run(runner, settings, inputs, count)
     return Verification(
         file=_findings(path, open_file, settings, inputs, count, reference, expected)

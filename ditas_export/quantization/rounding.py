@@ -157,8 +157,11 @@ def rounding_order(moment: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _least_varying_last(moment: Tensor) -> Tensor:
-    """Return (K,) columns, from the end each the one that varies least given those after it."""
-    remaining = moment.clone()
+    """Return (K,) columns, from the end each the one that varies least given those after it.
+
+    On the CPU: every choice waits for the one before.
+    """
+    remaining = moment.to("cpu", copy=True)
     free = list(range(moment.shape[0]))
     order = []
     while free:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from ditas_export.onnx_export.external_data import external_files, sha256_of_onn
 from ditas_export.onnx_export.lowering import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
-from ditas_export.runtime.optimized_cache import optimized_model
+from ditas_export.runtime.optimized_cache import machine_facts, optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
 
@@ -93,7 +92,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
                 "ditas-export": __version__,
                 "onnxruntime": _onnxruntime().__version__,
                 "entries": entries | _KEEP_PACKED,
-                "machine": [platform.machine(), platform.processor(), _processor_flags()],
+                "machine": machine_facts(),
             }
             path = optimized_model(
                 sha256 or sha256_of_onnx(path),
@@ -226,15 +225,6 @@ def _original_name(name: str) -> str:
         part, _, rest = rest.partition("/")
         path = f"{path}/{part}"
     return f"{path}/{rest.partition('/')[0]}"
-
-
-def _processor_flags() -> str:
-    """Return what decides which kernels fit the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def session_options(threads: int | None, session_entries: Mapping[str, str]) -> Any:

@@ -162,7 +162,7 @@ def _file_opener(
     if runtime == "openvino" and not has_openvino:
         raise RunnerError(f"openvino is not installed; {INSTALL}")
     if runtime == "openvino" or (runtime == "auto" and not on_gpu and has_openvino):
-        return lambda _: OpenVINORunner(path, threads=threads)
+        return lambda sha256: OpenVINORunner(path, threads=threads, cache=cache, sha256=sha256)
     if runtime in GPU_PROVIDERS and not on_gpu:
         raise RunnerError("TensorRT runs on GPUs; use --device cuda")
     if not (on_gpu or onnxruntime_takes(path)):

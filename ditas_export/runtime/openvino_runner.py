@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ditas_export import __version__
 from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
@@ -32,15 +36,35 @@ class OpenVINORunner(ExportedFileRunner):
         path: written by `export_onnx` or `export_reference`.
         threads: of inference; None leaves the choice to OpenVINO.
         precision: to ask for in the float parts, "f32", or "bf16" for speed.
+        cache: folder that keeps the compiled model, so that the next start need not compile; None
+            compiles at every start.
+        sha256: `sha256_of_onnx(path)` where the caller has it; the cache finds files by it.
 
     Raises:
         RunnerError: OpenVINO is missing or refuses the file.
         OnnxExportError: the file does not say which DiT it holds.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, precision: str = "f32") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        precision: str = "f32",
+        cache: Path | None = None,
+        sha256: str | None = None,
+    ) -> None:
         super().__init__(path)
-        self._version, self._session = _compile(path, threads, precision)
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        if cache is not None:
+            # OpenVINO looks at its version, its settings, and the file's path and time; and
+            # compiles again where what it kept is cut short.
+            facts = {"ditas-export": __version__, "runtime": "openvino", "machine": machine_facts()}
+            folder = compiled_folder(sha256 or sha256_of_onnx(path), cache, facts)
+            settings["CACHE_DIR"] = str(folder)
+        self._version, self._session = _compile(path, settings)
         self._products = _float_products(self._session)
 
     @property
@@ -54,15 +78,11 @@ class OpenVINORunner(ExportedFileRunner):
         return np.array(output)
 
 
-def _compile(path: Path, threads: int | None, precision: str) -> tuple[str, Any]:
+def _compile(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
     """Return OpenVINO's version and the compiled model."""
     openvino = _openvino()
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
-        model = core.compile_model(core.read_model(str(path)), "CPU", settings)
+        model = openvino.Core().compile_model(str(path), "CPU", dict(settings))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunnerError(f"openvino {openvino.__version__} refuses {path}: {reason}") from error
