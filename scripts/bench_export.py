@@ -1,21 +1,26 @@
 """Measure the export of a DiT-XL/2: seconds, peak memory and bytes, form by form; engines too.
 
     python scripts/bench_export.py --build
+    python scripts/bench_export.py --depth 2 --threads 2
 
 Random weights, low-rank branch of rank 32 included: right for bytes, seconds and memory, not for
 quality. Every form is folded, lowered, written and read again in a process of its own, so that the
 peak resident set is its own; `--build` then builds an engine of it with TensorRT for RTX, in the
-child process that the builder has anyway. Prints Markdown tables.
+child process that the builder has anyway. Every process computes in one thread, or in `--threads`.
+Prints Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import platform
 import resource
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
@@ -34,6 +39,8 @@ from ditas_export.onnx_export.export import export_onnx
 from ditas_export.onnx_export.manifest import bytes_by_part
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime")
 
 FORMS = [
     ("portable", "int4", "fp32", 16),
@@ -64,6 +71,7 @@ class Built:
     seconds: float
     peak_mib: float
     plan_mib: float
+    builder: str  # its version
 
 
 def main() -> None:
@@ -71,7 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--build", action="store_true", help="build engines too")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that are started here
     config = DiTConfig(depth=args.depth)
     model = DiT(config)
     randomize(model, seed=0)
@@ -92,7 +103,10 @@ def main() -> None:
                     built[form] = pool.apply(build, (path,))
             for file in files_of(path):
                 file.unlink()
-    print(f"DiT-XL/2 with {args.depth} blocks, rank {RANK}; {cpu_facts()}")
+    versions = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    versions += sorted({f"{RTX.title} {row.builder}" for row in built.values()})
+    print(f"DiT-XL/2 with {args.depth} blocks, rank {RANK}; {cpu_facts()}, {args.threads} threads, "
+          f"python {platform.python_version()}, {', '.join(versions)}")  # fmt: skip
     print(f"float32 parameters: {float_mib:.0f} MiB; artefact: {artefact_mib:.0f} MiB\n")
     print("| target | layout | float side | adaLN bits | export s | peak MiB | file MiB "
           "| build s | its peak MiB | plan MiB |")  # fmt: skip
@@ -139,11 +153,12 @@ def build(path: Path) -> Built:
     """Build an engine of a file; for a fresh process."""
     plan = path.with_name("model.plan")
     start = time.perf_counter()
-    build_engine(path, plan, product=RTX)
+    engine = build_engine(path, plan, product=RTX)
     return Built(
         seconds=time.perf_counter() - start,
         peak_mib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10,
-        plan_mib=plan.stat().st_size / 2**20,
+        plan_mib=engine.size_bytes / 2**20,
+        builder=engine.version,
     )
 
 

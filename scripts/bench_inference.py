@@ -29,6 +29,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from bench_block_pair import cpu_facts, median_seconds
+from bench_torch_int8 import allow_graphs
 from random_quantized import RANK, randomly_quantized
 from torch import Tensor
 
@@ -97,6 +98,7 @@ def main() -> None:
             for name, opener in openers.items()
             if name == BASE or any(word in name for word in args.only)
         }
+        allow_graphs(len(openers) * len(args.batch))  # at most, with every form compiled
         times: dict[tuple[str, int], list[float]] = {}
         for number in range(args.rounds):
             for name, opener in openers.items():
@@ -153,9 +155,10 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
                 OpenVINORunner, path, threads=threads, precision=precision
             )
     openers["PyTorch float32"] = partial(TorchRunner, model)
+    openers["PyTorch float32, compiled"] = partial(TorchRunner, compiled(model))
     half = copy.deepcopy(model).to(torch.bfloat16)
     openers["PyTorch bfloat16"] = partial(TorchRunner, half)
-    openers["PyTorch bfloat16, compiled"] = partial(TorchRunner, compiled(copy.deepcopy(half)))
+    openers["PyTorch bfloat16, compiled"] = partial(TorchRunner, compiled(half))
     integers = int8_dit(fold_smoothing(quantized, dtype=torch.bfloat16), ranges="token")
     openers["PyTorch W4A8 token as INT8, compiled, bfloat16 beside it"] = partial(
         TorchRunner, compiled(integers)
@@ -197,7 +200,8 @@ def random_model(config: DiTConfig) -> DiT:
 
 
 def compiled(model: DiT) -> DiT:
-    """Have a model compiled when it first meets a batch size, and return it."""
+    """Return a model of the same weights that is compiled when it first meets a batch size."""
+    model = copy.copy(model)
     model.compile(dynamic=False)
     return model
 

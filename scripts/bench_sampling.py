@@ -6,21 +6,31 @@ Random weights, low-rank branch of rank 32 included; the default file, or `--ada
 opened twice, each time in a process of its own: the first time nothing is prepared, the second time
 what the first one kept is found. Each then samples one image with guidance. Prints a Markdown table
 of seconds to import and open, the share of a step that is spent outside the model, and peak memory.
+Then `ditas-sample` itself is run twice in the same way, two steps each: its seconds from start to
+end without those of the sampling, so that all counts that a user waits for besides.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
+import platform
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a process that is measured imports torch while it is
     from torch import Tensor
+
+NAMES = ("first time", "prepared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +60,27 @@ def main() -> None:
         with context.Pool(1) as pool:
             facts = pool.apply(write, (path, args.depth, args.adaln))
         rows = []
-        for _ in range(2):
-            with context.Pool(1) as pool:
-                rows.append(pool.apply(measure, (path, args.runtime, args.steps, args.threads)))
-    print(f"{facts}, {args.runtime}, {args.threads} threads, 1 image with guidance\n")
+        with tempfile.TemporaryDirectory() as cache:
+            asked = (path, args.runtime, args.threads, Path(cache))
+            for _ in NAMES:
+                with context.Pool(1) as pool:
+                    rows.append(pool.apply(measure, (*asked, args.steps)))
+        with tempfile.TemporaryDirectory() as cache:
+            asked = (path, args.runtime, args.threads, Path(cache))
+            commands = [command_seconds(*asked) for _ in NAMES]
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", args.runtime)]
+    print(f"{facts}, {args.threads} threads, python {platform.python_version()}, "
+          f"{', '.join(versions)}; 1 image with guidance\n")  # fmt: skip
     print("| | import s | open s | a step s | outside the model | opened MiB | peak MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, row in zip(("first time", "prepared"), rows, strict=True):
+    for name, row in zip(NAMES, rows, strict=True):
         print(
             f"| {name} | {row.import_seconds:.1f} | {row.open_seconds:.1f} "
             f"| {row.step_seconds:.3f} | {row.outside_share:.2%} "
             f"| {row.opened_mib:.0f} | {row.peak_mib:.0f} |"
         )
+    waits = (f"{name} {seconds:.1f} s" for name, seconds in zip(NAMES, commands, strict=True))
+    print(f"\nThe whole command, `ditas-sample`, without its sampling: {', '.join(waits)}")
 
 
 def write(path: Path, depth: int, adaln: int) -> str:
@@ -81,14 +100,14 @@ def write(path: Path, depth: int, adaln: int) -> str:
     return f"DiT-XL/2 with {depth} blocks, rank {RANK}, file of {size:.0f} MiB; {cpu_facts()}"
 
 
-def measure(path: Path, runtime: str, steps: int, threads: int) -> Measured:
+def measure(path: Path, runtime: str, threads: int, cache: Path, steps: int) -> Measured:
     """Open the file and sample with it; for a fresh process."""
     start = time.perf_counter()
     from ditas_export.generation.sampler import Sampler, SamplingSettings
     from ditas_export.runtime.open_runner import open_runner
 
     imported = time.perf_counter()
-    opened = open_runner(str(path), runtime=runtime, threads=threads, cache=path.parent / "cache")
+    opened = open_runner(str(path), runtime=runtime, threads=threads, cache=cache)
     ready = time.perf_counter()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     with opened.runner as runner:
@@ -107,6 +126,21 @@ def measure(path: Path, runtime: str, steps: int, threads: int) -> Measured:
         opened_mib=resident / 2**20,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     )
+
+
+def command_seconds(path: Path, runtime: str, threads: int, cache: Path) -> float:
+    """Run `ditas-sample` once and return its seconds without those of the sampling."""
+    command = [sys.executable, "-m", "ditas_export.cli.sample", str(path), "--json"]
+    command += ["--runtime", runtime, "--threads", str(threads)]
+    command += ["--classes", "1", "--steps", "2", "--vae", "none"]
+    environment = os.environ | {"DITAS_EXPORT_CACHE": str(cache)}
+    with tempfile.TemporaryDirectory() as images:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, "--output", images], env=environment, stdout=subprocess.PIPE, check=True
+        )
+        seconds = time.perf_counter() - start
+    return seconds - float(json.loads(done.stdout)["seconds"])
 
 
 class Timed:

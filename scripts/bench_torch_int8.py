@@ -21,6 +21,7 @@ import torch
 from bench_block_pair import cpu_facts
 from random_quantized import RANK, randomly_quantized
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.model import DiT, DiTConfig, randomize
@@ -38,6 +39,16 @@ def inputs_of(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     latents = torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(1))
     steps, labels = torch.full((batch,), 500), torch.arange(batch)
     return latents.to(device), steps.to(device), labels.to(device)
+
+
+def allow_graphs(count: int) -> None:
+    """Let torch compile so many graphs of one forward pass, and have it raise at the next.
+
+    All models share the pass's code, and with it one limit, 8 by default; past it torch would run
+    the pass eagerly without a word.
+    """
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, count)
+    dynamo_config.fail_on_recompile_limit_hit = True
 
 
 def compiled(model: DiT, device: str) -> DiT:
@@ -120,6 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     forms = build_forms(args.depth, DTYPES[args.dtype], args.ranges, args.device)
+    allow_graphs(len(forms) * len(args.batch))  # at most, with every form compiled
     rows = []
     for batch in args.batch:
         times = time_forms(forms, batch, args.rounds, args.runs, args.device)

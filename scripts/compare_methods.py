@@ -5,8 +5,10 @@
 
 A figure is 10·log10(Σ ref² / Σ (out − ref)²) in dB of the final latents against the float model's
 from the same noise: mean ± standard deviation over evaluation seeds and calibration seeds. The rows
-of `paper` and `published` use the paper's own quantizers and exist in PyTorch only. Prints a
-Markdown table on stdout, progress on stderr.
+of `paper` and `published` use the paper's own quantizers and exist in PyTorch only. Rows `adaln8`
+and `adaln4` are row `ditas-plus` with the modulation weights rounded afterwards: the block linears,
+which alone are counted in bits per weight, are the same. Prints a Markdown table on stdout,
+progress on stderr.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from ditas_export import __version__
 from ditas_export.artifact_files import atomic_path
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.literal import literal_dit, literal_preset_named
@@ -169,6 +172,8 @@ def all_rows() -> tuple[Row, ...]:
             weight_bits=8,
             ranges="static",
         ),
+        _quantized("adaln8", "ditas-plus, `--adaln 8`", "ditas-plus", adaln_bits=8),
+        _quantized("adaln4", "ditas-plus, `--adaln 4`", "ditas-plus", adaln_bits=4),
         _literal("paper-linear", "the paper's quantizers: LinearQuant"),
         _literal("paper-tas", "the paper's quantizers: + TAS"),
         _literal("paper-tas-search", "the paper's quantizers: + α search"),
@@ -195,6 +200,7 @@ def _quantized(
     rank: int | None = None,
     block_size: int | None = None,
     ranges: Ranges = "token",
+    adaln_bits: int = 16,
 ) -> Row:
     """Return a row of `quantize_dit`, judged in the forward that every exported file matches."""
     settings = QuantizationSettings(
@@ -206,7 +212,7 @@ def _quantized(
     )
 
     def build(model: DiT, states: CalibrationStates) -> Candidate:
-        quantized = quantize_dit(model, states, settings)
+        quantized = quantize_adaln(quantize_dit(model, states, settings), adaln_bits)
         return Candidate(
             model=fake_quantized_dit(fold_smoothing(quantized), ranges=ranges),
             bits_per_weight=bits_per_weight(quantized),

@@ -187,11 +187,11 @@ def make_scheduler(sampler: SamplerName, steps: int) -> Any:
 
 
 def _new_scheduler(sampler: SamplerName) -> Any:
-    """Return an unset scheduler for a model trained like DiT; imports diffusers."""
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-
+    """Return an unset scheduler for a model trained like DiT; imports diffusers, seconds' work."""
     trained = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "linear"}
     if sampler == "ddpm":
+        from diffusers import DDPMScheduler
+
         return DDPMScheduler(  # type: ignore[no-untyped-call]
             **trained,
             variance_type="learned_range",
@@ -199,9 +199,13 @@ def _new_scheduler(sampler: SamplerName) -> Any:
             clip_sample=False,
         )
     if sampler == "ddim":
+        from diffusers import DDIMScheduler
+
         return DDIMScheduler(  # type: ignore[no-untyped-call]
             **trained, timestep_spacing="leading", clip_sample=False
         )
+    from diffusers import DPMSolverMultistepScheduler
+
     return DPMSolverMultistepScheduler(  # type: ignore[no-untyped-call]
         **trained, timestep_spacing="linspace"
     )
