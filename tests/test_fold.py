@@ -70,6 +70,8 @@ def test_folding_integer_modulation_is_exact_in_float64(bits: int) -> None:
         assert isinstance(module, nn.Linear)
         exact = replace(weight, scale=weight.scale.double()).dequantize()
         module.weight = nn.Parameter(exact, requires_grad=False)
+        bias = quantized.float_parameters[f"{name}.bias"].double()  # 4 bits change it
+        module.bias = nn.Parameter(bias, requires_grad=False)
     latents, timesteps, labels = example_inputs(model.config, batch=3)
     inputs = (latents.double(), timesteps, labels)
     assert relative_error(unfolded(*inputs), folded(*inputs)) < 1e-10

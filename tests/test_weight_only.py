@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_fixture import quantized_tiny_dit, tiny_dit
 
-from ditas_export.calibration.adaln import adaln_block_size, quantize_adaln
+from ditas_export.calibration.adaln import (
+    adaln_block_size,
+    modulation_inputs,
+    quantize_adaln,
+)
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import adaln_name, adaln_names
@@ -159,20 +163,64 @@ def test_a_scale_that_overflows_is_refused() -> None:
         divide_rows(weight, divisor, torch.float16)
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.12)])
-def test_adaln_weights_become_integers(bits: int, bound: float) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adaln_weights_become_integers(bits: int) -> None:
     quantized = quantized_tiny_dit(tiny_dit())
     result = quantize_adaln(quantized, bits)
     assert (quantized.adaln_bits, result.adaln_bits) == (16, bits)
-    assert list(result.adaln) == list(adaln_names(quantized.config.depth))
-    for name, before in quantized.float_parameters.items():
-        path = name.removesuffix(".weight")
-        if path == name or path not in result.adaln:
-            assert result.float_parameters[name] is before
-            continue
-        assert name not in result.float_parameters
-        # A uniform error of one step over √12, the step a 127th or 7th of some 2.5 deviations.
-        assert (result.adaln[path].dequantize() - before).norm() < bound * before.norm()
+    paths = adaln_names(quantized.config.depth)
+    assert list(result.adaln) == list(paths)
+    weights = {f"{path}.weight" for path in paths}
+    assert result.float_parameters.keys() == quantized.float_parameters.keys() - weights
+    biases = {f"{path}.bias" for path in paths} if bits == 4 else set()
+    for name, after in result.float_parameters.items():
+        assert (after is quantized.float_parameters[name]) == (name not in biases), name
+    for path, weight in result.adaln.items():
+        assert weight.block_size == adaln_block_size(quantized.config.hidden_size, bits), path
+
+
+def test_8_bit_modulation_is_rounded_to_nearest() -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    for path, weight in quantize_adaln(quantized, 8).adaln.items():
+        before = quantized.float_parameters[f"{path}.weight"]
+        # A uniform error of one step over √12, the step a 127th of some 2.5 deviations.
+        assert (weight.dequantize() - before).norm() < 0.01 * before.norm()
+
+
+def test_modulation_inputs_are_those_of_the_model() -> None:
+    """Every time step and every class, the null class at each step, as a block hands them on."""
+    model = tiny_dit()
+    found = modulation_inputs(quantized_tiny_dit(model)).reshape(1000, 8, -1)
+    linear = model.blocks[0].adaLN_modulation[1]
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    config, steps = model.config, torch.arange(1000)
+    latents = torch.zeros(1000, config.in_channels, config.input_size, config.input_size)
+    with torch.no_grad():
+        for index in range(7):
+            model(latents, steps, (7 * steps + index) % config.num_classes)
+        model(latents, steps, torch.full((1000,), config.null_class))
+    handle.remove()
+    torch.testing.assert_close(found, torch.stack(seen, dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_4_bit_modulation_is_rounded_for_its_inputs() -> None:
+    """Against weights rounded to nearest, by the output over all time steps and classes."""
+    quantized = quantized_tiny_dit(tiny_dit())
+    inputs = modulation_inputs(quantized).double()
+    result = quantize_adaln(quantized, 4)
+    for path, weight in result.adaln.items():
+        before, bias = (
+            quantized.float_parameters[f"{path}.{name}"].double() for name in ("weight", "bias")
+        )
+        nearest = quantize_weight_only(before.float(), bits=4, block_size=weight.block_size)
+        wanted = inputs @ before.T + bias
+        got = inputs @ weight.dequantize().double().T
+        got += result.float_parameters[f"{path}.bias"].double()
+        least = (inputs @ nearest.dequantize().double().T + bias - wanted).norm()
+        assert (got - wanted).norm() < 0.5 * least, path
+        # Float32 biases.
+        assert (got - wanted).mean(dim=0).abs().max() < 1e-6 * wanted.abs().max(), path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -189,15 +237,14 @@ def test_folding_keeps_the_integers_and_their_values(bits: int, dtype: torch.dty
         assert torch.equal(values, folded.adaln[name].dequantize())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_folded_integers_are_the_folded_weights_rounded(bits: int) -> None:
+def test_folded_integers_are_the_folded_weights_rounded() -> None:
     """Against the weights folded as floats, by the float fold's own arithmetic."""
     quantized = quantized_tiny_dit(tiny_dit())
-    integers = fold_smoothing(quantize_adaln(quantized, bits), dtype=torch.float64)
+    integers = fold_smoothing(quantize_adaln(quantized, 8), dtype=torch.float64)
     floats = fold_smoothing(quantized, dtype=torch.float64)
     for name, weight in integers.adaln.items():
         exact = floats.float_parameters[f"{name}.weight"]
-        again = quantize_weight_only(exact, bits=bits, block_size=weight.block_size)
+        again = quantize_weight_only(exact, bits=8, block_size=weight.block_size)
         # Float32 arithmetic of the search: a code next to a tie, or a clip next to its neighbour.
         assert (again.codes != weight.codes).float().mean() < 2e-3
         error, expected = ((each.dequantize() - exact).norm() for each in (weight, again))

@@ -2,16 +2,43 @@
 
 They are made of the unfolded model, so that an artefact that keeps them and one that keeps floats
 export to the same file: folding divides whole rows, which takes no more than their scales.
+
+A modulation linear sees nothing of an image: its input is SiLU(c), c a time step's embedding plus a
+label's, and all of these are in the checkpoint. So its moments are known without a sample, and 4
+bits are rounded with error compensation for them. On the bundled model that leaves 61 dB of the
+outputs, as 8 bits rounded to nearest do; 4 bits rounded to nearest leave 37.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.solve import RIDGE
+from ditas_export.diffusion.sampling import TRAIN_TIMESTEPS
+from ditas_export.dit.model import LabelEmbedder, TimestepEmbedder
 from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError, QuantizationError
-from ditas_export.quantization.weight_only import quantize_weight_only, widest_block
+from ditas_export.quantization.rounding import (
+    InputMoments,
+    compensated_blocks,
+    damped,
+    rounding_order,
+)
+from ditas_export.quantization.weight_only import (
+    WeightOnlyWeight,
+    from_integer_weight,
+    quantize_weight_only,
+    widest_block,
+)
+
+LABELS_PER_STEP = 8
+"""Labels seen at each of the 1000 time steps: seven classes in turn, and the null class."""
 
 
 def adaln_block_size(width: int, bits: int) -> int:
@@ -33,8 +60,9 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
 
     Args:
         quantized: left untouched.
-        bits: 16 (float), 8 (one scale per output channel) or 4 (blocks of 128, 64 or 32 input
-            channels, the largest that divides the width).
+        bits: 16 (float), 8 (one scale per output channel, rounded to nearest) or 4 (blocks of 128,
+            64 or 32 input channels, the largest that divides the width, rounded for the least
+            output error; the biases take up what is lost of the mean).
 
     Returns:
         The model itself if its modulation weights have these bits already.
@@ -52,10 +80,56 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
         )
     block_size = adaln_block_size(quantized.config.hidden_size, bits)
     parameters = dict(quantized.float_parameters)
-    adaln = {
-        path: quantize_weight_only(
-            parameters.pop(f"{path}.weight"), bits=bits, block_size=block_size
-        )
-        for path in adaln_names(quantized.config.depth)
-    }
+    adaln = {}
+    if bits == 4:
+        inputs = modulation_inputs(quantized).double()
+        mean = inputs.mean(dim=0)
+        round_weight = _rounding_for(inputs - mean, block_size)
+    for path in adaln_names(quantized.config.depth):
+        weight = parameters.pop(f"{path}.weight")
+        if bits == 8:
+            adaln[path] = quantize_weight_only(weight, bits=bits, block_size=block_size)
+            continue
+        adaln[path] = round_weight(weight)
+        lost = (weight - adaln[path].dequantize()).double() @ mean
+        parameters[f"{path}.bias"] = (parameters[f"{path}.bias"] + lost).float()
     return replace(quantized, float_parameters=parameters, adaln=adaln)
+
+
+def modulation_inputs(quantized: QuantizedDiT) -> Tensor:
+    """Return SiLU(c) of every time step with eight labels each, (8000, D) float32.
+
+    The null class is every eighth, half of what guidance sees at most; the other classes take
+    turns, so that all are seen.
+    """
+    config = quantized.config
+    steps = torch.arange(TRAIN_TIMESTEPS)
+    turns = torch.arange(TRAIN_TIMESTEPS * (LABELS_PER_STEP - 1)) % config.num_classes
+    labels = functional.pad(turns.reshape(TRAIN_TIMESTEPS, -1), (0, 1), value=config.null_class)
+    with torch.no_grad():
+        of_steps = _loaded(TimestepEmbedder(config), "t_embedder", quantized)(steps)
+        of_labels = _loaded(LabelEmbedder(config), "y_embedder", quantized)(labels)
+        return functional.silu(of_steps[:, None] + of_labels).flatten(0, 1)
+
+
+def _loaded(module: nn.Module, path: str, quantized: QuantizedDiT) -> nn.Module:
+    """Return a module with its parameters of the model."""
+    parameters = quantized.float_parameters
+    module.load_state_dict({name: parameters[f"{path}.{name}"] for name in module.state_dict()})
+    return module
+
+
+def _rounding_for(centred: Tensor, block_size: int) -> Callable[[Tensor], WeightOnlyWeight]:
+    """Return what rounds a weight (N, K) to 4 bits for inputs of these moments, (tokens, K)."""
+    moment = centred.mT @ centred / centred.shape[0]
+    order, cholesky = rounding_order(damped(moment, RIDGE), block_size=block_size)
+    moments = InputMoments.from_cholesky(cholesky)
+
+    def round_weight(weight: Tensor) -> WeightOnlyWeight:
+        ordered = weight[:, order]
+        rounded, _ = compensated_blocks(
+            ordered, moments.whiten(ordered), moments, block_size=block_size
+        )
+        return from_integer_weight(rounded.take(order.argsort()))
+
+    return round_weight
