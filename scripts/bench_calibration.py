@@ -9,7 +9,7 @@ Outliers are planted; the weights are random: right for time and memory, not for
 fewer blocks, steps or samples, sampling and the blocks' parts are multiplied up to the paper's
 setting (12 classes, 50 steps, guidance 1.5), the walk sees as many tokens as it would there, of
 random states, and the table says that it is a projection. Operations are counted by torch on one
-block's walk.
+block's walk: products and attention, without triangular solves and updates in place.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def forward_flops(model: DiT) -> float:
 def walk_flops(
     loaded: LoadedDiT, states: CalibrationStates, settings: QuantizationSettings
 ) -> float:
-    """Return the floating-point operations of the walk over the first block, solving included."""
+    """Return the floating-point operations of the first block's walk, solving included."""
     first = replace(loaded.model.config, depth=1)
     with torch.device("meta"):
         model = DiT(first)

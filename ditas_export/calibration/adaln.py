@@ -99,7 +99,7 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
 def modulation_inputs(quantized: QuantizedDiT) -> Tensor:
     """Return SiLU(c) of every time step with eight labels each, (8000, D) float32.
 
-    The null class is every eighth, half of what guidance sees at most; the other classes take
+    The null class, which guidance asks for in every second row, comes at each step; the others take
     turns, so that all are seen.
     """
     config = quantized.config
