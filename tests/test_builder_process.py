@@ -184,7 +184,13 @@ def test_ctrl_c_ends_the_command_with_130(tmp_path: Path, behave: Behave) -> Non
     plan = tmp_path / "out.plan"
     command = [sys.executable, "-m", "ditas_export.cli.build", str(exported()), "-o", str(plan)]
     process = subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # What a shell runs in the background ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120  # a first start from a cold disk
     while not (tmp_path / "calls.json").exists():

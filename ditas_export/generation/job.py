@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
@@ -69,9 +67,6 @@ def generate(
         DitasExportError: bad input, found before the long work starts.
     """
     with ExitStack() as stack:
-        # Both take seconds: diffusers is imported while the model opens.
-        meanwhile = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-        meanwhile.submit(make_scheduler, options.sampler, options.steps)
         opened = ranks.together(lambda: _open(options))
         runner = stack.enter_context(opened.runner)
         decoder = ranks.together(lambda: _decoder(options, opened))
