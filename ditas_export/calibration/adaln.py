@@ -6,8 +6,8 @@ export to the same file: folding divides whole rows, which takes no more than th
 A modulation linear sees nothing of an image: its input is SiLU(c), c a time step's embedding plus a
 label's, and all of these are in the checkpoint. So its moments are known without a sample, and 4
 bits are rounded with error compensation for them. On the bundled model that leaves 62 dB of their
-outputs, where rounding to nearest leaves 37; alone it disturbs the final latents as little as 8 bits
-rounded to nearest do.
+outputs, where rounding to nearest leaves 37; alone it disturbs the final latents as little as 8
+bits rounded to nearest do.
 """
 
 from __future__ import annotations
