@@ -85,17 +85,20 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
         )
     block_size = adaln_block_size(quantized.config.hidden_size, bits)
     parameters = dict(quantized.float_parameters)
-    adaln = {}
-    if bits == 4:
-        inputs = modulation_inputs(quantized).double()
-        mean = inputs.mean(dim=0)
-        round_weight = _rounding_for(inputs - mean, block_size)
-    for path in adaln_names(quantized.config.depth):
-        weight = parameters.pop(f"{path}.weight")
-        if bits == 8:
-            adaln[path] = quantize_weight_only(weight, bits=bits, block_size=block_size)
-            continue
-        adaln[path] = round_weight(weight)
+    weights = {
+        path: parameters.pop(f"{path}.weight") for path in adaln_names(quantized.config.depth)
+    }
+    if bits == 8:
+        adaln = {
+            path: quantize_weight_only(weight, bits=bits, block_size=block_size)
+            for path, weight in weights.items()
+        }
+        return replace(quantized, float_parameters=parameters, adaln=adaln)
+    inputs = modulation_inputs(quantized).double()
+    mean = inputs.mean(dim=0)
+    round_weight = _rounding_for(inputs - mean, block_size)
+    adaln = {path: round_weight(weight) for path, weight in weights.items()}
+    for path, weight in weights.items():
         lost = (weight - adaln[path].dequantize()).double() @ mean
         parameters[f"{path}.bias"] = (parameters[f"{path}.bias"] + lost).float()
     return replace(quantized, float_parameters=parameters, adaln=adaln)
