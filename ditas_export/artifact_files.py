@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from torch import Tensor
 from ditas_export.errors import ArtifactError
 
 _CHUNK_BYTES = 1 << 20
+
+SHA256_DIGITS = 64
+"""Hexadecimal digits of a SHA-256."""
 
 
 def require_writable(path: Path) -> None:
@@ -88,13 +92,20 @@ def save_tensors(
     """Write one safetensors file whose metadata says what it is and holds `header` as JSON."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: safetensors writes several in no fixed order, and the bytes are to be the same.
-    metadata = {file_format: json.dumps(header, sort_keys=True)}
+    metadata = {file_format: json.dumps(header, sort_keys=True, allow_nan=False)}
     with atomic_path(path) as partial:
         save_file(contiguous, partial, metadata=metadata)
 
 
-def load_tensors(path: Path, *, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, *, file_format: str, earlier: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the header that `save_tensors` wrote.
+
+    Args:
+        path: the file.
+        file_format: what it must be.
+        earlier: an earlier format that the caller reads as well.
 
     Raises:
         ArtifactError: no such file, a truncated file, or a file of another kind.
@@ -102,7 +113,8 @@ def load_tensors(path: Path, *, file_format: str) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if file_format not in metadata:
+            found = next((name for name in (file_format, earlier) if name in metadata), None)
+            if found is None:
                 kind = file_format.rpartition(" ")[0]
                 others = [key for key in metadata if key.startswith(f"{kind} ")]
                 raise ArtifactError(
@@ -112,6 +124,34 @@ def load_tensors(path: Path, *, file_format: str) -> tuple[dict[str, Tensor], di
                     else f"{path} is a safetensors file, but no {file_format}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(metadata[file_format])
+            header = json.loads(metadata[found])
+            if not isinstance(header, dict):
+                raise ArtifactError(f"{path} is damaged: its header is no JSON object")
+            return tensors, header
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} is no readable {file_format} file: {error}") from error
+
+
+def differences(found: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two nested records, as `steps 50, now 25`."""
+    changed = []
+    for name in sorted(found.keys() | stated.keys()):
+        before, now = found.get(name), stated.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += differences(before, now)
+        elif before != now:
+            changed.append(f"{name} {_short(before)}, now {_short(now)}")
+    return changed
+
+
+def _short(value: object) -> str:
+    """Return a value in a few characters: of a hash the beginning."""
+    if isinstance(value, str) and len(value) == SHA256_DIGITS:
+        return f"{value[:12]}…"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def json_number(value: float) -> float | str:
+    """Return a number as strict JSON takes it, `float` taking it back: "inf", "-inf" and "nan"."""
+    return value if math.isfinite(value) else str(value)

@@ -21,6 +21,10 @@ class ArtifactError(DitasExportError):
     """A saved artefact is damaged, of another kind or version, or made from another model."""
 
 
+class OtherModelError(ArtifactError):
+    """Something was made from another model than the one at hand."""
+
+
 class OnnxExportError(DitasExportError):
     """A graph that cannot be written, or breaks a rule of the runtimes."""
 

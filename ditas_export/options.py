@@ -36,6 +36,10 @@ PREFERENCES: Mapping[Target, Preferences] = {
 }
 """By target."""
 
+CFG_SCALE = 1.5
+"""Guidance of calibration and proof unless another is asked for (the paper's); none where a model
+cannot be guided."""
+
 WALK_TOKENS = 76_800
 """Tokens that the walk sees, where there are as many: a quarter of the paper's setting at 256
 pixels, a sixteenth at 512, all of the bundled model's. What moments need is a number of tokens,
@@ -82,7 +86,7 @@ class ExportOptions:
     target: Target = "portable"
     adaln: Literal[16, 8, 4] | None = None
     steps: int = 50
-    cfg_scale: float = 1.5
+    cfg_scale: float | None = None
     samples: int = 12
     seed: int = 0
     save_calibration: Path | None = None

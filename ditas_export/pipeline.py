@@ -32,8 +32,10 @@ from ditas_export.calibration.states import (
     has_bfloat16_products,
 )
 from ditas_export.diffusion.classes import parse_classes
+from ditas_export.diffusion.guidance import resolved_cfg_scale
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
+from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
@@ -47,6 +49,7 @@ from ditas_export.onnx_export.vae import (
     require_same_channels,
 )
 from ditas_export.options import (
+    CFG_SCALE,
     FAST_WALK_TOKENS,
     PREFERENCES,
     WALK_TOKENS,
@@ -137,12 +140,12 @@ def _write(
             target=options.target,
         )
         if options.reference is not None:
-            export_reference(loaded.model, options.reference)
+            export_reference(loaded.model, options.reference, identity=loaded.identity)
         if options.vae is not None and options.vae_path is not None:
             export_vae_decoder(options.vae, options.vae_path)
     on_progress("export", 1, 1)
     with timings.part("verification"):
-        verification = _verify(options, loaded, folded, ranges, on_progress)
+        verification = _verify(options, loaded, quantized, folded, ranges, on_progress)
     manifest = _manifest(options, loaded, quantized, layout, ranges, verification)
     manifest["seconds"] = {part: round(value, 1) for part, value in timings.seconds.items()}
     write_manifest(options.manifest_path, manifest)
@@ -172,7 +175,7 @@ def _check_paths(options: ExportOptions) -> None:
 def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
     """Return the model, the same on every rank."""
     loaded = ranks.together(lambda: load_dit(options.model, num_heads=options.num_heads))
-    if len(set(ranks.gather(loaded.sha256))) > 1:
+    if len(set(ranks.gather(loaded.identity.fingerprint))) > 1:
         raise CheckpointError(f"{options.model} is not the same checkpoint on every rank")
     return loaded
 
@@ -269,14 +272,7 @@ def _quantized(
 
 def _kept_artifact(path: Path, loaded: LoadedDiT) -> QuantizedDiT:
     """Read a quantized model, refusing that of another checkpoint."""
-    quantized = QuantizedDiT.load(path)
-    made_from = quantized.provenance.get("checkpoint_sha256")
-    if made_from != loaded.sha256:
-        raise ArtifactError(
-            f"{path} was made from checkpoint {str(made_from)[:12]}…, the model "
-            f"is {loaded.sha256[:12]}… ({loaded.source}); pass its own with --model"
-        )
-    return quantized
+    return QuantizedDiT.load(path, model=loaded.identity)
 
 
 def _states(
@@ -289,20 +285,22 @@ def _states(
     """Read the calibration states, take up those of an interrupted run, or sample them."""
     path = options.calibration
     if path is not None:
-        return ranks.first(lambda: CalibrationStates.load(path, checkpoint_sha256=loaded.sha256))
+        return ranks.first(lambda: CalibrationStates.load(path, identity=loaded.identity))
     settings = CalibrationSettings(
         steps=options.steps,
-        cfg_scale=options.cfg_scale,
+        cfg_scale=resolved_cfg_scale(
+            options.cfg_scale, default=CFG_SCALE, config=loaded.model.config
+        ),
         classes=parse_classes(
             options.classes,
-            num_classes=loaded.model.config.num_classes,
+            num_labels=loaded.model.config.num_labels,
             count=options.samples,
             seed=options.seed,
         ),
         seed=options.seed,
         precision=sampling_precision(options, loaded.model.pos_embed.device, ranks),
     )
-    kept = ranks.first(lambda: _interrupted_states(options.states_path, settings, loaded.sha256))
+    kept = ranks.first(lambda: _interrupted_states(options.states_path, settings, loaded.identity))
     if kept is not None:
         return kept
     if options.fast:
@@ -310,7 +308,7 @@ def _states(
     states = collect_states(
         loaded.model,
         settings,
-        checkpoint_sha256=loaded.sha256,
+        identity=loaded.identity,
         ranks=ranks,
         progress_file=options.states_path,
         on_step=lambda done, total: on_progress("sample", done, total),
@@ -344,13 +342,13 @@ def _save_states(options: ExportOptions, states: CalibrationStates) -> None:
 
 
 def _interrupted_states(
-    path: Path, settings: CalibrationSettings, checkpoint_sha256: str
+    path: Path, settings: CalibrationSettings, identity: ModelIdentity
 ) -> CalibrationStates | None:
     """Return the states that an interrupted run of the same settings left, if any."""
     if not path.is_file():
         return None
     try:
-        states = CalibrationStates.load(path, checkpoint_sha256=checkpoint_sha256)
+        states = CalibrationStates.load(path, identity=identity)
     except ArtifactError:
         return None  # of another run: sampled and written anew
     return states if states.settings == settings else None
@@ -368,6 +366,7 @@ def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
 def _verify(
     options: ExportOptions,
     loaded: LoadedDiT,
+    quantized: QuantizedDiT,
     folded: FoldedDiT,
     ranges: Ranges,
     on_progress: OnProgress,
@@ -376,7 +375,7 @@ def _verify(
     fake_quantized = fake_quantized_dit(folded, ranges=ranges, target=options.target)
     classes = parse_classes(
         "random",
-        num_classes=loaded.model.config.num_classes,
+        num_labels=loaded.model.config.num_labels,
         count=VERIFICATION_IMAGES,
         seed=options.seed + VERIFICATION_SEED_OFFSET,
     )
@@ -384,7 +383,7 @@ def _verify(
     settings = VerificationSettings(
         seeds=tuple(range(first, first + VERIFICATION_SEEDS)),
         classes=classes,
-        cfg_scale=options.cfg_scale,
+        cfg_scale=quantized.settings["calibration"]["cfg_scale"],
     )
     return verify_file(
         loaded.model,
@@ -425,8 +424,8 @@ def _manifest(
         "versions": _versions(),
         "model": {
             "source": loaded.source,
-            "checkpoint_sha256": loaded.sha256,
-            "config": loaded.model.config.to_dict(),
+            "fingerprint": quantized.identity.fingerprint,
+            **quantized.identity.to_dict(),
         },
         "file": {
             "name": options.output.name,

@@ -129,7 +129,7 @@ def main() -> None:
             steps=args.steps, classes=tuple(range(args.samples)), precision=precision
         )
         with timings.part("sampling"):
-            states = collect_states(loaded.model, asked, checkpoint_sha256=loaded.sha256)
+            states = collect_states(loaded.model, asked, identity=loaded.identity)
         if args.steps != STEPS or args.samples != SAMPLES:
             asked = replace(asked, steps=STEPS, classes=tuple(range(SAMPLES)))
             whole = replace(states, latents=states.latents[:, [0] * SAMPLES], settings=asked)

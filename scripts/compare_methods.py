@@ -49,6 +49,7 @@ from ditas_export.cli.console import clean_errors
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import sample
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.errors import CalibrationError
@@ -228,7 +229,7 @@ def _calibrated_fast(model: DiT, states: CalibrationStates) -> Candidate:
     own = collect_states(
         model,
         replace(states.settings, precision=precision),
-        checkpoint_sha256=states.checkpoint_sha256,
+        identity=states.identity,
     )
     quantized = quantize_dit(model, own, quantization_settings(options))
     return Candidate(
@@ -294,13 +295,11 @@ def pick_models(loaded: LoadedDiT, wanted: str) -> dict[str, DiT]:
 
 def classes_in_turn(model: DiT, count: int) -> tuple[int, ...]:
     """Return one class per image: every class of the model in turn."""
-    known = model.config.num_classes
-    return parse_classes(f"0-{known - 1}", num_classes=known, count=count, seed=0)
+    known = model.config.num_labels
+    return parse_classes(f"0-{known - 1}", num_labels=known, count=count, seed=0)
 
 
-def prepare(
-    name: str, model: DiT, sha256: str, protocol: Protocol, *, on_step: Callable[[], None]
-) -> Subject:
+def prepare(name: str, model: DiT, protocol: Protocol, *, on_step: Callable[[], None]) -> Subject:
     """Sample a model's calibration states and its reference latents."""
     classes = classes_in_turn(model, CALIBRATION_SAMPLES)
     states = [
@@ -312,7 +311,7 @@ def prepare(
                 classes=classes,
                 seed=seed,
             ),
-            checkpoint_sha256=sha256,
+            identity=identity_of(model),
             on_step=lambda *_: on_step(),
         )
         for seed in range(protocol.calibration_seeds)
@@ -356,7 +355,6 @@ def score(row: Row, subject: Subject, protocol: Protocol, *, on_run: Callable[[]
 def compare(
     rows: Sequence[Row],
     models: dict[str, DiT],
-    sha256: str,
     protocol: Protocol,
     console: Console,
 ) -> list[Score]:
@@ -381,7 +379,6 @@ def compare(
             subject = prepare(
                 name,
                 model,
-                sha256,
                 protocol,
                 on_step=partial(progress.advance, sampling),
             )
@@ -415,7 +412,7 @@ def facts(loaded: LoadedDiT, protocol: Protocol, *packages: str) -> str:
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", *packages)]
     return (
         f"Final-latent SNR against the float32 trajectory with the same noise, dB, mean ± standard "
-        f"deviation. {loaded.source}, sha256 {loaded.sha256[:12]}…; DDPM, "
+        f"deviation. {loaded.source}, fingerprint {loaded.identity.fingerprint[:12]}…; DDPM, "
         f"{protocol.evaluation_steps} steps, CFG {protocol.cfg_scale}, "
         f"{protocol.images_per_seed} images per seed, {protocol.evaluation_seeds} evaluation "
         f"seeds from {FIRST_EVALUATION_SEED}; {protocol.calibration_seeds} calibration seeds of "
@@ -480,7 +477,7 @@ def run(args: argparse.Namespace, rows: Sequence[Row], *packages: str) -> None:
     chosen = pick_rows(rows, args.rows)
     loaded = load_dit(args.model, num_heads=args.num_heads)
     models = pick_models(loaded, args.models)
-    scores = compare(chosen, models, loaded.sha256, protocol, Console(stderr=True))
+    scores = compare(chosen, models, protocol, Console(stderr=True))
     about = facts(loaded, protocol, *packages)
     print(f"{about}\n\n{table(chosen, models, scores)}")
     if args.json is not None:

@@ -124,7 +124,7 @@ def quantize(model: DiT, states: CalibrationStates, config: dict[str, Any]) -> D
     import modelopt.torch.quantization as mtq
 
     count = QuantizationSettings().walked_states(states, model.config)
-    inputs = walk_states(states, null_class=model.config.null_class, count=count)
+    inputs = walk_states(states, count=count)
 
     def forward_loop(quantized: DiT) -> None:
         for rows in row_batches(len(inputs.timesteps)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.dit.sites import linear_sites
 from ditas_export.quantization.integer import LowRank, quantize_rows, round_to_blocks
@@ -37,5 +38,9 @@ def randomly_quantized(model: DiT, *, rank: int = RANK) -> QuantizedDiT:
             output_snr_db=float("nan"),
         )
     return QuantizedDiT(
-        config=model.config, float_parameters=parameters, linears=linears, activation_bits=8
+        identity=identity_of(model),
+        float_parameters=parameters,
+        linears=linears,
+        activation_bits=8,
+        settings={"ranges": "token"},
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear, fold_smoothing
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import linear_sites
 from ditas_export.onnx_export.export import export_onnx, export_reference
@@ -89,10 +90,11 @@ def quantized_tiny_dit(
             generator=generator,
         )
     return QuantizedDiT(
-        config=model.config,
+        identity=identity_of(model),
         float_parameters=parameters,
         linears=linears,
         activation_bits=activation_bits,
+        settings={"ranges": "token"},
     )
 
 

@@ -28,10 +28,11 @@ from ditas_export.calibration.states import (
     has_bfloat16_products,
 )
 from ditas_export.diffusion.sampling import image_generator, initial_noise
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
 from ditas_export.dit.sites import linear_sites
-from ditas_export.errors import ArtifactError, CalibrationError, QuantizationError
+from ditas_export.errors import CalibrationError, OtherModelError, QuantizationError
 from ditas_export.runtime.torch_runner import TorchRunner
 
 SETTINGS = QuantizationSettings(rank=2, alpha_grid=(0.4, 0.5))
@@ -45,7 +46,7 @@ def model() -> DiT:
 @pytest.fixture(scope="module")
 def states(model: DiT) -> CalibrationStates:
     settings = CalibrationSettings(steps=4, classes=(3, 7))
-    return collect_states(model, settings, checkpoint_sha256="tiny")
+    return collect_states(model, settings, identity=identity_of(model))
 
 
 class Stop(Exception):  # noqa: N818
@@ -159,7 +160,7 @@ def test_same_inputs_give_the_same_bytes(
 def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) -> None:
     """Two of three batches are kept; the third starts anew; other settings take nothing."""
     settings = CalibrationSettings(steps=4, classes=(3, 7, 1, 4, 9))
-    whole = collect_states(model, settings, checkpoint_sha256="tiny")
+    whole = collect_states(model, settings, identity=identity_of(model))
     progress = tmp_path / "states"
     steps: list[int] = []
 
@@ -171,14 +172,14 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
 
     with pytest.raises(Stop):
         collect_states(
-            model, settings, checkpoint_sha256="tiny", progress_file=progress, on_step=stop
+            model, settings, identity=identity_of(model), progress_file=progress, on_step=stop
         )
     kept = progress.read_bytes()
     steps.clear()
     resumed = collect_states(
         model,
         settings,
-        checkpoint_sha256="tiny",
+        identity=identity_of(model),
         progress_file=progress,
         on_step=lambda done, _: steps.append(done),
     )
@@ -186,23 +187,25 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
     assert torch.equal(resumed.latents, whole.latents)
     for name, value in whole.input_maxima.items():
         assert torch.equal(resumed.input_maxima[name], value), name
-    for other, sha256 in (
-        (replace(settings, seed=1), "tiny"),
-        (replace(settings, precision="bf16"), "tiny"),
-        (settings, "another"),
+    identity = identity_of(model)
+    eps = replace(identity, config=replace(identity.config, layer_norm_eps=1e-5))
+    for other, made_with in (
+        (replace(settings, seed=1), identity),
+        (replace(settings, precision="bf16"), identity),
+        (settings, eps),
     ):
         progress.write_bytes(kept)
         steps.clear()
         collect_states(
             model,
             other,
-            checkpoint_sha256=sha256,
+            identity=made_with,
             progress_file=progress,
             on_step=lambda done, _: steps.append(done),
         )
         assert len(steps) == 12
     progress.write_bytes(b"no safetensors")
-    collect_states(model, settings, checkpoint_sha256="tiny", progress_file=progress)
+    collect_states(model, settings, identity=identity_of(model), progress_file=progress)
 
 
 def test_states_come_back_and_belong_to_their_checkpoint(
@@ -210,14 +213,18 @@ def test_states_come_back_and_belong_to_their_checkpoint(
 ) -> None:
     path = tmp_path / "states"
     states.save(path)
-    loaded = CalibrationStates.load(path, checkpoint_sha256="tiny")
+    identity = states.identity
+    loaded = CalibrationStates.load(path, identity=identity)
     assert torch.equal(loaded.latents, states.latents)
     assert torch.equal(loaded.timesteps, states.timesteps)
     assert loaded.settings == states.settings
     assert all(torch.equal(loaded.input_maxima[name], states.input_maxima[name])
                for name in states.input_maxima)  # fmt: skip
-    with pytest.raises(ArtifactError, match=r"calibrated with checkpoint tiny…"):
-        CalibrationStates.load(path, checkpoint_sha256="another")
+    eps = replace(identity, config=replace(identity.config, layer_norm_eps=1e-5))
+    with pytest.raises(OtherModelError, match=r"another model: layer_norm_eps 1e-06, now 1e-05"):
+        CalibrationStates.load(path, identity=eps)
+    with pytest.raises(OtherModelError, match=r"tensors_sha256 [0-9a-f]{12}…, now 000000000000…"):
+        CalibrationStates.load(path, identity=replace(identity, tensors_sha256="0" * 64))
 
 
 def test_states_say_in_which_precision_the_model_sampled(
@@ -229,10 +236,10 @@ def test_states_say_in_which_precision_the_model_sampled(
     rounded.save(path)
     tensors, header = load_tensors(path, file_format=STATES_FORMAT)
     assert header["settings"]["precision"] == "bf16"
-    assert CalibrationStates.load(path, checkpoint_sha256="tiny").settings == rounded.settings
+    assert CalibrationStates.load(path, identity=states.identity).settings == rounded.settings
     del header["settings"]["precision"]
     save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
-    assert CalibrationStates.load(path, checkpoint_sha256="tiny").settings == states.settings
+    assert CalibrationStates.load(path, identity=states.identity).settings == states.settings
 
 
 def test_progress_of_states_of_another_precision_is_not_taken(
@@ -251,7 +258,7 @@ def test_progress_of_states_of_another_precision_is_not_taken(
 def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -> None:
     """Bit for bit, against diffusers' scheduler, guidance as published, and hooks of our own."""
     settings = CalibrationSettings(steps=4, cfg_scale=1.5, classes=(3, 7), precision="bf16")
-    found = collect_states(model, settings, checkpoint_sha256="tiny")
+    found = collect_states(model, settings, identity=identity_of(model))
     rounded = copy.deepcopy(model).bfloat16()
     inputs: dict[str, Tensor] = {}
 
@@ -289,7 +296,7 @@ def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -
     assert {value.dtype for value in found.input_maxima.values()} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     exact = collect_states(
-        model, replace(settings, precision="fp32"), checkpoint_sha256="tiny"
+        model, replace(settings, precision="fp32"), identity=identity_of(model)
     ).latents
     assert not torch.equal(exact[-1], found.latents[-1])
     # A mantissa of 8 bits in some twenty layers; the steps in between carry it on.
@@ -397,7 +404,9 @@ def test_not_finite_activations_are_named(model: DiT) -> None:
     broken = tiny_dit()
     broken.t_embedder.mlp[2].bias[0] = float("nan")  # type: ignore[index, operator, union-attr]
     with pytest.raises(CalibrationError, match=r"input of blocks\.0\.attn\.qkv has NaN"):
-        collect_states(broken, CalibrationSettings(steps=2, classes=(0,)), checkpoint_sha256="tiny")
+        collect_states(
+            broken, CalibrationSettings(steps=2, classes=(0,)), identity=identity_of(broken)
+        )
 
 
 MEASURED = """
@@ -406,6 +415,7 @@ from pathlib import Path
 from dataclasses import replace
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_dit
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import in_features, linear_sites
 
@@ -418,7 +428,7 @@ def states(samples):
     return CalibrationStates(
         latents=torch.randn(2, samples, 4, 32, 32), timesteps=torch.tensor([999, 0]),
         input_maxima=maxima, settings=CalibrationSettings(steps=2, classes=(1,) * samples),
-        checkpoint_sha256="none")
+        identity=identity_of(model))
 settings = QuantizationSettings(alpha_grid=(0.5,))
 quantize_dit(model, states(1), settings)  # what the libraries take
 def peak():  # ru_maxrss starts from that of the process that started this one
@@ -445,7 +455,7 @@ def test_memory_is_estimated() -> None:
 @pytest.mark.gpu
 def test_sampling_leaves_the_model_on_its_device(states: CalibrationStates) -> None:
     moved = tiny_dit().cuda()
-    found = collect_states(moved, states.settings, checkpoint_sha256="tiny")
+    found = collect_states(moved, states.settings, identity=identity_of(moved))
     assert moved.pos_embed.device.type == "cuda"
     assert all(value.device.type == "cpu" for value in found.input_maxima.values())
 

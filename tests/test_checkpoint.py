@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ditas_export.artifact_files import sha256_of_tensors
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
+from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig, position_embedding
 from ditas_export.dit.tensor_files import TensorFile, read_tensor_file
 from ditas_export.errors import CheckpointError
@@ -50,7 +51,7 @@ def assert_holds(loaded: LoadedDiT, state: State, config: DiTConfig = TINY) -> N
         assert tensor.dtype == torch.float32, name
         assert torch.equal(tensor, state[name].float()), name
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.sha256 == sha256_of_tensors(ours)
+    assert loaded.identity == ModelIdentity(tensors_sha256=sha256_of_tensors(ours), config=config)
 
 
 def refusal(source: str | Path, **options: Any) -> str:
@@ -381,7 +382,7 @@ def test_bundled_model() -> None:
     assert loaded.source == "digits (bundled)"
     assert BUNDLED.stat().st_size < 8e6
     card = (BUNDLED.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert loaded.sha256 in card
+    assert loaded.identity.tensors_sha256 in card
 
 
 # --- Refusals -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from ditas_export.errors import RunnerError
 
 
 def parsed(text: str, count: int | None = None, seed: int = 0) -> tuple[int, ...]:
-    return parse_classes(text, num_classes=10, count=count, seed=seed)
+    return parse_classes(text, num_labels=10, count=count, seed=seed)
 
 
 def test_lists_and_ranges_start_over_when_they_are_short() -> None:

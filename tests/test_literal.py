@@ -15,6 +15,7 @@ from ditas_export.calibration.literal import (
     literal_preset_named,
 )
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.sites import linear_sites
@@ -172,7 +173,7 @@ def test_a_literal_linear_is_equation_5() -> None:
 
 def states_of(model: DiT) -> CalibrationStates:
     calibration = CalibrationSettings(steps=4, classes=(1, 5, 7), seed=3)
-    return collect_states(model, calibration, checkpoint_sha256="x")
+    return collect_states(model, calibration, identity=identity_of(model))
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def test_the_default_rank_is_the_papers_share(planted: tuple[DiT, CalibrationSta
 def test_calibration_without_guidance_and_progress() -> None:
     model = random_dit(CONFIG)
     calibration = CalibrationSettings(steps=2, cfg_scale=1.0, classes=(1,), seed=3)
-    states = collect_states(model, calibration, checkpoint_sha256="x")
+    states = collect_states(model, calibration, identity=identity_of(model))
     steps: list[tuple[int, int]] = []
     literal_dit(
         model, states, LITERAL_PRESETS["paper-tas-search"], on_step=lambda *s: steps.append(s)

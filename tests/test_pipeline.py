@@ -331,8 +331,8 @@ def test_fast_samples_in_bfloat16_where_there_are_products(
     settings = result.manifest["settings"]
     assert (settings["walk_tokens"], settings["calibration"]["precision"]) == (19_200, precision)
     assert result.quantized.settings["calibration"]["precision"] == precision
-    sha256 = result.manifest["model"]["checkpoint_sha256"]
-    assert CalibrationStates.load(kept, checkpoint_sha256=sha256).settings.precision == precision
+    identity = result.quantized.identity
+    assert CalibrationStates.load(kept, identity=identity).settings.precision == precision
 
 
 def test_all_ranks_sample_in_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,13 @@ from ditas_export.errors import ArtifactError, DitasExportError
 def test_saving_and_loading_is_bit_exact(tmp_path: Path, bits: int, rank: int) -> None:
     quantized = replace(
         quantized_tiny_dit(tiny_dit(), weight_bits=bits, rank=rank),
-        settings={"method": "linear"},
-        provenance={"checkpoint_sha256": "abc"},
+        settings={"method": "linear", "ranges": "token"},
+        provenance={"torch": "2"},
     )
     path = tmp_path / "model.ditas.safetensors"
     quantized.save(path)
     loaded = QuantizedDiT.load(path)
-    assert loaded.config == quantized.config
+    assert loaded.identity == quantized.identity
     assert loaded.settings == quantized.settings
     assert loaded.provenance == quantized.provenance
     assert loaded.weight_bits == bits

@@ -24,7 +24,8 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.calibration.walk import WalkStates, row_batches, walk
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.model import DiT
+from ditas_export.dit.identity import ModelIdentity, identity_of
+from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
 from ditas_export.errors import CalibrationError
@@ -40,7 +41,7 @@ def model() -> DiT:
 @pytest.fixture(scope="module")
 def states(model: DiT) -> CalibrationStates:
     settings = CalibrationSettings(steps=6, classes=(3, 7, 1, 4))
-    return collect_states(model, settings, checkpoint_sha256="tiny")
+    return collect_states(model, settings, identity=identity_of(model))
 
 
 def site_settings(method: Method) -> LinearSettings:
@@ -56,7 +57,7 @@ def site_settings(method: Method) -> LinearSettings:
 
 
 def test_the_walk_visits_every_linear_once_in_order(model: DiT, states: CalibrationStates) -> None:
-    inputs = walk_states(states, null_class=10, count=12)
+    inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["tas"])
     found = [
         site for site, _ in walk(model, inputs, states.input_maxima, lambda _: settings, known={})
@@ -75,7 +76,7 @@ def test_without_rounding_both_streams_are_the_model(model: DiT, states: Calibra
         scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127  # type: ignore[operator, union-attr]
         linear.weight.copy_((linear.weight / scale).round() * scale)  # type: ignore[operator, union-attr]
     settings = replace(site_settings(METHODS["linear"]), weight_bits=8, activation_bits=16)
-    inputs = walk_states(states, null_class=10, count=12)
+    inputs = walk_states(states, count=12)
     maxima = states.input_maxima
     for site, linear in walk(exact, inputs, maxima, lambda _: settings, known={}):
         assert linear.output_snr_db > 110, site  # float32
@@ -117,7 +118,7 @@ def test_the_quantized_stream_is_the_exported_model(
     fake = fake_quantized_dit(folded, ranges=ranges, target="onnxruntime")
     found: list[Tensor] = []
     fake.get_submodule(last).register_forward_hook(lambda _, inputs, y: found.append(y))
-    inputs = walk_states(states, null_class=10, count=24)
+    inputs = walk_states(states, count=24)
     fake(inputs.latents, inputs.timesteps, inputs.class_labels)
     assert snr_db(torch.cat(walked), *found) > bound
 
@@ -129,7 +130,7 @@ def test_the_exported_model_shows_what_a_method_gains(
 
     For a method that corrects its target and one without.
     """
-    inputs = walk_states(states, null_class=10, count=24)
+    inputs = walk_states(states, count=24)
     outputs = {}
     for name in ("linear", "ditas-plus"):
         quantized = quantize_dit(
@@ -142,7 +143,7 @@ def test_the_exported_model_shows_what_a_method_gains(
 
 
 def test_known_linears_are_passed_through(model: DiT, states: CalibrationStates) -> None:
-    inputs = walk_states(states, null_class=10, count=12)
+    inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["ditas-plus"])
 
     def refuse(_: LinearSite) -> LinearSettings:
@@ -169,7 +170,7 @@ def test_known_linears_are_passed_through(model: DiT, states: CalibrationStates)
 def test_not_finite_outputs_are_named(model: DiT, states: CalibrationStates) -> None:
     broken = tiny_dit()
     broken.blocks[1].attn.proj.bias[3] = float("inf")  # type: ignore[union-attr, index, operator]
-    inputs = walk_states(states, null_class=10, count=12)
+    inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["linear"])
     with pytest.raises(CalibrationError, match=r"blocks\.1\.attn\.proj puts out NaN or infinity"):
         list(walk(broken, inputs, states.input_maxima, lambda _: settings, known={}))
@@ -197,7 +198,7 @@ def test_states_are_the_samplers_and_maxima_cover_them(
 
 def test_the_walks_share_is_even(states: CalibrationStates) -> None:
     for half in (24, 12, 6):
-        inputs = walk_states(states, null_class=10, count=half)
+        inputs = walk_states(states, count=half)
         assert inputs.latents.shape[0] == 2 * half
         assert torch.equal(inputs.latents[:half], inputs.latents[half:])
         assert (inputs.class_labels[half:] == 10).all()
@@ -205,21 +206,26 @@ def test_the_walks_share_is_even(states: CalibrationStates) -> None:
         assert set(counts[[3, 7, 1, 4]].tolist()) <= {half // 4, half // 4 + 1}
     for count in (0, 25):
         with pytest.raises(CalibrationError, match=rf"a walk over {count} of 24 states"):
-            walk_states(states, null_class=10, count=count)
+            walk_states(states, count=count)
 
 
 @pytest.mark.parametrize("half", [600, 599, 333, 300, 266, 150, 37, 15, 1])
 def test_the_walks_share_of_the_papers_setting_is_even(half: int) -> None:
     """Steps and samples are each seen equally often, and no state twice."""
     steps, samples = 50, 12
+    config = DiTConfig(
+        input_size=1, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1
+    )
     states = CalibrationStates(
         latents=torch.arange(600.0).reshape(steps, samples, 1, 1, 1),
-        timesteps=torch.arange(steps),
-        input_maxima={},
+        timesteps=torch.arange(steps).flip(0),
+        input_maxima={
+            site.name: torch.ones(steps, in_features(config, site)) for site in linear_sites(1)
+        },
         settings=CalibrationSettings(classes=tuple(range(samples))),
-        checkpoint_sha256="none",
+        identity=ModelIdentity(tensors_sha256="0" * 64, config=config),
     )
-    inputs = walk_states(states, null_class=1000, count=half)
+    inputs = walk_states(states, count=half)
     assert len(inputs.timesteps) == 2 * half
     assert len(set(inputs.latents[:half].flatten().tolist())) == half
     for labels, count in ((inputs.timesteps[:half], steps), (inputs.class_labels[:half], samples)):
@@ -251,7 +257,7 @@ def test_every_stride_sees_every_position(
         raise CalibrationError("seen")
 
     monkeypatch.setattr(walk_module, "solve_linear", look)
-    inputs = walk_states(states, null_class=10, count=24)
+    inputs = walk_states(states, count=24)
     settings = site_settings(METHODS["ditas-plus"])
     with pytest.raises(CalibrationError, match="seen"):
         list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
@@ -263,15 +269,15 @@ def test_every_stride_sees_every_position(
 
 def test_unguided_states_have_one_half(model: DiT) -> None:
     settings = CalibrationSettings(steps=2, classes=(1, 2), cfg_scale=1.0)
-    states = collect_states(model, settings, checkpoint_sha256="tiny")
-    assert walk_states(states, null_class=10, count=4).latents.shape[0] == 4
+    states = collect_states(model, settings, identity=identity_of(model))
+    assert walk_states(states, count=4).latents.shape[0] == 4
 
 
 def test_walk_states_of_one_row_batch_equal_many(
     model: DiT, states: CalibrationStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = site_settings(METHODS["tas"])
-    inputs: WalkStates = walk_states(states, null_class=10, count=12)
+    inputs: WalkStates = walk_states(states, count=12)
     results = []
     for rows in (5, 100):
         monkeypatch.setattr("ditas_export.calibration.walk.ROWS_PER_BATCH", rows)
@@ -288,8 +294,8 @@ def test_planted_outliers_change_next_to_nothing(model: DiT, states: Calibration
     Plain rounding loses many times more on the twin, so there is something to see through.
     """
     twin = plant_outliers(model, seed=3)
-    twin_states = collect_states(twin, states.settings, checkpoint_sha256="twin")
-    inputs = walk_states(states, null_class=10, count=24)
+    twin_states = collect_states(twin, states.settings, identity=identity_of(twin))
+    inputs = walk_states(states, count=24)
     arguments = (inputs.latents, inputs.timesteps, inputs.class_labels)
     wanted = model(*arguments)
 

@@ -22,6 +22,7 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.solve import JointMoments, LinearInputs, sample_tokens
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks, launched_ranks
+from ditas_export.dit.identity import identity_of
 from ditas_export.errors import CalibrationError, DitasExportError
 
 CALIBRATION = CalibrationSettings(steps=6, classes=(3, 7, 1, 4, 9))
@@ -34,7 +35,7 @@ class Stop(Exception):  # noqa: N818
 
 def sampled(ranks: Ranks) -> CalibrationStates:
     """60 rows for the walk: four batches, the last one short."""
-    return collect_states(tiny_dit(), CALIBRATION, checkpoint_sha256="tiny", ranks=ranks)
+    return collect_states(tiny_dit(), CALIBRATION, identity=identity_of(tiny_dit()), ranks=ranks)
 
 
 def token_batches() -> list[tuple[Tensor, Tensor]]:
@@ -105,7 +106,7 @@ def ill_sampling(ranks: Ranks) -> None:
     model = tiny_dit()
     if ranks.rank == 1:
         model.blocks[1].mlp.fc1.bias[3] = float("nan")  # type: ignore[union-attr, index, operator]
-    collect_states(model, CALIBRATION, checkpoint_sha256="tiny", ranks=ranks)
+    collect_states(model, CALIBRATION, identity=identity_of(model), ranks=ranks)
 
 
 def ill_walk(ranks: Ranks, states: CalibrationStates) -> None:

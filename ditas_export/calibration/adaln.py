@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.diffusion.sampling import TRAIN_TIMESTEPS
 from ditas_export.dit.model import LabelEmbedder, TimestepEmbedder
 from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError, QuantizationError
@@ -43,7 +42,7 @@ what the linears see, not of a sample. Rounded alone, the bundled model's modula
 the final latents with 0.01, 58 with 0.001, 61 with this (three evaluation seeds)."""
 
 LABELS_PER_STEP = 8
-"""Labels seen at each of the 1000 time steps: seven classes in turn, and the null class."""
+"""Labels seen at each time step of the schedule: seven classes in turn, and the null class."""
 
 
 def adaln_block_size(width: int, bits: int) -> int:
@@ -108,12 +107,15 @@ def modulation_inputs(quantized: QuantizedDiT) -> Tensor:
     """Return SiLU(c) of every time step with eight labels each, (8000, D) float32.
 
     The null class, which guidance asks for in every second row, comes at each step; the others take
-    turns, so that all are seen.
+    turns, so that all are seen. Without a null class all rows of the label table take turns.
     """
     config = quantized.config
-    steps = torch.arange(TRAIN_TIMESTEPS)
-    turns = torch.arange(TRAIN_TIMESTEPS * (LABELS_PER_STEP - 1)) % config.num_classes
-    labels = functional.pad(turns.reshape(TRAIN_TIMESTEPS, -1), (0, 1), value=config.null_class)
+    trained = config.process.train_timesteps
+    steps = torch.arange(trained)
+    in_turn = LABELS_PER_STEP - 1 if config.is_guidable else LABELS_PER_STEP
+    labels = (torch.arange(trained * in_turn) % config.num_labels).reshape(trained, in_turn)
+    if config.is_guidable:
+        labels = functional.pad(labels, (0, 1), value=config.null_class)
     with torch.no_grad():
         of_steps = _loaded(TimestepEmbedder(config), "t_embedder", quantized)(steps)
         of_labels = _loaded(LabelEmbedder(config), "y_embedder", quantized)(labels)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export import __version__
+from ditas_export.artifact_files import differences, load_tensors, save_tensors
 from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
 from ditas_export.calibration.quantized_dit import (
     QuantizedDiT,
@@ -23,6 +24,7 @@ from ditas_export.calibration.quantized_dit import (
 from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
 from ditas_export.calibration.states import CalibrationStates, walk_states
 from ditas_export.calibration.walk import WalkStates, rank_batches, walk
+from ditas_export.diffusion.guidance import blends
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
@@ -32,7 +34,7 @@ from ditas_export.options import WALK_TOKENS
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.timings import Timings
 
-PROGRESS_FORMAT = "ditas-export calibration progress 3"
+PROGRESS_FORMAT = "ditas-export calibration progress 4"
 
 BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
@@ -119,7 +121,7 @@ class QuantizationSettings:
     def walked_states(self, states: CalibrationStates, config: DiTConfig) -> int:
         """Return how many states the walk sees: those of `walk_tokens`, guidance halves counted."""
         steps, samples = states.latents.shape[:2]
-        halves = 1 if states.settings.cfg_scale == 1.0 else 2
+        halves = 2 if blends(states.settings.cfg_scale) else 1
         wanted = self.walk_tokens // (halves * config.num_tokens)
         return min(max(1, wanted), steps * samples)
 
@@ -175,9 +177,12 @@ def quantize_dit(
     Raises:
         QuantizationError: a rank or block size that does not fit the model.
         CalibrationError: an output that is not finite, or more ranks than batches of states.
-        ArtifactError: the progress file cannot be written.
+        ArtifactError: the progress file cannot be written, or states of another model.
     """
     config, device = model.config, model.pos_embed.device
+    if config != states.identity.config:
+        odd = differences(states.identity.config.to_dict(), config.to_dict())
+        raise ArtifactError(f"the states are of another model: {'; '.join(odd)}; calibrate again")
     sites = linear_sites(config.depth)
     rank = settings.rank_for(config)
     per_site = {
@@ -193,7 +198,7 @@ def quantize_dit(
         for site in sites
     }
     count = settings.walked_states(states, config)
-    inputs = walk_states(states, null_class=config.null_class, count=count)
+    inputs = walk_states(states, count=count)
     key = _progress_key(states, settings)
     known = ranks.first(lambda: _read_progress(progress_file, key, sites))
     linears: dict[str, QuantizedLinear] = {}
@@ -220,7 +225,7 @@ def quantize_dit(
         ranks.first(partial(progress_file.unlink, missing_ok=True))
     quantized_weights = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     return QuantizedDiT(
-        config=config,
+        identity=states.identity,
         float_parameters={
             name: tensor.detach().cpu()
             for name, tensor in model.state_dict().items()
@@ -229,10 +234,7 @@ def quantize_dit(
         linears=linears,
         activation_bits=settings.activation_bits,
         settings=settings.to_dict() | {"calibration": states.settings.to_dict()},
-        provenance={
-            "checkpoint_sha256": states.checkpoint_sha256,
-            "torch": torch.__version__,
-        },
+        provenance={"ditas-export": __version__, "torch": torch.__version__},
     )
 
 
@@ -252,7 +254,7 @@ def peak_bytes(
         CalibrationError: more ranks than batches of states.
     """
     count = settings.walked_states(states, config)
-    total = walk_states(states, null_class=config.null_class, count=count).latents.shape[0]
+    total = walk_states(states, count=count).latents.shape[0]
     batches = rank_batches(total, config.num_tokens, ranks)
     sizes = [int(batch.stop - batch.start) for _, batch in batches]
     stream = sum(sizes) * config.num_tokens * config.hidden_size * 4
@@ -265,7 +267,7 @@ def peak_bytes(
 def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> str:
     """Return a hash of everything that a solved linear depends on."""
     facts = {
-        "checkpoint": states.checkpoint_sha256,
+        "fingerprint": states.identity.fingerprint,
         "calibration": states.settings.to_dict(),
         "quantization": settings.to_dict(),
         "recipe": asdict(settings.recipe),

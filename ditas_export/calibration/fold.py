@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import (
     FINAL_ADALN,
@@ -53,14 +54,18 @@ class FoldedLinear:
 class FoldedDiT:
     """A quantized DiT whose smoothing is folded; every float in the float side's type."""
 
-    config: DiTConfig
+    identity: ModelIdentity  # of the float model that it was made from
     dtype: torch.dtype
     float_parameters: Mapping[str, Tensor]  # checkpoint name -> tensor; adaLN folded, dequantized
     adaln: Mapping[str, WeightOnlyWeight]  # module path -> integers; empty where float
     linears: Mapping[str, FoldedLinear]  # module path -> linear, in walk order
     activation_bits: int
     settings: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+
+    @property
+    def config(self) -> DiTConfig:
+        """What the model computes beside its tensors."""
+        return self.identity.config
 
     @property
     def adaln_bits(self) -> int:
@@ -113,14 +118,13 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         if not tensor.isfinite().all():
             raise QuantizationError(f"{name} overflows {dtype} once folded; use precision fp32")
     return FoldedDiT(
-        config=quantized.config,
+        identity=quantized.identity,
         dtype=dtype,
         float_parameters=rounded,
         adaln=adaln,
         linears=folded,
         activation_bits=quantized.activation_bits,
         settings=quantized.settings,
-        provenance=quantized.provenance,
     )
 
 

@@ -225,7 +225,7 @@ def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]
             int(timestep),
             labels,
             cfg_scale=states.settings.cfg_scale,
-            null_class=model.config.null_class,
+            config=model.config,
         )
 
 

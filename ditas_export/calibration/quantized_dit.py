@@ -10,19 +10,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from ditas_export.artifact_files import load_tensors, save_tensors
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.sites import adaln_names, linear_sites
-from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.artifact_files import differences, json_number, load_tensors, save_tensors
+from ditas_export.dit.identity import ModelIdentity
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.sites import (
+    LinearSite,
+    adaln_names,
+    in_features,
+    linear_sites,
+    out_features,
+)
+from ditas_export.dit.tensor_files import abbreviated
+from ditas_export.errors import (
+    ArtifactError,
+    CheckpointError,
+    DitasExportError,
+    OtherModelError,
+    QuantizationError,
+)
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
+from ditas_export.quantization.ranges import Ranges
 from ditas_export.quantization.weight_only import WeightOnlyWeight
 
 ARTIFACT_KIND = "ditas-export quantized DiT"
-ARTIFACT_FORMAT = f"{ARTIFACT_KIND} 2"
+ARTIFACT_FORMAT = f"{ARTIFACT_KIND} 3"
+EARLIER_FORMAT = f"{ARTIFACT_KIND} 2"
+"""Says which tensors and which shape, but not which process; the same otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,26 +65,67 @@ class QuantizedLinear:
 class QuantizedDiT:
     """A DiT whose block linears are integers; unfolded."""
 
-    config: DiTConfig
+    identity: ModelIdentity  # of the float model that it was made from
     float_parameters: Mapping[str, Tensor]  # checkpoint name -> float32; what is not integer
     linears: Mapping[str, QuantizedLinear]  # module path -> linear, in walk order
     activation_bits: int  # 8, or 16 for float activations
     adaln: Mapping[str, WeightOnlyWeight] = field(default_factory=dict)  # module path -> integers
     settings: Mapping[str, Any] = field(default_factory=dict)  # what calibration was asked for
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # hashes and versions
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions
 
     def __post_init__(self) -> None:
-        """Check that every site is there, once, in order."""
+        """Check that every linear and parameter is there, once, of the shape that the model asks.
+
+        Raises:
+            ArtifactError: names what is missing or does not fit.
+        """
         expected = [site.name for site in linear_sites(self.config.depth)]
         if list(self.linears) != expected:
-            odd = sorted(set(self.linears) ^ set(expected)) or "the order"
+            odd = abbreviated(sorted(set(self.linears) ^ set(expected))) or "the order"
             raise ArtifactError(f"quantized linears do not match the model's sites: {odd}")
         if self.activation_bits not in (8, 16):
             raise ArtifactError(f"activation bits are 8 or 16, not {self.activation_bits}")
-        if self.adaln and tuple(self.adaln) != adaln_names(self.config.depth):
+        if len({linear.weight.bits for linear in self.linears.values()}) > 1:
+            raise ArtifactError("the quantized linears have weights of 4 and of 8 bits")
+        if self.settings.get("ranges") not in get_args(Ranges):
             raise ArtifactError(
-                f"integer modulation weights are of all linears or none, not of {list(self.adaln)}"
+                f"the settings say ranges={self.settings.get('ranges')!r}, expected one of "
+                f"{', '.join(get_args(Ranges))}"
             )
+        names = adaln_names(self.config.depth)
+        if self.adaln and tuple(self.adaln) != names:
+            raise ArtifactError(
+                f"integer modulation weights are of all linears or none, not of "
+                f"{abbreviated(list(self.adaln))}"
+            )
+        if len({weight.bits for weight in self.adaln.values()}) > 1:
+            raise ArtifactError("the modulation weights have 4 and 8 bits")
+        for site in linear_sites(self.config.depth):
+            _require_shapes(self.linears[site.name], site, self.config)
+        self._require_parameters()
+
+    def _require_parameters(self) -> None:
+        """Check what is not a quantized linear."""
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in DiT(self.config).state_dict().items()}
+        for name in self.linears:
+            del shapes[f"{name}.weight"], shapes[f"{name}.bias"]
+        for name, weight in self.adaln.items():
+            shape = shapes.pop(f"{name}.weight")
+            if weight.codes.shape != shape:
+                raise ArtifactError(
+                    f"{name} has codes {tuple(weight.codes.shape)}, expected {tuple(shape)}"
+                )
+        found = self.float_parameters
+        if odd := sorted(shapes.keys() ^ found.keys()):
+            raise ArtifactError(f"float parameters are missing or of no use: {abbreviated(odd)}")
+        for name, shape in shapes.items():
+            _require_float(name, found[name], tuple(shape))
+
+    @property
+    def config(self) -> DiTConfig:
+        """What the model computes beside its tensors."""
+        return self.identity.config
 
     @property
     def weight_bits(self) -> int:
@@ -90,7 +149,7 @@ class QuantizedDiT:
             tensors[f"{name}.codes"] = pack_int4(weight.codes) if weight.bits == 4 else weight.codes
             tensors[f"{name}.scale"] = weight.scale
         header = {
-            "config": self.config.to_dict(),
+            "identity": self.identity.to_dict(),
             "linears": linears,
             "activation_bits": self.activation_bits,
             "adaln_bits": self.adaln_bits,
@@ -100,32 +159,124 @@ class QuantizedDiT:
         save_tensors(path, tensors, file_format=ARTIFACT_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: Path) -> QuantizedDiT:
-        """Read an artefact; ArtifactError on any other file."""
-        tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT)
+    def load(cls, path: Path, *, model: ModelIdentity | None = None) -> QuantizedDiT:
+        """Read an artefact.
+
+        Args:
+            path: the file.
+            model: the float model that it must be of; one of an earlier format, which records
+                tensors and shape but not the process, needs it, and takes the process from it.
+
+        Raises:
+            ArtifactError: another kind of file, a damaged one, an artefact of another model, or one
+                of an earlier format without a model.
+        """
+        tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT, earlier=EARLIER_FORMAT)
         try:
-            config = DiTConfig(**header["config"])
+            identity = _identity(path, header, model)
             linears = {
                 site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
-                for site in linear_sites(config.depth)
+                for site in linear_sites(identity.config.depth)
             }
-            adaln = _adaln_from_parts(tensors, config, header.get("adaln_bits", 16))
-        except (KeyError, TypeError, RuntimeError, QuantizationError) as error:
-            raise ArtifactError(f"{path} is damaged: {error!r}; calibrate again") from error
-        prefix = "float."
-        return cls(
-            config=config,
-            float_parameters={
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            },
-            linears=linears,
-            activation_bits=header["activation_bits"],
-            adaln=adaln,
-            settings=header["settings"],
-            provenance=header["provenance"],
+            prefix = "float."
+            return cls(
+                identity=identity,
+                float_parameters={
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(prefix)
+                },
+                linears=linears,
+                activation_bits=header["activation_bits"],
+                adaln=_adaln_from_parts(tensors, identity.config, header.get("adaln_bits", 16)),
+                settings=dict(header["settings"]),
+                provenance=dict(header["provenance"]),
+            )
+        except OtherModelError:
+            raise
+        except _DAMAGED as error:
+            raise ArtifactError(f"{path} is damaged: {_reason(error)}; calibrate again") from error
+
+
+_DAMAGED = (
+    ArtifactError,
+    CheckpointError,
+    QuantizationError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+)
+"""What reading parts of another form raises."""
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file could not be read."""
+    if isinstance(error, DitasExportError):
+        return str(error)
+    return f"{type(error).__name__} {str(error)[:80]}"
+
+
+def _identity(path: Path, header: Mapping[str, Any], model: ModelIdentity | None) -> ModelIdentity:
+    """Return whose artefact this is, refusing that of another model."""
+    remedy = "Pass its own model with --model"
+    if "identity" in header:
+        identity = ModelIdentity.from_dict(header["identity"])
+        if model is not None:
+            identity.require_same(model, what=str(path), remedy=remedy)
+        return identity
+    if model is None:
+        raise OtherModelError(
+            f"{path} is of an earlier format, which does not record all of its model; export it "
+            f"with --model and --save-artifact, which writes it anew"
         )
+    recorded = {
+        "tensors_sha256": header["provenance"]["checkpoint_sha256"],
+        "config": header["config"],
+    }
+    config = model.config.to_dict()
+    stated = {
+        "tensors_sha256": model.tensors_sha256,
+        "config": {name: config[name] for name in header["config"]},
+    }
+    if odd := differences(recorded, stated):
+        raise OtherModelError(f"{path} was made from another model: {'; '.join(odd)}. {remedy}")
+    return model
+
+
+def _require_shapes(linear: QuantizedLinear, site: LinearSite, config: DiTConfig) -> None:
+    """Refuse a linear whose tensors are not of the site's shape, type and range."""
+    rows, columns = out_features(config, site), in_features(config, site)
+    if tuple(linear.weight.codes.shape) != (rows, columns):
+        raise ArtifactError(
+            f"{site.name} has codes {tuple(linear.weight.codes.shape)}, expected {(rows, columns)}"
+        )
+    branch = linear.low_rank
+    if branch is not None:
+        found = (branch.left_codes.shape[0], branch.right_codes.shape[1])
+        if found != (rows, columns):
+            raise ArtifactError(
+                f"{site.name} has a low-rank branch {found}, expected {(rows, columns)}"
+            )
+    _require_float(f"{site.name} bias", linear.bias, (rows,))
+    _require_float(f"{site.name} smoothing scale", linear.smoothing_scale, (columns,))
+    if not bool((linear.smoothing_scale > 0).all()):
+        raise ArtifactError(f"{site.name} has a smoothing scale that is not positive")
+    steps = linear.step_ranges
+    _require_float(f"{site.name} step ranges", steps, (steps.numel(),))
+    if not steps.numel() or bool((steps < 0).any()):
+        raise ArtifactError(f"{site.name} has step ranges that are none or negative")
+
+
+def _require_float(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that is not float32, finite and of a shape."""
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+        raise ArtifactError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} torch.float32"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise ArtifactError(f"{name} has NaN or infinity")
 
 
 def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -147,7 +298,7 @@ def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[st
         "bits": weight.bits,
         "shape": list(weight.codes.shape),
         "alpha": linear.alpha,
-        "output_snr_db": linear.output_snr_db,
+        "output_snr_db": json_number(linear.output_snr_db),
         "rank": linear.low_rank.rank if linear.low_rank else 0,
     }
     return tensors, facts
@@ -179,7 +330,7 @@ def linear_from_parts(
         smoothing_scale=tensors[f"{name}.smoothing_scale"],
         alpha=facts["alpha"],
         step_ranges=tensors[f"{name}.step_ranges"],
-        output_snr_db=facts["output_snr_db"],
+        output_snr_db=float(facts["output_snr_db"]),
     )
 
 

@@ -18,16 +18,20 @@ from torch import Tensor, nn
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.walk import WalkStates
+from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.sampling import make_scheduler, trajectory
 from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT
+from ditas_export.dit.process import checked_fields
 from ditas_export.dit.sites import in_features, linear_sites
-from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.dit.tensor_files import abbreviated
+from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
 
-STATES_FORMAT = "ditas-export calibration states 1"
-BATCHES_FORMAT = "ditas-export sampled batches 1"
+STATES_FORMAT = "ditas-export calibration states 2"
+BATCHES_FORMAT = "ditas-export sampled batches 2"
 
 SamplingPrecision = Literal["fp32", "bf16"]
 """Float types that the model may sample in."""
@@ -48,8 +52,13 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that no sampler can follow."""
-        if not 2 <= self.steps <= 1000:
-            raise CalibrationError(f"steps={self.steps}; pick 2 to 1000")
+        numbers = (self.steps, self.seed, *self.classes)
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in numbers):
+            raise CalibrationError("steps, seed and classes of a calibration are whole numbers")
+        if isinstance(self.cfg_scale, bool) or not isinstance(self.cfg_scale, int | float):
+            raise CalibrationError(f"cfg_scale={self.cfg_scale!r}; expected a number")
+        if self.steps < 2:
+            raise CalibrationError(f"steps={self.steps}; pick 2 or more")
         if not self.classes:
             raise CalibrationError("calibration needs at least one sample")
         if not self.cfg_scale >= 0:
@@ -57,6 +66,19 @@ class CalibrationSettings:
         if self.precision not in get_args(SamplingPrecision):
             known = ", ".join(get_args(SamplingPrecision))
             raise CalibrationError(f"precision={self.precision!r} of sampling; pick one of {known}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> CalibrationSettings:
+        """Return the settings that `to_dict` gave.
+
+        Raises:
+            CheckpointError: no mapping, or an unknown name.
+            CalibrationError: a value that no sampler can follow.
+        """
+        fields = checked_fields(cls, values)
+        if isinstance(fields.get("classes"), list):
+            fields["classes"] = tuple(fields["classes"])
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -77,39 +99,88 @@ class CalibrationStates:
     timesteps: Tensor  # (steps,) int64, descending
     input_maxima: Mapping[str, Tensor]  # site name -> (steps, K) float32
     settings: CalibrationSettings
-    checkpoint_sha256: str
+    identity: ModelIdentity  # of the model that sampled
+
+    def __post_init__(self) -> None:
+        """Check that the states are whole and fit the model.
+
+        Raises:
+            ArtifactError: names what is missing, of another shape, or not finite.
+        """
+        config, settings = self.identity.config, self.settings
+        steps, samples = settings.steps, len(settings.classes)
+        side = config.input_size
+        shapes = {
+            "latents": (self.latents, (steps, samples, config.in_channels, side, side)),
+            "timesteps": (self.timesteps, (steps,)),
+        }
+        sites = {site.name: in_features(config, site) for site in linear_sites(config.depth)}
+        if odd := sorted(sites.keys() ^ self.input_maxima.keys()):
+            raise ArtifactError(
+                f"calibration states: maxima of {abbreviated(odd)} are missing or of no linear of "
+                f"this model; calibrate again"
+            )
+        for name, width in sites.items():
+            shapes[f"maxima of {name}"] = (self.input_maxima[name], (steps, width))
+        for name, (tensor, shape) in shapes.items():
+            dtype = torch.int64 if name == "timesteps" else torch.float32
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ArtifactError(
+                    f"calibration states: {name} are {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"expected {shape} {dtype}; calibrate again"
+                )
+            if not tensor.isfinite().all():
+                raise ArtifactError(f"calibration states: {name} are not finite; calibrate again")
+        if any(bool((maxima < 0).any()) for maxima in self.input_maxima.values()):
+            raise ArtifactError("calibration states: a maximum is negative; calibrate again")
+        last = config.process.train_timesteps
+        inside = bool(((self.timesteps >= 0) & (self.timesteps < last)).all())
+        if not inside or not bool((self.timesteps.diff() < 0).all()):
+            raise ArtifactError(
+                f"calibration states: time steps do not descend within {last}; calibrate again"
+            )
+        if odd_label := [label for label in settings.classes if not 0 <= label < config.num_labels]:
+            raise ArtifactError(f"calibration states: the model has no class {odd_label[0]}")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         tensors = {f"maxima.{name}": maxima for name, maxima in self.input_maxima.items()}
         tensors |= {"latents": self.latents, "timesteps": self.timesteps}
-        header = {"settings": self.settings.to_dict(), "checkpoint_sha256": self.checkpoint_sha256}
+        header = {"settings": self.settings.to_dict(), "identity": self.identity.to_dict()}
         save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: Path, *, checkpoint_sha256: str) -> CalibrationStates:
-        """Read states made with this very checkpoint.
-
-        A file that does not say in which precision the model sampled is of a time when there was
-        float32 alone.
+    def load(cls, path: Path, *, identity: ModelIdentity) -> CalibrationStates:
+        """Read states made with this very model.
 
         Raises:
-            ArtifactError: another kind of file, or states of another checkpoint.
+            ArtifactError: another kind of file, a damaged one, or states of another model.
         """
         tensors, header = load_tensors(path, file_format=STATES_FORMAT)
-        if header["checkpoint_sha256"] != checkpoint_sha256:
-            raise ArtifactError(
-                f"{path} was calibrated with checkpoint {header['checkpoint_sha256'][:12]}…, this "
-                f"model is {checkpoint_sha256[:12]}…; calibrate again, or pass the other model"
-            )
-        settings = header["settings"] | {"classes": tuple(header["settings"]["classes"])}
-        return cls(
-            latents=tensors.pop("latents"),
-            timesteps=tensors.pop("timesteps"),
-            input_maxima={name.removeprefix("maxima."): value for name, value in tensors.items()},
-            settings=CalibrationSettings(**settings),
-            checkpoint_sha256=checkpoint_sha256,
+        try:
+            made_with = ModelIdentity.from_dict(header["identity"])
+            settings = CalibrationSettings.from_dict(header["settings"])
+        except (KeyError, TypeError, ValueError, CheckpointError, CalibrationError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); calibrate again") from error
+        made_with.require_same(
+            identity, what=str(path), remedy="Calibrate again, or pass the model that it is of"
         )
+        prefix = "maxima."
+        maxima = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        try:
+            return cls(
+                latents=tensors["latents"],
+                timesteps=tensors["timesteps"],
+                input_maxima=maxima,
+                settings=settings,
+                identity=made_with,
+            )
+        except (KeyError, ArtifactError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
 
 
 @fast_float32_matmul()
@@ -117,7 +188,7 @@ def collect_states(
     model: DiT,
     settings: CalibrationSettings,
     *,
-    checkpoint_sha256: str,
+    identity: ModelIdentity,
     ranks: Ranks = SINGLE,
     progress_file: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -127,7 +198,7 @@ def collect_states(
     Args:
         model: float32 DiT, on the device that computes; left untouched.
         settings: steps, guidance, classes, seed, precision.
-        checkpoint_sha256: of the model's checkpoint.
+        identity: of the model.
         ranks: the processes that share the samples; how many makes no difference to the result.
         progress_file: written after every batch and left at the end; batches in it that were
             sampled with the same checkpoint, settings and number of ranks are not sampled again.
@@ -143,7 +214,7 @@ def collect_states(
     kept = _KeptBatches(
         path=progress_file,
         facts={
-            "checkpoint_sha256": checkpoint_sha256,
+            "identity": identity.to_dict(),
             "settings": settings.to_dict(),
             "rank": [ranks.rank, ranks.world_size],
         },
@@ -159,10 +230,10 @@ def collect_states(
     ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
     return CalibrationStates(
         latents=torch.cat(ordered, dim=1),
-        timesteps=make_scheduler("ddpm", settings.steps).timesteps,
+        timesteps=make_scheduler("ddpm", settings.steps, identity.config.process).timesteps,
         input_maxima={name: ranks.maximum_(value).cpu() for name, value in maxima.items()},
         settings=settings,
-        checkpoint_sha256=checkpoint_sha256,
+        identity=identity,
     )
 
 
@@ -306,7 +377,7 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def walk_states(states: CalibrationStates, *, null_class: int, count: int) -> WalkStates:
+def walk_states(states: CalibrationStates, *, count: int) -> WalkStates:
     """Return the states that the walk sees, both guidance halves of each.
 
     Steps are taken evenly and samples in turn, so every step keeps the same share of the samples
@@ -314,7 +385,6 @@ def walk_states(states: CalibrationStates, *, null_class: int, count: int) -> Wa
 
     Args:
         states: all states.
-        null_class: the label of the unconditional half.
         count: how many, 1 to all.
 
     Raises:
@@ -328,10 +398,13 @@ def walk_states(states: CalibrationStates, *, null_class: int, count: int) -> Wa
     latents = states.latents[step_of, sample_of]
     timesteps = states.timesteps[step_of]
     labels = torch.tensor(states.settings.classes)[sample_of]
-    if states.settings.cfg_scale == 1.0:
+    config, cfg_scale = states.identity.config, states.settings.cfg_scale
+    if cfg_scale == 0:
+        labels = torch.full_like(labels, config.null_class)
+    if not blends(cfg_scale):
         return WalkStates(latents=latents, timesteps=timesteps, class_labels=labels)
     return WalkStates(
         latents=torch.cat([latents, latents]),
         timesteps=torch.cat([timesteps, timesteps]),
-        class_labels=torch.cat([labels, torch.full_like(labels, null_class)]),
+        class_labels=torch.cat([labels, torch.full_like(labels, config.null_class)]),
     )

@@ -11,13 +11,13 @@ RANDOM_IMAGES = 8
 
 
 def parse_classes(
-    text: str, *, num_classes: int, count: int | None = None, seed: int
+    text: str, *, num_labels: int, count: int | None = None, seed: int
 ) -> tuple[int, ...]:
     """Return one class per image; a list that is too short starts over.
 
     Args:
         text: `3,7`, `0-9`, both mixed, or `random`: every class once, in random order.
-        num_classes: classes of the model.
+        num_labels: `DiTConfig.num_labels` of the model: its classes, or 1 where it has none.
         count: images; as many as `text` names if None, 8 for `random`.
         seed: of the random order.
 
@@ -28,26 +28,26 @@ def parse_classes(
         raise RunnerError(f"{count} images; ask for at least one")
     if text == "random":
         generator = torch.Generator().manual_seed(seed)
-        named = torch.randperm(num_classes, generator=generator).tolist()
+        named = torch.randperm(num_labels, generator=generator).tolist()
         count = RANDOM_IMAGES if count is None else count
     else:
-        named = _named_classes(text, num_classes)
+        named = _named_classes(text, num_labels)
     return tuple(named[index % len(named)] for index in range(count or len(named)))
 
 
-def _named_classes(text: str, num_classes: int) -> list[int]:
+def _named_classes(text: str, num_labels: int) -> list[int]:
     """Return the classes of a list such as `3,7,10-12`, in its order."""
     named: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise RunnerError(f"classes={text!r}; write 3,7 or 0-9 or random")
-        if int(last or first) >= num_classes:  # before a range of any length is made
+        if int(last or first) >= num_labels:  # before a range of any length is made
             raise RunnerError(
                 f"classes={text!r} names class {int(last or first)}; this model has 0 to "
-                f"{num_classes - 1}"
+                f"{num_labels - 1}"
             )
+        if int(last or first) < int(first):
+            raise RunnerError(f"classes={text!r} names none by {part!r}; write ranges upwards")
         named.extend(range(int(first), int(last or first) + 1))
-    if not named:
-        raise RunnerError(f"classes={text!r} names none; write ranges upwards, as 0-9")
     return named

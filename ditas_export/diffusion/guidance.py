@@ -9,12 +9,14 @@ section 4 (guidance on three channels).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
 
 CfgChannels = Literal["3", "all"]
@@ -49,12 +51,58 @@ def guided_inputs(
 
 
 def model_inputs(
-    latents: Tensor, timestep: int, class_labels: Tensor, *, cfg_scale: float, null_class: int
+    latents: Tensor, timestep: int, class_labels: Tensor, *, cfg_scale: float, config: DiTConfig
 ) -> ModelInputs:
-    """Return the inputs of one step: guided, or plain where a scale of 1 blends nothing."""
-    if cfg_scale == 1.0:
+    """Return the inputs of one step: guided, or plain where the scale blends nothing.
+
+    A scale of 1 takes the class alone, one of 0 the null class.
+    """
+    if cfg_scale == 0:
+        class_labels = torch.full_like(class_labels, config.null_class)
+    if not blends(cfg_scale):
         return plain_inputs(latents, timestep, class_labels)
-    return guided_inputs(latents, timestep, class_labels, null_class=null_class)
+    return guided_inputs(latents, timestep, class_labels, null_class=config.null_class)
+
+
+def blends(cfg_scale: float) -> bool:
+    """Return whether a scale needs both halves: 1 takes the class alone, 0 the null class."""
+    return cfg_scale not in (0.0, 1.0)
+
+
+def resolved_cfg_scale(asked: float | None, *, default: float, config: DiTConfig) -> float:
+    """Return the guidance scale: as asked, else the default, 1 where a model cannot be guided.
+
+    Raises:
+        RunnerError: see `require_guidance`.
+    """
+    if asked is None:
+        return default if config.is_guidable else 1.0
+    require_guidance(asked, config)
+    return asked
+
+
+def require_guidance(cfg_scale: float, config: DiTConfig) -> None:
+    """Refuse a guidance scale that means nothing, or nothing for this model.
+
+    1 is no guidance; above, the class counts for more; 0 is the null class alone.
+
+    Raises:
+        RunnerError: a scale below 1 other than 0, no finite number, or one other than 1 for a model
+            without a null class or without classes.
+    """
+    if not math.isfinite(cfg_scale):
+        raise RunnerError(f"cfg_scale={cfg_scale} is not a finite number")
+    if cfg_scale < 1 and cfg_scale != 0:
+        raise RunnerError(
+            f"cfg_scale={cfg_scale}: guidance starts at 1, which means none; use 1 or more, or 0 "
+            f"for images of no class (the null class alone)"
+        )
+    if cfg_scale != 1 and not config.is_guidable:
+        lack = "classes" if config.null_row else "null class"
+        raise RunnerError(
+            f"cfg_scale={cfg_scale}, but this model has no {lack} to guide with; leave the option "
+            f"out"
+        )
 
 
 def guided_channel_count(in_channels: int, cfg_channels: CfgChannels) -> int:
@@ -72,12 +120,12 @@ def guide(model_output: Tensor, *, cfg_scale: float, channels: int) -> Tensor:
     """Blend the two halves of a guided batch.
 
     Args:
-        model_output: (2N, 2C, H, W), class rows first, null-class rows second.
-        cfg_scale: w; 1 keeps the class rows.
+        model_output: (2N, 2C or C, H, W), class rows first, null-class rows second.
+        cfg_scale: w; more than 1.
         channels: leading ε channels to guide, at most C.
 
     Returns:
-        (N, 2C, H, W): guided ε, then the class rows' other ε channels and learned variance.
+        (N, 2C or C, H, W): guided ε, then the class rows' other ε channels and learned variance.
     """
     with_class, without = model_output.chunk(2)
     eps_class, eps_null = with_class[:, :channels], without[:, :channels]

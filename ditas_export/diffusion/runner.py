@@ -35,7 +35,7 @@ class Runner(Protocol):
 
         Args:
             latents: (N, C, H, W) float32.
-            timesteps: (N,) int64, steps of the full schedule, 0 to 999.
+            timesteps: (N,) int64, steps of the full schedule, from 0.
             class_labels: (N,) int64; `num_classes` is the null class.
 
         Returns:

@@ -1,7 +1,8 @@
 """The sampling loop over a `Runner`; the schedulers come from diffusers.
 
-The default, `ddpm`, is the published DiT sampler: linear betas, time steps spread evenly over 0 to
-999, no clipping, the variance learned. `ddim` and `dpm++` get ε only.
+The default, `ddpm`, is the published DiT sampler: time steps spread evenly over the schedule that
+the model was trained on, no clipping, the variance learned where the model learned it. `ddim` and
+`dpm++` get ε only.
 
 Noise belongs to an image, not to a batch: each image has a generator of its own on the CPU, seeded
 from the seed and the image's index. It draws x_T first, then the noise of every step, so an image
@@ -11,7 +12,6 @@ depends on its batch mates by float rounding at most.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from ditas_export.diffusion.guidance import (
     CfgChannels,
+    blends,
     guide,
     guided_channel_count,
     model_inputs,
+    require_guidance,
 )
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import DIT_PROCESS, Process
 from ditas_export.errors import RunnerError
 
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
@@ -34,12 +37,6 @@ SamplerName = Literal["ddpm", "ddim", "dpm++"]
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called after a step with its index, its time step and the new latents; may raise to stop."""
-
-TRAIN_TIMESTEPS = 1000
-"""Length of the schedule that every published DiT was trained on."""
-
-MAX_STEPS: dict[SamplerName, int] = {"ddpm": 1000, "ddim": 1000, "dpm++": 500}
-"""Most steps per sampler; past 500, dpm++ would visit time steps twice and divide by zero."""
 
 _GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, odd: i -> i * it is a bijection modulo 2^32
 
@@ -49,10 +46,10 @@ class Step:
     """One step of a trajectory."""
 
     index: int  # 0 for the first, noisiest step
-    timestep: int  # of the full schedule, 0 to 999
+    timestep: int  # of the full schedule, from 0
     latents: Tensor  # (N, C, H, W) float32, before the step
     class_labels: Tensor  # (N,) int64
-    model_output: Tensor  # (N, 2C, H, W) float32, ε guided
+    model_output: Tensor  # (N, 2C or C, H, W) float32, ε guided
     next_latents: Tensor  # (N, C, H, W) float32, after the step
 
 
@@ -73,9 +70,10 @@ def sample(
 
     Args:
         runner: the model; with guidance it is called with twice as many rows as there are images.
-        classes: label of each image, 0 to `num_classes` − 1.
-        steps: denoising steps, 2 to 1000.
-        cfg_scale: strength of guidance; 1 means none, and a batch of the plain size.
+        classes: label of each image, 0 to `num_labels` − 1.
+        steps: denoising steps, 2 to the length of the schedule.
+        cfg_scale: strength of guidance, 1 or more; 1 means none, and 0 the null class: both have a
+            batch of the plain size.
         cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one.
         sampler: `ddpm` (published), `ddim` or `dpm++`.
         seed: with an image's index, what its noise depends on.
@@ -123,32 +121,31 @@ def trajectory(
 
     Raises:
         RunnerError: at once, before the first step: no class, a class out of range, a setting that
-            no sampler has, or a count of indices that differs from the count of classes.
+            no sampler has, guidance of a model that has nothing to guide with, or a count of
+            indices that differs from the count of classes.
     """
+    config = runner.config
     indices = range(len(classes)) if image_indices is None else image_indices
-    _check_classes(classes, runner.config)
+    require_labels(classes, config)
     _check_indices(indices, len(classes))
-    if not math.isfinite(cfg_scale):
-        raise RunnerError(f"cfg_scale={cfg_scale} is not a finite number")
-    scheduler = make_scheduler(sampler, steps)
-    channels = guided_channel_count(runner.config.in_channels, cfg_channels)
+    require_guidance(cfg_scale, config)
+    scheduler = make_scheduler(sampler, steps, config.process)
+    channels = guided_channel_count(config.in_channels, cfg_channels)
+    guided = blends(cfg_scale)
+    learned = sampler == "ddpm" and config.process.variance == "learned_range"
     generators = [image_generator(seed, index) for index in indices]
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
     def predict(latents: Tensor, timestep: int) -> Tensor:
-        inputs = model_inputs(
-            latents, timestep, labels, cfg_scale=cfg_scale, null_class=runner.config.null_class
-        )
+        inputs = model_inputs(latents, timestep, labels, cfg_scale=cfg_scale, config=config)
         output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
-        if cfg_scale == 1.0:
-            return output
-        return guide(output, cfg_scale=cfg_scale, channels=channels)
+        return guide(output, cfg_scale=cfg_scale, channels=channels) if guided else output
 
     def walk() -> Iterator[Step]:
-        latents = initial_noise(runner.config, generators).to(device)
+        latents = initial_noise(config, generators).to(device)
         for index, timestep in enumerate(scheduler.timesteps):
             output = predict(latents, int(timestep))
-            fed = output if sampler == "ddpm" else output[:, : latents.shape[1]]
+            fed = output if learned else output[:, : latents.shape[1]]
             moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
             yield Step(
                 index=index,
@@ -163,38 +160,53 @@ def trajectory(
     return walk()
 
 
-def make_scheduler(sampler: SamplerName, steps: int) -> Any:
+def make_scheduler(sampler: SamplerName, steps: int, process: Process = DIT_PROCESS) -> Any:
     """Return a diffusers scheduler whose time steps are set.
 
-    `ddim` takes leading time steps and a count that divides 1000: diffusers strides by
-    1000 // steps, which is exact for those alone.
+    `ddim` takes leading time steps and a count that divides the schedule's: diffusers strides by
+    1000 // steps, which is exact for those alone. Past half of the schedule, `dpm++` would visit
+    time steps twice and divide by zero.
+
+    Args:
+        sampler: its name.
+        steps: how many are taken.
+        process: that the model was trained with.
 
     Raises:
         RunnerError: an unknown sampler, or a number of steps that it cannot take.
     """
     if sampler not in get_args(SamplerName):
-        raise RunnerError(f"unknown sampler {sampler!r}; choose one of {', '.join(MAX_STEPS)}")
-    if not 2 <= steps <= MAX_STEPS[sampler]:
-        raise RunnerError(f"{sampler} takes 2 to {MAX_STEPS[sampler]} steps, not {steps}")
-    if sampler == "ddim" and TRAIN_TIMESTEPS % steps:
+        known = ", ".join(get_args(SamplerName))
+        raise RunnerError(f"unknown sampler {sampler!r}; choose one of {known}")
+    trained = process.train_timesteps
+    most = trained // 2 if sampler == "dpm++" else trained
+    if not 2 <= steps <= most:
+        raise RunnerError(f"{sampler} takes 2 to {most} steps, not {steps}")
+    if sampler == "ddim" and trained % steps:
         raise RunnerError(
-            f"ddim takes a number of steps that divides {TRAIN_TIMESTEPS}, not {steps}; "
-            f"the nearest is {_nearest_divisor(steps)}"
+            f"ddim takes a number of steps that divides {trained}, not {steps}; "
+            f"the nearest is {_nearest_divisor(steps, trained)}"
         )
-    scheduler = _new_scheduler(sampler)
+    scheduler = _new_scheduler(sampler, process)
     scheduler.set_timesteps(steps)
     return scheduler
 
 
-def _new_scheduler(sampler: SamplerName) -> Any:
-    """Return an unset scheduler for a model trained like DiT; imports diffusers, seconds' work."""
-    trained = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "linear"}
+def _new_scheduler(sampler: SamplerName, process: Process) -> Any:
+    """Return an unset scheduler of a process; imports diffusers, seconds' work."""
+    trained = {
+        "num_train_timesteps": process.train_timesteps,
+        "beta_schedule": process.beta_schedule,
+        "beta_start": process.beta_start,
+        "beta_end": process.beta_end,
+        "prediction_type": process.prediction,
+    }
     if sampler == "ddpm":
         from diffusers import DDPMScheduler
 
         return DDPMScheduler(  # type: ignore[no-untyped-call]
             **trained,
-            variance_type="learned_range",
+            variance_type=process.variance,
             timestep_spacing="linspace",
             clip_sample=False,
         )
@@ -211,9 +223,9 @@ def _new_scheduler(sampler: SamplerName) -> Any:
     )
 
 
-def _nearest_divisor(steps: int) -> int:
-    """Return the divisor of 1000, 2 or more, that is nearest to `steps`."""
-    divisors = (d for d in range(2, TRAIN_TIMESTEPS + 1) if TRAIN_TIMESTEPS % d == 0)
+def _nearest_divisor(steps: int, trained: int) -> int:
+    """Return the divisor of the schedule's length, 2 or more, that is nearest to `steps`."""
+    divisors = (d for d in range(2, trained + 1) if trained % d == 0)
     return min(divisors, key=lambda divisor: abs(divisor - steps))
 
 
@@ -234,11 +246,15 @@ def initial_noise(config: DiTConfig, generators: Sequence[torch.Generator]) -> T
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def _check_classes(classes: Sequence[int], config: DiTConfig) -> None:
-    """Refuse an empty batch and labels that the model does not know."""
+def require_labels(classes: Sequence[int], config: DiTConfig) -> None:
+    """Refuse an empty batch and labels that the model does not know.
+
+    Raises:
+        RunnerError: names them.
+    """
     if not classes:
         raise RunnerError("no class to sample; name at least one")
-    last = config.num_classes - 1
+    last = config.num_labels - 1
     odd = sorted({label for label in classes if not 0 <= label <= last})
     if odd:
         raise RunnerError(f"classes {odd} are out of range; this model knows 0 to {last}")

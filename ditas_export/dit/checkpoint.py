@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ditas_export.artifact_files import sha256_of_tensors
+from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, Geometry, assemble, infer_geometry
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_num_heads
@@ -76,7 +76,7 @@ class LoadedDiT:
 
     model: DiT  # float32, evaluation mode, no gradients; tensors may be mapped from the file
     source: str  # one line: what was read
-    sha256: str  # of the float32 parameters under the published names, whatever the file
+    identity: ModelIdentity  # the same for the same numbers and configuration, whatever the file
     dtype: torch.dtype  # float type of the block linears in the file
 
 
@@ -264,4 +264,4 @@ def _loaded(
         model = DiT(config)
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(requires_grad=False)
-    return LoadedDiT(model=model, source=source, sha256=sha256_of_tensors(state), dtype=dtype)
+    return LoadedDiT(model=model, source=source, identity=identity_of(model), dtype=dtype)

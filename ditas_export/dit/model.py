@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ditas_export.dit.process import DIT_PROCESS, Process, checked_fields
 from ditas_export.errors import CheckpointError
 
 FREQUENCY_EMBEDDING_SIZE = 256
@@ -25,9 +27,10 @@ MAX_PERIOD = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTConfig:
-    """What a DiT's shape depends on; `input_size` is the latent's side in pixels.
+    """What a model computes beside its tensors; `input_size` is the latent's side in pixels.
 
-    The last two fields are constants in which diffusers' DiT departs from the published one.
+    `mlp_norm_eps` and `frequency_shift` are constants in which diffusers' DiT departs from the
+    published one.
     """
 
     input_size: int = 32
@@ -37,13 +40,29 @@ class DiTConfig:
     depth: int = 28
     num_heads: int = 16
     mlp_ratio: float = 4.0
-    num_classes: int = 1000
+    num_classes: int = 1000  # the null row not counted
+    null_row: bool = True  # whether the label table's last row stands for "no class"
+    learn_sigma: bool = True  # whether the output has C more channels, the learned variance
     layer_norm_eps: float = 1e-6
     mlp_norm_eps: float = 1e-6  # of norm2; 1e-5 in diffusers
     frequency_shift: int = 0  # see timestep_features; 1 in diffusers
+    process: Process = DIT_PROCESS
 
     def __post_init__(self) -> None:
-        """Refuse a shape that no DiT can have, naming the numbers."""
+        """Refuse what no DiT can have, naming the numbers."""
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected {smallest} or more")
+        for name in ("mlp_ratio", "layer_norm_eps", "mlp_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected a positive number")
+            if not math.isfinite(value):
+                raise CheckpointError(f"{name}={value}; expected a finite number")
+        for name in ("null_row", "learn_sigma"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected true or false")
         if self.input_size % self.patch_size:
             raise CheckpointError(
                 f"input_size={self.input_size} is no multiple of patch_size={self.patch_size}"
@@ -56,6 +75,17 @@ class DiTConfig:
         if self.hidden_size % 4:
             raise CheckpointError(
                 f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)"
+            )
+        if self.label_rows < 1:
+            raise CheckpointError("num_classes=0 without a null row: a label table has a row")
+        if self.frequency_shift >= FREQUENCY_EMBEDDING_SIZE // 2:
+            raise CheckpointError(f"frequency_shift={self.frequency_shift}; expected 0 or 1")
+        if not isinstance(self.process, Process):
+            raise CheckpointError(f"process={str(self.process)[:40]!r}; expected a Process")
+        if self.process.variance == "learned_range" and not self.learn_sigma:
+            raise CheckpointError(
+                "variance='learned_range', but the model puts out no variance "
+                "(learn_sigma=False); expected fixed_small or fixed_large"
             )
 
     @property
@@ -70,17 +100,65 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: ε and the learned variance, 2C."""
-        return 2 * self.in_channels
+        """Channels of the output: ε and, where it is learned, the variance: 2C or C."""
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: the classes and the null row."""
+        return self.num_classes + self.null_row
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class" in classifier-free guidance."""
+        """The label that stands for "no class".
+
+        Raises:
+            CheckpointError: the label table has no null row.
+        """
+        if not self.null_row:
+            raise CheckpointError("this model has no null class: its label table has no such row")
         return self.num_classes
 
-    def to_dict(self) -> dict[str, int | float]:
-        """Return the fields as plain numbers, for a file's header."""
+    @property
+    def num_labels(self) -> int:
+        """Labels that images can be asked for by, from 0: the classes, or the table's only row."""
+        return max(1, self.num_classes)
+
+    @property
+    def is_guidable(self) -> bool:
+        """Whether there is a class and a null class to tell apart: guidance needs both."""
+        return self.null_row and self.num_classes > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for a file's header."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: object) -> DiTConfig:
+        """Return the configuration that `to_dict` gave, of this version or an earlier one.
+
+        Fields that a file of an earlier version lacks have the values that it meant: the defaults.
+
+        Raises:
+            CheckpointError: no mapping, an unknown name, or a value that no DiT has.
+        """
+        fields = checked_fields(cls, values)
+        if "process" in fields:
+            fields["process"] = Process.from_dict(fields["process"])
+        return cls(**fields)
+
+
+_SMALLEST = {
+    "input_size": 1,
+    "patch_size": 1,
+    "in_channels": 1,
+    "hidden_size": 1,
+    "depth": 1,
+    "num_heads": 1,
+    "num_classes": 0,
+    "frequency_shift": 0,
+}
+"""Whole numbers of a configuration, and the least that each may be."""
 
 
 def timestep_features(timesteps: Tensor, *, frequency_shift: int = 0) -> Tensor:
@@ -89,7 +167,7 @@ def timestep_features(timesteps: Tensor, *, frequency_shift: int = 0) -> Tensor:
     Frequency i of 128 is `10000^(-i / (128 - frequency_shift))`.
 
     Args:
-        timesteps: (N,), any number type; steps of the full schedule, 0 to 999.
+        timesteps: (N,), any number type; steps of the full schedule, from 0.
         frequency_shift: 0 as published; 1 as diffusers computes it.
 
     Returns:
@@ -168,7 +246,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.label_rows, config.hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Look the labels up."""
@@ -302,11 +380,12 @@ class DiT(nn.Module):
 
         Args:
             latents: (N, C, H, W), in the parameters' float type.
-            timesteps: (N,), steps of the full schedule, 0 to 999.
-            class_labels: (N,) int64; `num_classes` is the null class.
+            timesteps: (N,), steps of the full schedule, from 0.
+            class_labels: (N,) int64; `num_classes` is the null class, where there is one.
 
         Returns:
-            (N, 2C, H, W): the first C channels are ε, the rest the learned variance.
+            (N, 2C, H, W): the first C channels are ε, the rest the learned variance; (N, C, H, W)
+            where the variance is not learned.
         """
         hidden, c = self.embed(latents, timesteps, class_labels)
         for block in self.blocks:

@@ -57,6 +57,17 @@ def in_features(config: DiTConfig, site: LinearSite) -> int:
     return config.mlp_hidden_size if site.kind == "mlp.fc2" else config.hidden_size
 
 
+def out_features(config: DiTConfig, site: LinearSite) -> int:
+    """Return N of a site's linear."""
+    widths: dict[LinearKind, int] = {
+        "attn.qkv": 3 * config.hidden_size,
+        "attn.proj": config.hidden_size,
+        "mlp.fc1": config.mlp_hidden_size,
+        "mlp.fc2": config.hidden_size,
+    }
+    return widths[site.kind]
+
+
 def adaln_rows(chunk: str, hidden_size: int) -> slice:
     """Return the rows of `adaLN_modulation.1` that make `chunk`."""
     index = ADALN_CHUNKS.index(chunk)

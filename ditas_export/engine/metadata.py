@@ -57,8 +57,8 @@ class EngineMetadata:
     def dit(self) -> DiTConfig:
         """Shape of the DiT; EngineError if the metadata do not give one."""
         try:
-            return DiTConfig(**self.config)
-        except (TypeError, CheckpointError) as error:
+            return DiTConfig.from_dict(self.config)
+        except CheckpointError as error:
             raise EngineError(f"the metadata of a plan describe no DiT ({error})") from error
 
     def save(self, path: Path) -> None:

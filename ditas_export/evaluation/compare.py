@@ -58,7 +58,7 @@ WORST = 5
 class StepComparison:
     """What was found at one time step."""
 
-    timestep: int  # of the full schedule, 0 to 999
+    timestep: int  # of the full schedule, from 0
     outputs: Differences
     linears: Differences  # in the order of the network; empty if none were compared
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.guidance import ModelInputs, model_inputs
+from ditas_export.diffusion.guidance import ModelInputs, model_inputs, resolved_cfg_scale
 from ditas_export.diffusion.sampling import Step, trajectory
+from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.options import CFG_SCALE
 from ditas_export.runtime.exported_file import Feed
 from ditas_export.runtime.inputs import require_inputs
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -18,18 +20,18 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 class StepInputs:
     """What a model is fed at one time step."""
 
-    timestep: int  # of the full schedule, 0 to 999
+    timestep: int  # of the full schedule, from 0
     feed: Feed  # with guidance, the class rows and then the null-class rows
 
 
-def inputs_at(step: Step, cfg_scale: float, null_class: int) -> ModelInputs:
+def inputs_at(step: Step, cfg_scale: float, config: DiTConfig) -> ModelInputs:
     """Return what the model was called with at a step of a trajectory."""
     return model_inputs(
         step.latents,
         step.timestep,
         step.class_labels,
         cfg_scale=cfg_scale,
-        null_class=null_class,
+        config=config,
     )
 
 
@@ -50,17 +52,18 @@ def trajectory_inputs(
     gathered = []
     with OnnxRuntimeRunner(options.reference) as runner:
         config = runner.config
+        cfg_scale = resolved_cfg_scale(options.cfg_scale, default=CFG_SCALE, config=config)
         classes = parse_classes(
-            options.classes, num_classes=config.num_classes, count=options.images, seed=options.seed
+            options.classes, num_labels=config.num_labels, count=options.images, seed=options.seed
         )
         for step in trajectory(
             runner,
             classes=classes,
             steps=options.steps,
-            cfg_scale=options.cfg_scale,
+            cfg_scale=cfg_scale,
             seed=options.seed,
         ):
-            given = inputs_at(step, options.cfg_scale, config.null_class)
+            given = inputs_at(step, cfg_scale, config)
             feed = require_inputs(config, given.latents, given.timesteps, given.class_labels)
             gathered.append(StepInputs(timestep=step.timestep, feed=feed))
             if on_step is not None:

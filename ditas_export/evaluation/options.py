@@ -18,7 +18,7 @@ class CompareOptions:
     classes: str = "random"
     images: int = 2
     steps: int = 25
-    cfg_scale: float = 1.5
+    cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
     seed: int = 0
     linears: bool = True
     linear_db: float = 20.0

@@ -250,7 +250,7 @@ def _run(
             seed=seed,
         ):
             if gather and seed == settings.seeds[0] and step.index % every == 0:
-                inputs.append(inputs_at(step, settings.cfg_scale, runner.config.null_class))
+                inputs.append(inputs_at(step, settings.cfg_scale, runner.config))
             last = step.next_latents
             count()
         finals.append(last)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ditas_export.artifact_files import atomic_path
+from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.errors import ArtifactError
 from ditas_export.generation.pixels import (
     as_rgb,
@@ -138,21 +138,3 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArtifactError(f"{path} is none of ours; pick another folder")
     return found
-
-
-def differences(found: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two jobs, as `steps 50, now 25`."""
-    changed = []
-    for name in sorted(found.keys() | stated.keys()):
-        before, now = found.get(name), stated.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            changed += differences(before, now)
-        elif before != now:
-            changed.append(f"{name} {_short(before)}, now {_short(now)}")
-    return changed
-
-
-def _short(value: object) -> str:
-    """Return a value in a few characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

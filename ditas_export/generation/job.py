@@ -131,7 +131,7 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     """Return what to sample, the classes counted out."""
     classes = parse_classes(
         options.classes,
-        num_classes=opened.runner.config.num_classes,
+        num_labels=opened.runner.config.num_labels,
         count=options.num,
         seed=options.seed,
     )

@@ -13,6 +13,9 @@ SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
 CfgChannelsChoice = Literal["3", "all"]
 DeviceChoice = Literal["cpu", "cuda"]
 
+CFG_SCALE = 4.0
+"""Guidance unless another is asked for (the published one); none where a model cannot be guided."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": get_args(SamplerChoice),
     "cfg_channels": get_args(CfgChannelsChoice),
@@ -33,7 +36,7 @@ class SampleOptions:
     num: int | None = None
     steps: int = 50
     sampler: SamplerChoice = "ddpm"
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     cfg_channels: CfgChannelsChoice = "3"
     seed: int = 0
     batch: int = 8

@@ -8,18 +8,25 @@ same bytes wherever and whenever it is run: on another rank, or after a restart.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ditas_export.diffusion.guidance import CfgChannels, guided_channel_count
+from ditas_export.diffusion.guidance import CfgChannels, guided_channel_count, resolved_cfg_scale
 from ditas_export.diffusion.runner import Runner
-from ditas_export.diffusion.sampling import OnStep, SamplerName, make_scheduler, sample
+from ditas_export.diffusion.sampling import (
+    OnStep,
+    SamplerName,
+    make_scheduler,
+    require_labels,
+    sample,
+)
 from ditas_export.errors import CancelledError, RunnerError
 from ditas_export.generation.decoder import Decoder
+from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
 
 PICTURE_CHANNELS = (1, 3)
@@ -33,7 +40,7 @@ class SamplingSettings:
     classes: tuple[int, ...]  # one per image
     steps: int = 50
     sampler: SamplerName = "ddpm"
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
     cfg_channels: CfgChannels = "3"
     seed: int = 0
     batch: int = 8
@@ -42,13 +49,12 @@ class SamplingSettings:
         """Refuse what no sampler can follow.
 
         Raises:
-            RunnerError: an empty batch, no image, or a setting that the sampler does not take.
+            RunnerError: an empty batch, no image, or unknown channels to guide.
         """
         if self.batch < 1:
             raise RunnerError(f"batch={self.batch}; a batch has at least one image")
         if not self.classes:
             raise RunnerError("no class to sample; name at least one")
-        make_scheduler(self.sampler, self.steps)
         guided_channel_count(1, self.cfg_channels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,22 +88,25 @@ class Sampler:
         decoder: from latents to pictures; models of pixels (1 or 3 channels) need none.
 
     Raises:
-        RunnerError: a class that the model does not have, or a decoder of other latents.
+        RunnerError: a class that the model does not have, steps that the sampler does not take,
+            guidance of a model that has nothing to guide with, or a decoder of other latents.
     """
 
     def __init__(
         self, runner: Runner, settings: SamplingSettings, *, decoder: Decoder | None = None
     ) -> None:
-        channels, known = runner.config.in_channels, runner.config.num_classes
-        if odd := sorted({label for label in settings.classes if not 0 <= label < known}):
-            raise RunnerError(f"classes {odd} are out of range; this model knows 0 to {known - 1}")
+        config = runner.config
+        channels = config.in_channels
+        require_labels(settings.classes, config)
+        make_scheduler(settings.sampler, settings.steps, config.process)
+        self._cfg_scale = resolved_cfg_scale(settings.cfg_scale, default=CFG_SCALE, config=config)
         if decoder is not None and decoder.in_channels != channels:
             raise RunnerError(
                 f"the model makes {channels}-channel latents, {decoder.description} takes "
                 f"{decoder.in_channels}; pass the VAE that the model was trained with"
             )
         self.runner = runner
-        self.settings = settings
+        self.settings = replace(settings, cfg_scale=self._cfg_scale)
         self._rows = min(settings.batch, len(settings.classes))
         self.decoder = decoder
 
@@ -143,7 +152,7 @@ class Sampler:
             self.runner,
             classes=[settings.classes[min(index, last)] for index in rows],
             steps=settings.steps,
-            cfg_scale=settings.cfg_scale,
+            cfg_scale=self._cfg_scale,
             cfg_channels=settings.cfg_channels,
             sampler=settings.sampler,
             seed=settings.seed,

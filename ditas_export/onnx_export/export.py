@@ -16,6 +16,7 @@ from ditas_export import __version__
 from ditas_export.artifact_files import atomic_path, require_writable
 from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import in_onnxruntime_form
+from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.by_reference import load_by_reference
@@ -34,6 +35,7 @@ from ditas_export.options import Target
 from ditas_export.quantization.ranges import Ranges
 
 CONFIG_KEY = "ditas_export.config"
+IDENTITY_KEY = "ditas_export.identity"
 FORM_KEY = "ditas_export.form"
 
 LARGEST_INLINE_BYTES = 2**31 - 2**24
@@ -107,7 +109,7 @@ def export_onnx(
         "float_type": float_type,
         "target": target,
     }
-    describe(model, folded.config, form)
+    describe(model, folded.identity, form)
     save_model(model, path)
 
 
@@ -119,12 +121,13 @@ def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
     return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
 
 
-def export_reference(model: DiT, path: Path) -> None:
+def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:
     """Write the float model with the interface of the quantized file.
 
     Args:
         model: in the float type to write; left untouched.
         path: the file; past 2 GB the tensors go to `<path>.data`.
+        identity: of the float32 model, where the caller has it; else that of `model` in float32.
 
     Raises:
         OnnxExportError: a float type other than fp32, fp16 and bf16.
@@ -144,7 +147,8 @@ def export_reference(model: DiT, path: Path) -> None:
 
     graph_model = export_skeleton(model.config, parameters, dtype=dtype)
     lower_placeholders(graph_model, lower)
-    describe(graph_model, model.config, {"float_type": float_type})
+    identity = identity or identity_of(model)
+    describe(graph_model, identity, {"float_type": float_type})
     save_model(graph_model, path)
 
 
@@ -162,11 +166,16 @@ def lower_placeholders(model: ir.Model, lower: Lower) -> None:
     model.graph.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
 
 
-def describe(model: ir.Model, config: DiTConfig, form: dict[str, Any]) -> None:
-    """Make a file self-describing: the model's shape and the form it was written in."""
+def describe(model: ir.Model, identity: ModelIdentity, form: dict[str, Any]) -> None:
+    """Make a file self-describing: which model it holds, and the form it was written in."""
     model.producer_name = "ditas-export"
     model.producer_version = __version__
-    model.metadata_props[CONFIG_KEY] = json.dumps(config.to_dict(), sort_keys=True)
+    config = identity.config.to_dict()
+    model.metadata_props[CONFIG_KEY] = json.dumps(config, sort_keys=True)
+    model.metadata_props[IDENTITY_KEY] = json.dumps(
+        {"tensors_sha256": identity.tensors_sha256, "fingerprint": identity.fingerprint},
+        sort_keys=True,
+    )
     model.metadata_props[FORM_KEY] = json.dumps(form, sort_keys=True)
 
 
@@ -219,17 +228,43 @@ def _order_initializers(graph: ir.Graph) -> None:
 
 
 def read_config(path: Path) -> DiTConfig:
-    """Return the shape of the model in a file that this package wrote.
+    """Return what the model in a file that this package wrote computes beside its tensors.
+
+    A file of an earlier version, which does not record all of it, has the defaults that were meant.
 
     Raises:
         OnnxExportError: no ONNX file, or one of another origin.
     """
+    text = _metadata_entry(path, CONFIG_KEY)
     try:
-        return DiTConfig(**json.loads(file_metadata(path)[CONFIG_KEY]))
-    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        return DiTConfig.from_dict(json.loads(text))
+    except (ValueError, CheckpointError) as error:
         raise OnnxExportError(
-            f"{path} does not say which DiT it holds ({error!r}); export it with ditas-export"
+            f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
+
+
+def read_identity(path: Path) -> ModelIdentity | None:
+    """Return the float model that a file was made from; None where an earlier version wrote it.
+
+    Raises:
+        OnnxExportError: no ONNX file, one of another origin, or a damaged record.
+    """
+    text = file_metadata(path).get(IDENTITY_KEY)
+    if text is None:
+        return None
+    config = read_config(path)
+    try:
+        recorded = json.loads(text)
+        identity = ModelIdentity(tensors_sha256=recorded["tensors_sha256"], config=config)
+        if identity.fingerprint == recorded["fingerprint"]:
+            return identity
+        reason = "its fingerprint is not that of its configuration and tensors"
+    except (ValueError, TypeError, KeyError, CheckpointError) as error:
+        reason = str(error)
+    raise OnnxExportError(
+        f"{path} has a damaged record of its model ({reason}); export it again with ditas-export"
+    )
 
 
 def read_form(path: Path) -> dict[str, Any]:
@@ -238,13 +273,31 @@ def read_form(path: Path) -> dict[str, Any]:
     Raises:
         OnnxExportError: no ONNX file, or one of another origin.
     """
+    text = _metadata_entry(path, FORM_KEY)
     try:
-        form: dict[str, Any] = json.loads(file_metadata(path)[FORM_KEY])
-    except (KeyError, ValueError) as error:
+        form = json.loads(text)
+    except ValueError as error:
         raise OnnxExportError(
-            f"{path} does not say how it was written ({error!r}); export it with ditas-export"
+            f"{path} has a damaged record of its form ({error}); export it with ditas-export"
         ) from error
+    if not isinstance(form, dict) or not isinstance(form.get("float_type"), str):
+        raise OnnxExportError(
+            f"{path} has a damaged record of its form, without a float type; export it with "
+            f"ditas-export"
+        )
     return form
+
+
+def _metadata_entry(path: Path, key: str) -> str:
+    """Return one entry of a file's metadata, or say why it has none."""
+    found = file_metadata(path)
+    if key not in found:
+        raise OnnxExportError(
+            f"{path} has no metadata entry {key}: ditas-export did not write it, or a tool that "
+            f"rewrote it left the metadata out (polygraphy surgeon sanitize does); export it with "
+            f"ditas-export, or take the file as it was before"
+        )
+    return found[key]
 
 
 def require_form_for_tensorrt(path: Path) -> None:

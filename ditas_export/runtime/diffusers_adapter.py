@@ -47,12 +47,12 @@ class OnnxDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         class_labels: Tensor,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Return ε and the learned variance, (N, 2C, H, W), in the type of `hidden_states`.
+        """Return ε and any learned variance, (N, 2C or C, H, W), in the type of `hidden_states`.
 
         Args:
             hidden_states: (N, C, H, W), any float type.
-            timestep: one whole number for all, or (N,) of them; 0 to 999, of any number type.
-            class_labels: (N,) int64; `num_embeds_ada_norm` is the null class.
+            timestep: one whole number for all, or (N,) of them, from 0, of any number type.
+            class_labels: (N,) int64; `num_embeds_ada_norm` is the null class, where there is one.
             return_dict: False gives a tuple of one.
 
         Raises:
@@ -104,10 +104,11 @@ def _diffusers_config(config: DiTConfig) -> dict[str, Any]:
 def _require_known(class_labels: Tensor, config: DiTConfig) -> None:
     """Refuse labels beyond the null class, such as the pipeline's fixed one in a small model."""
     largest = int(class_labels.max())
-    if largest > config.null_class:
+    if largest >= config.label_rows:
+        null = f" and the null class {config.null_class}" if config.null_row else ""
         raise RunnerError(
-            f"class label {largest}; this model has the classes 0 to {config.num_classes - 1} and "
-            f"the null class {config.null_class}. diffusers' DiTPipeline always guides with the "
+            f"class label {largest}; this model has the labels 0 to {config.num_labels - 1}{null}. "
+            f"diffusers' DiTPipeline always guides with the "
             f"null class 1000, of a model with 1000 classes: call it with guidance_scale=1, or "
             f"sample with ditas_export.diffusion.sampling"
         )
@@ -120,7 +121,7 @@ def _whole_timesteps(timestep: Tensor | int, hidden_states: Tensor) -> Tensor:
     if not torch.equal(whole.to(given.dtype), given):
         raise RunnerError(
             f"time steps {sorted(set(given.flatten().tolist()))} are not whole; the file takes "
-            f"those of the full schedule, 0 to 999: choose a scheduler, or its timestep_spacing, "
+            f"those of the full schedule, from 0: choose a scheduler, or its timestep_spacing, "
             f"that keeps to them"
         )
     return whole.expand(hidden_states.shape[0]) if whole.numel() == 1 else whole

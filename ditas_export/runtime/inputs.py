@@ -20,7 +20,7 @@ def require_inputs(
         config: shape of the model.
         latents: (N, C, H, W), any float type.
         timesteps: (N,) of whole numbers.
-        class_labels: (N,) of whole numbers, 0 to `num_classes`.
+        class_labels: (N,) of whole numbers, rows of the label table.
 
     Raises:
         RunnerError: a shape or a label that does not fit the model.
@@ -58,8 +58,9 @@ def require_fitting(
             )
     if not class_labels.is_cpu or not class_labels.numel():
         return
-    if not 0 <= class_labels.amin() <= class_labels.amax() <= config.null_class:
+    last = config.label_rows - 1
+    if not 0 <= class_labels.amin() <= class_labels.amax() <= last:
         raise RunnerError(
             f"class labels run from {int(class_labels.amin())} to {int(class_labels.amax())}; the "
-            f"model knows 0 to {config.null_class}, the last for no class"
+            f"model knows 0 to {last}{', the last for no class' if config.null_row else ''}"
         )

@@ -46,7 +46,7 @@ class OpenedModel:
 
     runner: Runner
     source: str
-    sha256: str  # of the file, its external data included, or of the checkpoint
+    sha256: str  # of the file, its external data included; of a checkpoint the fingerprint
 
 
 def open_runner(
@@ -99,7 +99,7 @@ def open_runner(
         return _open_artifact(Path(model), device)
     loaded = load_dit(model, num_heads=num_heads)
     runner = TorchRunner(loaded.model, device=device)
-    return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.sha256)
+    return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.identity.fingerprint)
 
 
 def _open_plan(
