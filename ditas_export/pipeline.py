@@ -240,10 +240,10 @@ def _quantized(
     loaded.model.to(device)
     with timings.part("sampling"):
         states = _states(options, loaded, ranks, on_progress, say)
-    peak = peak_bytes(config, states, settings, ranks)
+    peak = peak_bytes(config, states.settings, settings, ranks)
     steps, samples = states.latents.shape[:2]
     say(
-        f"calibration on {device}: the walk sees {settings.walked_states(states, config)} of "
+        f"calibration on {device}: the walk sees {settings.walked_states(states.settings, config)} of "
         f"{steps * samples} states, "
         f"about {peak / 2**20:,.0f} MiB beside the model"
     )

@@ -173,7 +173,7 @@ def main() -> None:
               f"{DEPTH * block / forward:.0f} forward passes; the published code's "
               f"{PUBLISHED_TRAJECTORIES} trajectories take {published / TERA:.0f} TFLOP, "
               f"{published / spent:.0f} times as many.")  # fmt: skip
-    estimate = peak_bytes(loaded.model.config, states, settings)
+    estimate = peak_bytes(loaded.model.config, states.settings, settings)
     print(f"Peak RSS {peak:.2f} GiB, after sampling {sampled_peak:.2f}; the estimate beside the "
           f"model was {estimate / 2**30:.2f} GiB.")  # fmt: skip
     if device.type == "cuda":

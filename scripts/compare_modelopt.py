@@ -123,7 +123,7 @@ def quantize(model: DiT, states: CalibrationStates, config: dict[str, Any]) -> D
     """Return a copy of the model, fake-quantized by modelopt on the states of our walk."""
     import modelopt.torch.quantization as mtq
 
-    count = QuantizationSettings().walked_states(states, model.config)
+    count = QuantizationSettings().walked_states(states.settings, model.config)
     inputs = walk_states(states, count=count)
 
     def forward_loop(quantized: DiT) -> None:

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_other_float_types_become_float32(tmp_path: Path, state: State, dtype: t
     ids=["patch", "channels", "ratio"],
 )
 def test_the_shape_is_read_off_the_tensors(tmp_path: Path, change: dict[str, Any]) -> None:
-    config = DiTConfig(**{**TINY.to_dict(), **change})
+    config = replace(TINY, **change)
     model = random_dit(config)
     torch.save(model.state_dict(), tmp_path / "dit.pt")
     assert_holds(load_dit(tmp_path / "dit.pt", num_heads=HEADS), model.state_dict(), config)
@@ -237,7 +238,7 @@ def test_diffusers_time_features_are_not_the_published_ones(tmp_path: Path) -> N
     model = diffusers_model()
     model.save_pretrained(tmp_path)
     loaded = load_dit(tmp_path).model
-    published = DiT(DiTConfig(**{**loaded.config.to_dict(), "frequency_shift": 0}))
+    published = DiT(replace(loaded.config, frequency_shift=0))
     published.load_state_dict(loaded.state_dict())
     with torch.no_grad():
         out, expected = published(*INPUTS), loaded(*INPUTS)

@@ -36,7 +36,7 @@ def test_random_names_every_class_before_one_comes_again() -> None:
         ("3-", None, "write 3,7"),
         ("10", None, r"names class 10; this model has 0 to 9"),
         ("0-99999999999", None, "names class 99999999999"),
-        ("7-3", None, "names none; write ranges upwards"),
+        ("7-3", None, "names none by '7-3'; write ranges upwards"),
         ("3", 0, "0 images; ask for at least one"),
     ],
 )

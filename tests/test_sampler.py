@@ -121,9 +121,11 @@ def test_cancelling_stops_after_the_step(runner: TorchRunner) -> None:
         ({"cfg_channels": "2"}, '"3" or "all"'),
     ],
 )
-def test_settings_that_no_sampler_takes(changes: dict[str, object], message: str) -> None:
+def test_settings_that_no_sampler_takes(
+    changes: dict[str, object], message: str, runner: TorchRunner
+) -> None:
     with pytest.raises(RunnerError, match=message):
-        replace(SETTINGS, **changes)
+        Sampler(runner, replace(SETTINGS, **changes))
 
 
 def test_classes_and_decoders_that_do_not_fit_the_model(runner: TorchRunner) -> None:

@@ -25,6 +25,7 @@ from ditas_export.diffusion.sampling import (
     trajectory,
 )
 from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.process import Process
 from ditas_export.errors import RunnerError
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -106,7 +107,7 @@ def test_every_setting_of_the_scheduler_matters(
 ) -> None:
     """The oracle tells a sampler with one setting changed from the published one."""
 
-    def altered(sampler: SamplerName, steps: int) -> Any:
+    def altered(sampler: SamplerName, steps: int, _process: Process) -> Any:
         scheduler = make_scheduler(sampler, steps)
         other = type(scheduler).from_config(scheduler.config, **change)
         other.set_timesteps(steps)
@@ -128,8 +129,8 @@ def test_ddpm_time_steps_are_the_published_ones(steps: int) -> None:
     assert np.abs(np.array(timesteps[::-1]) - respaced_timesteps(steps)).max() <= 1
 
 
-@pytest.mark.parametrize(("cfg_scale", "rows"), [(1.0, 2), (1.5, 4), (0.0, 4)])
-def test_guidance_doubles_the_batch_unless_it_is_one(cfg_scale: float, rows: int) -> None:
+@pytest.mark.parametrize(("cfg_scale", "rows"), [(1.0, 2), (1.5, 4), (0.0, 2)])
+def test_guidance_doubles_the_batch_where_it_blends(cfg_scale: float, rows: int) -> None:
     runner = FakeRunner()
     sample(runner, classes=[1, 2], steps=4, cfg_scale=cfg_scale)
     assert runner.batch_sizes == [rows] * 4

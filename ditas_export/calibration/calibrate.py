@@ -22,9 +22,8 @@ from ditas_export.calibration.quantized_dit import (
     linear_to_parts,
 )
 from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
-from ditas_export.calibration.states import CalibrationStates, walk_states
+from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, walk_states
 from ditas_export.calibration.walk import WalkStates, rank_batches, walk
-from ditas_export.diffusion.guidance import blends
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import LinearSite, in_features, linear_sites
@@ -118,12 +117,10 @@ class QuantizationSettings:
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
 
-    def walked_states(self, states: CalibrationStates, config: DiTConfig) -> int:
+    def walked_states(self, calibration: CalibrationSettings, config: DiTConfig) -> int:
         """Return how many states the walk sees: those of `walk_tokens`, guidance halves counted."""
-        steps, samples = states.latents.shape[:2]
-        halves = 2 if blends(states.settings.cfg_scale) else 1
-        wanted = self.walk_tokens // (halves * config.num_tokens)
-        return min(max(1, wanted), steps * samples)
+        wanted = self.walk_tokens // (calibration.rows_per_state * config.num_tokens)
+        return min(max(1, wanted), calibration.steps * len(calibration.classes))
 
     def notes(self, config: DiTConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
@@ -197,7 +194,7 @@ def quantize_dit(
         )
         for site in sites
     }
-    count = settings.walked_states(states, config)
+    count = settings.walked_states(states.settings, config)
     inputs = walk_states(states, count=count)
     key = _progress_key(states, settings)
     known = ranks.first(lambda: _read_progress(progress_file, key, sites))
@@ -240,7 +237,7 @@ def quantize_dit(
 
 def peak_bytes(
     config: DiTConfig,
-    states: CalibrationStates,
+    calibration: CalibrationSettings,
     settings: QuantizationSettings,
     ranks: Ranks = SINGLE,
 ) -> int:
@@ -253,8 +250,7 @@ def peak_bytes(
     Raises:
         CalibrationError: more ranks than batches of states.
     """
-    count = settings.walked_states(states, config)
-    total = walk_states(states, count=count).latents.shape[0]
+    total = settings.walked_states(calibration, config) * calibration.rows_per_state
     batches = rank_batches(total, config.num_tokens, ranks)
     sizes = [int(batch.stop - batch.start) for _, batch in batches]
     stream = sum(sizes) * config.num_tokens * config.hidden_size * 4

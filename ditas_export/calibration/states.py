@@ -80,6 +80,11 @@ class CalibrationSettings:
             fields["classes"] = tuple(fields["classes"])
         return cls(**fields)
 
+    @property
+    def rows_per_state(self) -> int:
+        """Rows of the model's batch for each x_t: with and without class where both are blended."""
+        return 2 if blends(self.cfg_scale) else 1
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {
