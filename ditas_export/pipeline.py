@@ -242,9 +242,9 @@ def _quantized(
         states = _states(options, loaded, ranks, on_progress, say)
     peak = peak_bytes(config, states.settings, settings, ranks)
     steps, samples = states.latents.shape[:2]
+    walked = settings.walked_states(states.settings, config)
     say(
-        f"calibration on {device}: the walk sees {settings.walked_states(states.settings, config)} of "
-        f"{steps * samples} states, "
+        f"calibration on {device}: the walk sees {walked} of {steps * samples} states, "
         f"about {peak / 2**20:,.0f} MiB beside the model"
     )
     total = 4 * config.depth
