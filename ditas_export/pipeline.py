@@ -39,6 +39,7 @@ from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
+from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
@@ -411,7 +412,7 @@ def _manifest(
             "block_size": linear.weight.block_size,
             "rank": linear.low_rank.rank if linear.low_rank else 0,
             "static_range": linear.static_range,
-            "output_snr_db": linear.output_snr_db,
+            "output_snr_db": finite_or_none(linear.output_snr_db),
             "smoothing_scale": [
                 float(linear.smoothing_scale.amin()),
                 float(linear.smoothing_scale.amax()),

@@ -29,7 +29,7 @@ from ditas_export.evaluation.linear_outputs import (
     linear_outputs,
     output_bytes,
 )
-from ditas_export.evaluation.metrics import Difference, finite_or_none
+from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import (
     onnx_runner,
@@ -38,6 +38,7 @@ from ditas_export.evaluation.polygraphy_runs import (
     run_both,
     save_inputs,
 )
+from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.export import read_config
 from ditas_export.runtime.open_runner import PLAN_SUFFIXES, onnxruntime_takes
 

@@ -8,7 +8,6 @@ kernels on CPUs, so a bfloat16 file runs in OpenVINO, and not at all where that 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.figures import finite_or_none
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
     OnnxRuntimeRunner,
@@ -106,14 +106,14 @@ class Verification:
         file = self.file
         return {
             "matches_fake_quantized_forward": self.matches,
-            "match_db": file and _finite(file.match_db),
+            "match_db": file and finite_or_none(file.match_db),
             "match_bound_db": self.match_bound_db,
-            "single_step_snr_db": file and _finite(file.single_step_db),
-            "final_latents_snr_db": file and [_finite(value) for value in file.final_db],
-            "final_latents_snr_db_mean": file and _finite(self.mean_final_db),
-            "fake_quantized_single_step_snr_db": _finite(self.fake_quant_single_step_db),
+            "single_step_snr_db": file and finite_or_none(file.single_step_db),
+            "final_latents_snr_db": file and [finite_or_none(value) for value in file.final_db],
+            "final_latents_snr_db_mean": file and finite_or_none(self.mean_final_db),
+            "fake_quantized_single_step_snr_db": finite_or_none(self.fake_quant_single_step_db),
             "fake_quantized_final_latents_snr_db": [
-                _finite(value) for value in self.fake_quant_final_db
+                finite_or_none(value) for value in self.fake_quant_final_db
             ],
             "kernels": file and dict(file.kernels),
             "runtime": file and file.runtime,
@@ -122,11 +122,6 @@ class Verification:
             "steps": self.settings.steps,
             "cfg_scale": self.settings.cfg_scale,
         }
-
-
-def _finite(decibels: float) -> float | None:
-    """Return a ratio as JSON takes it: None where the outputs are equal or not finite."""
-    return round(decibels, 3) if math.isfinite(decibels) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
