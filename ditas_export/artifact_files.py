@@ -170,7 +170,8 @@ def sole_process(lock: Path, *, what: Path) -> Iterator[None]:
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if _is_at(handle, lock):
+            lock.unlink()
         os.close(handle)
 
 

@@ -146,14 +146,26 @@ class WorkFolder:
         return folder
 
     def make(self) -> None:
-        """Make the folder itself."""
+        """Make the folder itself; finish the removal of one that a killed process began."""
+        shutil.rmtree(self._done, ignore_errors=True)
         _make_folder(self.path)
 
-    def remove(self, *kinds: str) -> None:
-        """Remove the parts of some kinds; all of them where none is named."""
+    def remove(self, kind: str) -> None:
+        """Remove the parts of one kind."""
         for part in self._parts():
-            if part.name != _LOCK and (not kinds or part.name.partition("-")[0] in kinds):
+            if part.name.startswith(f"{kind}-"):
                 shutil.rmtree(part, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Remove everything: the job is done. In one step, so that all is kept or nothing."""
+        with contextlib.suppress(FileNotFoundError):  # another rank was first
+            self.path.rename(self._done)
+        shutil.rmtree(self._done, ignore_errors=True)
+
+    @property
+    def _done(self) -> Path:
+        """What the folder is called while it is being removed."""
+        return self.path.with_name(f".{self.path.name}.done")
 
     def remove_if_empty(self) -> None:
         """Remove the folder where nothing is kept in it."""

@@ -15,7 +15,7 @@ from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
 from ditas_export.cli.flags import defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
-from ditas_export.options import FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
+from ditas_export.options import DEFAULTS, FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
 
 if TYPE_CHECKING:
     from ditas_export.distributed import Ranks
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = defaults_of(ExportOptions)
 _INTEGERS = {field.name for field in fields(ExportOptions) if field.type in ("int", "int | None")}
-_option = flags_of(ExportOptions)
+_option = flags_of(ExportOptions, DEFAULTS)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
