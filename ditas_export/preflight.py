@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditas_export.artifact_files import require_writable
 from ditas_export.calibration.adaln import adaln_block_size
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes
 from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
@@ -71,6 +72,8 @@ def check_files(options: ExportOptions) -> None:
         ArtifactError: see `JobFiles.check`.
     """
     output = options.output
+    if not output.name or output.name == "..":
+        require_writable(output)
     is_checkpoint = output.suffix.lower() in CHECKPOINT_SUFFIXES
     is_strange = output.exists() and not is_quantized_file(output)
     if options.model == "digits" and (is_checkpoint or is_strange):

@@ -195,8 +195,9 @@ def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quie
     file, bound = result.verification.file, result.verification.match_bound_db
     if file is not None and not result.verification.matches:
         Console(stderr=True).print(
-            f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
-            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
+            f"[bold red]error:[/] {result.file} agrees with the fake-quantized forward to "
+            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it. "
+            f"{options.output} is as it was; the solved model is kept for another form of it",
             soft_wrap=True,
         )
 
