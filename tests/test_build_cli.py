@@ -107,7 +107,6 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
-    from ditas_export.dit.model import DiTConfig
 
     return dict(expected_kernels(known.dit, known.form))
 

@@ -71,7 +71,7 @@ def make_engine(
     job_files(onnx_path, plan_path, options).check()
     onnx_sha256 = sha256_of_onnx(onnx_path)
     require_own_manifest(onnx_path, onnx_sha256)
-    replaced = sha256_of_file(plan_path) if plan_path.exists() else None
+    earlier = sha256_of_file(plan_path) if plan_path.exists() else None
     with (
         sole_process(plan_path.with_name(f".{plan_path.name}.lock"), what=plan_path),
         _in_layout(onnx_path, layout) as graph,
@@ -84,10 +84,11 @@ def make_engine(
             report = layer_report(engine_layers(built.log), config, form)
         except EngineError as error:
             unknown = str(error) if expected_kernels(config, form) else None
+        plan_sha256 = sha256_of_file(partial)
         metadata = EngineMetadata(
             product=product.name,
             version=built.version,
-            plan_sha256=sha256_of_file(partial),
+            plan_sha256=plan_sha256,
             plan_bytes=built.size_bytes,
             onnx_name=onnx_path.name,
             onnx_sha256=onnx_sha256,
@@ -96,7 +97,7 @@ def make_engine(
             options=json_options(options),
             gpu=current_gpu(),
             layers=None if report is None else report.to_dict(),
-            replaces_sha256=replaced,
+            replaces_sha256=earlier if earlier != plan_sha256 else None,
         )
         metadata.save(metadata_path(plan_path))
     return MadeEngine(metadata=metadata, report=report, unknown=unknown)
