@@ -158,7 +158,7 @@ class WorkFolder:
 
     def finish(self) -> None:
         """Remove everything: the job is done. In one step, so that all is kept or nothing."""
-        with contextlib.suppress(FileNotFoundError):  # another rank was first
+        with contextlib.suppress(OSError):  # another rank was first; else the next run removes it
             self.path.rename(self._done)
         shutil.rmtree(self._done, ignore_errors=True)
 
