@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ditas_export.errors import OnnxExportError
 
@@ -51,6 +51,17 @@ FAST_WALK_TOKENS = 19_200
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
+DEFAULTS: Mapping[str, Any] = {
+    "classes": "random",
+    "w": 4,
+    "a": 8,
+    "method": "ditas-plus",
+    "steps": 50,
+    "samples": 12,
+    "seed": 0,
+}
+"""What is taken where an option is not given, and no states or artefact decide it."""
+
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "fast": (False, True),
@@ -65,16 +76,19 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What `ditas-export` is asked for; the fields are its options."""
+    """What `ditas-export` is asked for; the fields are its options, None is not given.
+
+    An option that is given and contradicts the artefact or the states that are taken is an error.
+    """
 
     output: Path
     model: str = "digits"
     num_heads: int | None = None
-    classes: str = "random"
+    classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    w: int = 4
-    a: int = 8
-    method: str = "ditas-plus"
+    w: int | None = None
+    a: int | None = None
+    method: str | None = None
     rank: int | None = None
     block_size: int | None = None
     alpha_grid: tuple[float, ...] | None = None
@@ -85,10 +99,10 @@ class ExportOptions:
     precision: Precision | None = None
     target: Target = "portable"
     adaln: Literal[16, 8, 4] | None = None
-    steps: int = 50
+    steps: int | None = None
     cfg_scale: float | None = None
-    samples: int = 12
-    seed: int = 0
+    samples: int | None = None
+    seed: int | None = None
     save_calibration: Path | None = None
     calibration: Path | None = None
     save_artifact: Path | None = None
@@ -132,11 +146,11 @@ class ExportOptions:
         return None if self.vae is None else self.output.with_name(VAE_FILE)
 
     @property
-    def states_path(self) -> Path:
-        """Where the calibration states, sampled in part or whole, are kept until quantized."""
-        return self.output.with_name(f"{self.output.name}.states")
+    def rejected(self) -> Path:
+        """Where a file goes that does not compute what was calibrated: out.rejected.onnx."""
+        return self.output.with_name(f"{self.output.stem}.rejected{self.output.suffix}")
 
-    @property
-    def progress_path(self) -> Path:
-        """Where the blocks of an interrupted walk are kept until it is taken up again."""
-        return self.output.with_name(f"{self.output.name}.progress")
+    def or_default(self, name: str) -> Any:
+        """Return an option as given, or its default."""
+        value = getattr(self, name)
+        return DEFAULTS[name] if value is None else value

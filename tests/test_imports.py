@@ -18,6 +18,7 @@ PACKAGE = Path(ditas_export.__file__).parent
 ORDER = (
     "errors",
     "artifact_files",
+    "job_files",
     "distributed",
     "fast_matmul",
     "timings",
@@ -31,6 +32,10 @@ ORDER = (
     "runtime",
     "generation",
     "evaluation",
+    "preflight",
+    "export_job",
+    "export_manifest",
+    "export_files",
     "pipeline",
     "cli",
 )

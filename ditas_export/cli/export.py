@@ -15,7 +15,7 @@ from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
 from ditas_export.cli.flags import defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
-from ditas_export.options import FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
+from ditas_export.options import DEFAULTS, FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
 
 if TYPE_CHECKING:
     from ditas_export.distributed import Ranks
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = defaults_of(ExportOptions)
 _INTEGERS = {field.name for field in fields(ExportOptions) if field.type in ("int", "int | None")}
-_option = flags_of(ExportOptions)
+_option = flags_of(ExportOptions, DEFAULTS)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -195,8 +195,9 @@ def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quie
     file, bound = result.verification.file, result.verification.match_bound_db
     if file is not None and not result.verification.matches:
         Console(stderr=True).print(
-            f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
-            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
+            f"[bold red]error:[/] {result.file} agrees with the fake-quantized forward to "
+            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it. "
+            f"{options.output} is as it was; the solved model is kept for another form of it",
             soft_wrap=True,
         )
 

@@ -16,8 +16,8 @@ WORST = 5
 def print_summary(console: Console, result: ExportResult, options: ExportOptions) -> None:
     """Print accuracy, size, kernels and the worst linears."""
     manifest, verification = result.manifest, result.verification
-    size = options.output.stat().st_size
-    table = Table(title=f"{options.output}  ({size / 2**20:.2f} MiB)", show_header=False)
+    size = result.file.stat().st_size
+    table = Table(title=f"{result.file}  ({size / 2**20:.2f} MiB)", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, text in _proof(verification):
@@ -43,7 +43,7 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
         table.add_row("VAE decoder", str(options.vae_path))
     seconds = ", ".join(f"{part} {value:.0f}" for part, value in manifest["seconds"].items())
     table.add_row("seconds", seconds)
-    table.add_row("manifest", str(options.manifest_path))
+    table.add_row("manifest", str(result.file.with_suffix(".json")))
     console.print(table)
     if verification.file is None:
         console.print(_unproven(options), markup=False, highlight=False, soft_wrap=True)

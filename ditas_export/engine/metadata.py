@@ -15,7 +15,8 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import CheckpointError, EngineError
 
-FORMAT = "ditas-export engine 1"
+KIND = "ditas-export engine"
+FORMAT = f"{KIND} 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class EngineMetadata:
     options: dict[str, Any]  # of the build
     gpu: Gpu | None  # the one at hand when it was built, if any
     layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
+    replaces_sha256: str | None = None  # of the plan that lay there before, if any
 
     def __post_init__(self) -> None:
         """Refuse a product that this package does not know."""
@@ -80,6 +82,18 @@ class EngineMetadata:
             raise EngineError(
                 f"{path} does not describe an engine ({error}); build it with ditas-build"
             ) from error
+
+
+def is_plan_file(path: Path) -> bool:
+    """Return whether a file is a plan with its metadata beside it, or the one that they replace.
+
+    The metadata are written first; a process that is killed then leaves the earlier plan.
+    """
+    try:
+        metadata = EngineMetadata.load(metadata_path(path))
+        return sha256_of_file(path) in (metadata.plan_sha256, metadata.replaces_sha256)
+    except (EngineError, OSError):
+        return False
 
 
 def metadata_path(plan: Path) -> Path:

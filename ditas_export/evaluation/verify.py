@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
 from ditas_export.evaluation.inputs import inputs_at
+from ditas_export.evaluation.kept_parts import KeptParts, Part
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.figures import finite_or_none
 from ditas_export.runtime.onnxruntime_runner import (
@@ -130,6 +132,7 @@ class _Run:
 
     probes: list[Tensor]  # outputs at the probed inputs
     finals: list[Tensor]  # final latents, one per seed
+    runtime: str
 
 
 def verify_file(
@@ -139,11 +142,13 @@ def verify_file(
     settings: VerificationSettings,
     *,
     device: str | torch.device = "cpu",
+    kept: KeptParts = KeptParts(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Sample with the float model, the fake-quantized model and the file, if it runs; compare.
 
-    The two models stay on `device`; the file runs on the CPU.
+    The two models stay on `device`; the file runs on the CPU. What is kept of an interrupted
+    verification is not run again; where all is, the file need not be there.
 
     Args:
         float_model: float32.
@@ -151,30 +156,28 @@ def verify_file(
         path: the exported ONNX file.
         settings: seeds, classes, steps, guidance.
         device: where the models compute.
+        kept: where every seed of every model is kept, of these settings and models alone.
         on_step: called with (sampling steps done, in all).
 
     Raises:
         RunnerError: the runtime is missing, or refuses the file.
+        ArtifactError: what is to be kept cannot be written.
     """
     dtype = fake_quantized.pos_embed.dtype
     open_file = _file_opener(dtype)
     done, total = 0, (3 if open_file else 2) * len(settings.seeds) * settings.steps
 
-    def count() -> None:
+    def count(steps: int) -> None:
         nonlocal done
-        done += 1
+        done += steps
         if on_step is not None:
             on_step(done, total)
 
-    inputs: list[ModelInputs] = []
-    with TorchRunner(float_model, device=device) as runner:
-        reference = _run(runner, settings, inputs, count, gather=True)
-    with TorchRunner(fake_quantized, device=device) as runner:
-        expected = _run(runner, settings, inputs, count)
+    runs = _Runs(settings=settings, kept=kept, count=count)
+    reference = runs.of("float", lambda: TorchRunner(float_model, device=device))
+    expected = runs.of("fake", lambda: TorchRunner(fake_quantized, device=device))
     return Verification(
-        file=_findings(path, open_file, settings, inputs, count, reference, expected)
-        if open_file
-        else None,
+        file=_findings(path, open_file, runs, reference, expected) if open_file else None,
         match_bound_db=MATCH_BOUND_DB[dtype],
         fake_quant_single_step_db=_single_step(reference, expected),
         fake_quant_final_db=_per_seed(reference, expected),
@@ -192,25 +195,30 @@ def _file_opener(dtype: torch.dtype) -> Callable[[Path], FileRunner] | None:
 def _findings(
     path: Path,
     open_file: Callable[[Path], FileRunner],
-    settings: VerificationSettings,
-    inputs: list[ModelInputs],
-    count: Callable[[], None],
+    runs: _Runs,
     reference: _Run,
     expected: _Run,
 ) -> FileFindings:
     """Run the file and hold it against the float and the fake-quantized run."""
-    with open_file(path) as runner:
-        found = _run(runner, settings, inputs, count)
-        is_onnxruntime = isinstance(runner, OnnxRuntimeRunner)
-        description = runner.description
+    found = runs.of("file", lambda: open_file(path))
+    is_onnxruntime = open_file is not OpenVINORunner
+    kernels = runs.kept.take(
+        "kernels",
+        lambda: Part(facts=_counted_kernels(path) if is_onnxruntime else {}),
+    )
     pairs = zip(expected.probes, found.probes, strict=True)
     return FileFindings(
         match_db=min(snr_db(wanted, got) for wanted, got in pairs),
         single_step_db=_single_step(reference, found),
         final_db=_per_seed(reference, found),
-        kernels=Counter(matmul_kernels(path).values()) if is_onnxruntime else {},
-        runtime=description,
+        kernels=kernels.facts,
+        runtime=found.runtime,
     )
+
+
+def _counted_kernels(path: Path) -> dict[str, int]:
+    """Return ONNX Runtime's kernels of a file's products, in order of name, and how many each."""
+    return dict(sorted(Counter(matmul_kernels(path).values()).items()))
 
 
 def _single_step(reference: _Run, other: _Run) -> float:
@@ -225,29 +233,72 @@ def _per_seed(reference: _Run, other: _Run) -> tuple[float, ...]:
     )
 
 
-def _run(
-    runner: Runner,
-    settings: VerificationSettings,
-    inputs: list[ModelInputs],
-    count: Callable[[], None],
-    *,
-    gather: bool = False,
-) -> _Run:
-    """Sample every seed; then answer at the probed inputs, which the float run gathers."""
-    finals = []
-    every = max(1, settings.steps // PROBES)
-    for seed in settings.seeds:
+@dataclass(slots=True, kw_only=True)
+class _Runs:
+    """Runs one backend after the other; the first gathers the inputs at which all are probed."""
+
+    settings: VerificationSettings
+    kept: KeptParts
+    count: Callable[[int], None]
+    inputs: list[ModelInputs] = field(default_factory=list)
+
+    def of(self, name: str, open_runner: Callable[[], Runner]) -> _Run:
+        """Sample every seed, then answer at the probed inputs; open the backend if need be."""
+        finals = []
+        with ExitStack() as stack:
+            runner = cache(lambda: stack.enter_context(open_runner()))
+            for seed in self.settings.seeds:
+                if found := self.kept.find(f"{name}-{seed}"):
+                    self.count(self.settings.steps)
+                part = found or self.kept.take(
+                    f"{name}-{seed}", partial(self._sampled, runner, seed)
+                )
+                finals.append(part.tensors["final"])
+                self.inputs = self.inputs or _probed_inputs(part)
+            probed = self.kept.take(f"{name}-probes", partial(self._probed, runner))
+        outputs = [probed.tensors[str(index)] for index in range(len(self.inputs))]
+        return _Run(probes=outputs, finals=finals, runtime=probed.facts["runtime"])
+
+    def _sampled(self, runner: Callable[[], Runner], seed: int) -> Part:
+        """Sample one seed; with its final latents goes what the very first run is probed at."""
+        settings, probes = self.settings, []
+        every = max(1, settings.steps // PROBES)
         for step in trajectory(
-            runner,
+            runner(),
             classes=settings.classes,
             steps=settings.steps,
             cfg_scale=settings.cfg_scale,
             seed=seed,
         ):
-            if gather and seed == settings.seeds[0] and step.index % every == 0:
-                inputs.append(inputs_at(step, settings.cfg_scale, runner.config))
+            if not self.inputs and step.index % every == 0:
+                probes.append(inputs_at(step, settings.cfg_scale, runner().config))
             last = step.next_latents
-            count()
-        finals.append(last)
-    probes = [runner(probe.latents, probe.timesteps, probe.class_labels) for probe in inputs]
-    return _Run(probes=probes, finals=finals)
+            self.count(1)
+        gathered = {
+            name: torch.stack([getattr(probe, name) for probe in probes])
+            for name in (_PROBE_PARTS if probes else ())
+        }
+        return Part(tensors={"final": last, **gathered})
+
+    def _probed(self, runner: Callable[[], Runner]) -> Part:
+        """Answer at the probed inputs."""
+        answers = {
+            str(index): runner()(probe.latents, probe.timesteps, probe.class_labels)
+            for index, probe in enumerate(self.inputs)
+        }
+        return Part(tensors=answers, facts={"runtime": runner().description})
+
+
+_PROBE_PARTS = ("latents", "timesteps", "class_labels")
+"""What a probe is made of."""
+
+
+def _probed_inputs(part: Part) -> list[ModelInputs]:
+    """Return the inputs that were gathered with a seed; none where it is not the first."""
+    if _PROBE_PARTS[0] not in part.tensors:
+        return []
+    stacked = (part.tensors[name] for name in _PROBE_PARTS)
+    return [
+        ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
+        for latents, timesteps, labels in zip(*stacked, strict=True)
+    ]

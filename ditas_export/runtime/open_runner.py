@@ -20,6 +20,7 @@ from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -75,6 +76,7 @@ def open_runner(
 
     Raises:
         RunnerError: a backend that is missing, or that cannot run this kind of model.
+        OnnxExportError: a file with the manifest of another beside it.
         DitasExportError: a model that cannot be read.
     """
     if runtime not in get_args(Runtime):
@@ -85,6 +87,7 @@ def open_runner(
         path = Path(model)
         open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
         sha256 = sha256_of_onnx(path)
+        require_own_manifest(path, sha256)
         return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
     is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
