@@ -27,10 +27,16 @@ from quantized_fixture import (
 
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.model import DiT
+from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
-from ditas_export.errors import EngineError, OnnxExportError, RunnerError, VerificationError
+from ditas_export.errors import (
+    EngineError,
+    OnnxExportError,
+    OtherModelError,
+    RunnerError,
+    VerificationError,
+)
 from ditas_export.evaluation import compare as compare_module
 from ditas_export.evaluation import polygraphy_runs
 from ditas_export.evaluation.compare import Comparison, compare
@@ -39,7 +45,7 @@ from ditas_export.evaluation.linear_outputs import linear_outputs, output_bytes
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
-from ditas_export.onnx_export.export import export_reference
+from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
