@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +54,7 @@ VAE_FILE = "vae_decoder.onnx"
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "fast": (False, True),
+    "no_null_class": (False, True),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
@@ -64,12 +65,37 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointHints:
+    """What a caller knows of a checkpoint that does not say it itself; the fields are options."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None  # the null row not counted
+    no_null_class: bool = False  # every row of the label table is a class
+    betas: str | None = None  # NAME[,START,END[,STEPS]]
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something, as flags."""
+        return [
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) not in (None, False)
+        ]
+
+
+NO_HINTS = CheckpointHints()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     """What `ditas-export` is asked for; the fields are its options."""
 
     output: Path
     model: str = "digits"
     num_heads: int | None = None
+    num_classes: int | None = None
+    no_null_class: bool = False
+    betas: str | None = None
     classes: str = "random"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: int = 4
@@ -115,6 +141,16 @@ class ExportOptions:
                 "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "
                 "tensorrt or portable"
             )
+
+    @property
+    def hints(self) -> CheckpointHints:
+        """What is said of a checkpoint that does not say it itself."""
+        return CheckpointHints(
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            no_null_class=self.no_null_class,
+            betas=self.betas,
+        )
 
     @property
     def float_side(self) -> Precision:

@@ -23,6 +23,7 @@ from ditas_export.calibration.calibrate import (
 from ditas_export.calibration.fold import FoldedDiT, fold_smoothing
 from ditas_export.calibration.methods import ALPHA_GRID
 from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.noise_check import NoiseCheck, check_noise
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
     CalibrationSettings,
@@ -46,7 +47,7 @@ from ditas_export.onnx_export.manifest import bytes_by_part, write_manifest
 from ditas_export.onnx_export.vae import (
     export_vae_decoder,
     load_latent_decoder,
-    require_same_channels,
+    require_fitting_vae,
 )
 from ditas_export.options import (
     CFG_SCALE,
@@ -106,13 +107,18 @@ def export(
     ranks.first(lambda: _check_vae(options, loaded))
     ranks.first(lambda: _check_adaln(options, loaded))
     say(f"model: {loaded.source}")
+    for note in loaded.notes:
+        say(f"  {note}")
+    noise = ranks.first(lambda: _check_noise(options, loaded))
+    if noise.warning is not None:
+        say(f"warning: {noise.warning}")
     timings = Timings()
     calibrated = _quantized(options, loaded, ranks, timings, on_progress, say)
     quantized = ranks.together(
         lambda: quantize_adaln(calibrated, options.adaln or calibrated.adaln_bits)
     )
     verification, manifest = ranks.first(
-        lambda: _write(options, loaded, quantized, timings, on_progress)
+        lambda: _write(options, loaded, quantized, noise, timings, on_progress)
     )
     return ExportResult(quantized=quantized, verification=verification, manifest=manifest)
 
@@ -121,6 +127,7 @@ def _write(
     options: ExportOptions,
     loaded: LoadedDiT,
     quantized: QuantizedDiT,
+    noise: NoiseCheck,
     timings: Timings,
     on_progress: OnProgress,
 ) -> tuple[Verification, dict[str, Any]]:
@@ -147,6 +154,7 @@ def _write(
     with timings.part("verification"):
         verification = _verify(options, loaded, quantized, folded, ranges, on_progress)
     manifest = _manifest(options, loaded, quantized, layout, ranges, verification)
+    manifest["noise_check"] = noise.to_dict()
     manifest["seconds"] = {part: round(value, 1) for part, value in timings.seconds.items()}
     write_manifest(options.manifest_path, manifest)
     return verification, manifest
@@ -174,7 +182,7 @@ def _check_paths(options: ExportOptions) -> None:
 
 def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
     """Return the model, the same on every rank."""
-    loaded = ranks.together(lambda: load_dit(options.model, num_heads=options.num_heads))
+    loaded = ranks.together(lambda: load_dit(options.model, options.hints))
     if len(set(ranks.gather(loaded.identity.fingerprint))) > 1:
         raise CheckpointError(f"{options.model} is not the same checkpoint on every rank")
     return loaded
@@ -183,8 +191,21 @@ def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
 def _check_vae(options: ExportOptions, loaded: LoadedDiT) -> None:
     """Refuse a VAE that cannot be loaded or takes other latents, before any work."""
     if options.vae is not None:
-        taken = load_latent_decoder(options.vae).shape.in_channels
-        require_same_channels(options.vae, made=loaded.model.config.in_channels, taken=taken)
+        shape = load_latent_decoder(options.vae).shape
+        require_fitting_vae(
+            f"the VAE {options.vae}",
+            in_channels=shape.in_channels,
+            factors=shape.factors,
+            config=loaded.model.config,
+        )
+
+
+def _check_noise(options: ExportOptions, loaded: LoadedDiT) -> NoiseCheck:
+    """Measure whether the model predicts noise, before any work is put into it."""
+    try:
+        return check_noise(loaded.model, device=_device(options))
+    finally:
+        loaded.model.to("cpu")
 
 
 def _check_adaln(options: ExportOptions, loaded: LoadedDiT) -> None:
