@@ -107,6 +107,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             ranges=ranges,
             verification=verification,
         )
+        manifest["noise_check"] = job.noise.to_dict()
         seconds = job.timings.seconds.items()
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
         write_manifest(kept_manifest, manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ DEFAULTS: Mapping[str, Any] = {
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "fast": (False, True),
+    "no_null_class": (False, True),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
@@ -72,6 +73,28 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "adaln": (None, 16, 8, 4),
 }
 """Options that take one of a few values; None leaves the choice to model, artefact or target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointHints:
+    """What a caller knows of a checkpoint that does not say it itself; the fields are options."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None  # the null row not counted
+    no_null_class: bool = False  # every row of the label table is a class
+    betas: str | None = None  # NAME[,START,END[,STEPS]]
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something, as flags."""
+        return [
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) not in (None, False)
+        ]
+
+
+NO_HINTS = CheckpointHints()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +107,9 @@ class ExportOptions:
     output: Path
     model: str = "digits"
     num_heads: int | None = None
+    num_classes: int | None = None
+    no_null_class: bool = False
+    betas: str | None = None
     classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: int | None = None
@@ -129,6 +155,16 @@ class ExportOptions:
                 "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "
                 "tensorrt or portable"
             )
+
+    @property
+    def hints(self) -> CheckpointHints:
+        """What is said of a checkpoint that does not say it itself."""
+        return CheckpointHints(
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            no_null_class=self.no_null_class,
+            betas=self.betas,
+        )
 
     @property
     def float_side(self) -> Precision:

@@ -6,7 +6,8 @@ Three kinds of faults. `killed before` and `killed after`: SIGKILL at every mkdi
 rmdir and fsync under the job's folder, one run per point, each going on with what the last one
 left, until one comes through. With --each the run after a kill starts from nothing instead, and the
 one after that must come through. `disk full`: ENOSPC at each of these and in each file's own
-writing (`killed before or full` has the latter alone). `random moments`: SIGKILL, SIGINT or SIGTERM at a random moment of each named stage.
+writing (`killed before or full` has the latter alone). `random moments`: SIGKILL, SIGINT or SIGTERM
+at a random moment of each named stage.
 
 At the end the folder must hold the files of an uninterrupted run and no others: the same bytes, but
 for the seconds in the manifest. Children are forked from one process that has imported everything.

@@ -38,6 +38,29 @@ def export(
     num_heads: Annotated[
         int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
     ] = None,
+    num_classes: Annotated[
+        int | None,
+        _option("Classes, where the checkpoint does not say.", "num_classes"),
+    ] = None,
+    no_null_class: Annotated[
+        bool | None,
+        typer.Option(
+            "--no-null-class",
+            help="The checkpoint was trained without class dropout: every row of its label table "
+            "is a class.",
+            show_default=False,
+        ),
+    ] = None,
+    betas: Annotated[
+        str | None,
+        _option(
+            "Noise schedule of training, where the checkpoint does not say: linear, scaled_linear "
+            "or squaredcos_cap_v2.",
+            "betas",
+            metavar="NAME[,START,END[,STEPS]]",
+            shown="linear,0.0001,0.02,1000",
+        ),
+    ] = None,
     classes: Annotated[
         str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
     ] = None,
@@ -254,7 +277,7 @@ def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:
 
         def say(text: str) -> None:
             if show:
-                console.print(text, highlight=False, soft_wrap=True)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         return run_export(options, ranks=ranks, on_progress=advance, say=say)
 

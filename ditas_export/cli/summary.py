@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +25,7 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
     table.add_column()
     for name, text in _proof(verification):
         table.add_row(name, text)
+    table.add_row("noise returned at the first step", _noise(manifest["noise_check"]))
     table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
     parts = ", ".join(
         f"{part.replace('_', ' ')} {count / 2**10:,.0f}"
@@ -64,6 +68,15 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
         ("single step against float", f"{verification.single_step_db:.1f} dB{whose}"),
         ("file against fake-quantized forward", match),
     ]
+
+
+def _noise(check: Mapping[str, Any]) -> str:
+    """Return how nearly the float model returns noise, in red where it does not."""
+    figures = {"with class": check["class_db"], "without": check["null_class_db"]}
+    text = ", ".join(f"{name} {db:.1f} dB" for name, db in figures.items() if db is not None)
+    if check["passes"]:
+        return text
+    return f"[bold red]{text or 'no figure'}: {check['finding']}[/]"
 
 
 def _unproven(options: ExportOptions) -> str:

@@ -28,6 +28,7 @@ from ditas_export.errors import CancelledError, RunnerError
 from ditas_export.generation.decoder import Decoder
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
+from ditas_export.onnx_export.vae import require_fitting_vae
 
 PICTURE_CHANNELS = (1, 3)
 """Channels of a model that makes pixels itself: grey or RGB."""
@@ -89,21 +90,23 @@ class Sampler:
 
     Raises:
         RunnerError: a class that the model does not have, steps that the sampler does not take,
-            guidance of a model that has nothing to guide with, or a decoder of other latents.
+            guidance of a model that has nothing to guide with, or a decoder of other latents, or
+            of latents scaled otherwise.
     """
 
     def __init__(
         self, runner: Runner, settings: SamplingSettings, *, decoder: Decoder | None = None
     ) -> None:
         config = runner.config
-        channels = config.in_channels
         require_labels(settings.classes, config)
         make_scheduler(settings.sampler, settings.steps, config.process)
         self._cfg_scale = resolved_cfg_scale(settings.cfg_scale, default=CFG_SCALE, config=config)
-        if decoder is not None and decoder.in_channels != channels:
-            raise RunnerError(
-                f"the model makes {channels}-channel latents, {decoder.description} takes "
-                f"{decoder.in_channels}; pass the VAE that the model was trained with"
+        if decoder is not None:
+            require_fitting_vae(
+                decoder.description,
+                in_channels=decoder.in_channels,
+                factors=decoder.factors,
+                config=config,
             )
         self.runner = runner
         self.settings = replace(settings, cfg_scale=self._cfg_scale)

@@ -7,6 +7,7 @@ without a moment at which a file's data are not its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -100,6 +101,10 @@ def install(staged: Path, path: Path) -> None:
         ArtifactError: another file has the name of the data.
         OSError: a file cannot be moved.
     """
+    earlier = set()
+    if path.exists():
+        with contextlib.suppress(OnnxExportError):
+            earlier = {file.name for file in _data_of(path)}
     for data in _data_of(staged):
         target = path.parent / data.name
         if not data.exists() and target.exists():
@@ -108,9 +113,14 @@ def install(staged: Path, path: Path) -> None:
             raise ArtifactError(f"{target} is there already; delete it, or name another output")
         settle(data, target)
     settle(staged, path)
-    # By name, not by what the earlier file said: a stranger's may name anything.
-    mine = re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{16}})?\.data")
-    left = {file for file in path.parent.iterdir() if mine.fullmatch(file.name)}
+    # By name, whatever the earlier file said: a stranger's may name anything.
+    mine = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data")
+    of_earlier_versions = {f"{path.name}.data"} & earlier
+    left = {
+        file
+        for file in path.parent.iterdir()
+        if mine.fullmatch(file.name) or file.name in of_earlier_versions
+    }
     for file in sorted(left - set(_data_of(path))):
         file.unlink(missing_ok=True)
 
