@@ -33,6 +33,17 @@ class RunnerError(DitasExportError):
     """A backend is missing, refuses the model, or was fed inputs that do not fit."""
 
 
+class NonFiniteOutputError(RunnerError):
+    """A model put out NaN or infinity; `rows` are those of its batch."""
+
+    def __init__(self, *, rows: list[int], runner: str) -> None:
+        self.rows = rows
+        super().__init__(
+            f"{runner} put out NaN or infinity in rows {', '.join(map(str, rows[:8]))} of the "
+            f"batch; where the file is fp16 it overflows: use bf16 or fp32, else check the weights"
+        )
+
+
 class EngineError(DitasExportError):
     """An engine builder is missing, refuses a graph, or crashes on it."""
 
