@@ -61,7 +61,7 @@ def sample(
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
     sampler: SamplerName = "ddpm",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     on_step: OnStep | None = None,
@@ -76,7 +76,7 @@ def sample(
             batch of the plain size.
         cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one.
         sampler: `ddpm` (published), `ddim` or `dpm++`.
-        seed: with an image's index, what its noise depends on.
+        seed: with an image's index, what its noise depends on; one for all images, or one each.
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
         device: where latents lie from step to step, the runner's for speed. Noise is drawn on the
             CPU in any case; class labels stay there.
@@ -113,7 +113,7 @@ def trajectory(
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
     sampler: SamplerName = "ddpm",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Step]:
@@ -133,7 +133,10 @@ def trajectory(
     channels = guided_channel_count(config.in_channels, cfg_channels)
     guided = blends(cfg_scale)
     learned = sampler == "ddpm" and config.process.variance == "learned_range"
-    generators = [image_generator(seed, index) for index in indices]
+    seeds = [seed] * len(classes) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(classes):
+        raise RunnerError(f"{len(seeds)} seeds for {len(classes)} classes; give one each")
+    generators = [image_generator(*pair) for pair in zip(seeds, indices, strict=True)]
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
     def predict(latents: Tensor, timestep: int) -> Tensor:

@@ -21,7 +21,8 @@ from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.lowering import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
-from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.optimized_cache import machine_facts, optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
@@ -104,8 +105,8 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         options = session_options(threads, entries)
         if self._kernels is not None:
             options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._session = open_session(path, options, providers, device_id)
-        self._providers = ", ".join(self._session.get_providers())
+        self._backend = open_session(path, options, providers, device_id)
+        self._providers = ", ".join(self._backend.get_providers())
 
     @property
     def description(self) -> str:
@@ -113,9 +114,9 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         kernels = "".join(f"; {count} {kind}" for kind, count in (self._kernels or {}).items())
         return f"onnxruntime {_onnxruntime().__version__} ({self._providers}{kernels})"
 
-    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
-        """Run the session."""
-        (output,) = self._session.run(None, feed)
+    def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run the session, which takes several threads."""
+        (output,) = session.run(None, feed)
         return np.asarray(output)
 
 
