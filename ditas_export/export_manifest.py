@@ -76,6 +76,7 @@ def manifest_of(
             "adaln_bits": quantized.adaln_bits,
         },
         "verified": verification.matches is True,
+        "far_from_float": verification.is_far_from_float,
         "not_verified_because": _why_unverified(options, verification),
         "vae_decoder": _vae_entry(options),
         "settings": dict(quantized.settings),
@@ -92,7 +93,8 @@ def _why_unverified(options: ExportOptions, verification: Verification) -> str |
     if verification.matches is None:
         return f"no runtime that is installed runs a file of {options.float_side}"
     if verification.matches is False:
-        return "it does not compute what was calibrated"
+        reason = verification.file and verification.file.not_finite
+        return reason or "it does not compute what was calibrated"
     return None
 
 

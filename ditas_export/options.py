@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -134,6 +135,7 @@ class ExportOptions:
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
+    min_db: float | None = None
     vae: str | None = None
 
     def __post_init__(self) -> None:
@@ -148,6 +150,8 @@ class ExportOptions:
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
+        if self.min_db is not None and not math.isfinite(self.min_db):
+            raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
         if self.precision == "bf16" and self.target == "onnxruntime":

@@ -179,7 +179,7 @@ def _print_report(report: SampleReport, *, as_json: bool) -> None:
     """Print what was made, for a reader or for a program."""
     if as_json:
         facts = dataclasses.asdict(report) | {"images_per_second": report.images_per_second}
-        typer.echo(json.dumps(facts, indent=2, default=str))
+        typer.echo(json.dumps(facts, indent=2, default=str, allow_nan=False))
         return
     made = f"{report.sampled} images, {report.images_per_second:.2f} per second"
     found = f" ({report.images - report.sampled} were there)" * (report.sampled < report.images)

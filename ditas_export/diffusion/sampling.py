@@ -30,7 +30,7 @@ from ditas_export.diffusion.guidance import (
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import DIT_PROCESS, Process
-from ditas_export.errors import RunnerError
+from ditas_export.errors import NonFiniteError, RunnerError
 
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 """Schedulers to choose from."""
@@ -120,6 +120,7 @@ def trajectory(
     """Yield the steps that `sample` takes, one by one; the arguments are its.
 
     Raises:
+        NonFiniteError: NaN or infinity in a step; names the step, the images and the remedy.
         RunnerError: at once, before the first step: no class, a class out of range, a setting that
             no sampler has, guidance of a model that has nothing to guide with, or a count of
             indices that differs from the count of classes.
@@ -141,7 +142,11 @@ def trajectory(
 
     def predict(latents: Tensor, timestep: int) -> Tensor:
         inputs = model_inputs(latents, timestep, labels, cfg_scale=cfg_scale, config=config)
-        output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        try:
+            output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        except NonFiniteError as error:
+            rows = {row % len(classes) for row in error.rows}
+            raise _not_finite([indices[row] for row in sorted(rows)], timestep, error) from error
         return guide(output, cfg_scale=cfg_scale, channels=channels) if guided else output
 
     def walk() -> Iterator[Step]:
@@ -150,6 +155,10 @@ def trajectory(
             output = predict(latents, int(timestep))
             fed = output if learned else output[:, : latents.shape[1]]
             moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
+            finite = moved.flatten(1).isfinite().all(dim=1)
+            if not bool(finite.all()):
+                odd = [indices[row] for row in (~finite).nonzero().flatten().tolist()]
+                raise _not_finite(odd, int(timestep), f"the latents are not finite; {REMEDY}")
             yield Step(
                 index=index,
                 timestep=int(timestep),
@@ -161,6 +170,21 @@ def trajectory(
             latents = moved
 
     return walk()
+
+
+REMEDY = (
+    "a float16 file overflows: use bf16 or fp32; else check the checkpoint, or take fewer steps or "
+    "another sampler"
+)
+"""What to do about NaN in a trajectory."""
+
+
+def _not_finite(images: Sequence[int], timestep: int, reason: object) -> NonFiniteError:
+    """Return the error of a step that is not finite, naming the time step and the images."""
+    named = ", ".join(map(str, images[:8])) + (" …" if len(images) > 8 else "")
+    error = NonFiniteError(f"time step {timestep}, image {named}: {reason}")
+    error.rows = tuple(images)
+    return error
 
 
 def make_scheduler(sampler: SamplerName, steps: int, process: Process = DIT_PROCESS) -> Any:

@@ -118,7 +118,9 @@ def job_files(onnx_path: Path, plan_path: Path, options: BuildOptions) -> JobFil
 
 def json_options(options: BuildOptions) -> dict[str, Any]:
     """Return options as JSON values; a timing cache by its name."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=_name))
+    values: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.asdict(options), default=_name, allow_nan=False)
+    )
     return values
 
 

@@ -68,7 +68,9 @@ class EngineMetadata:
         """Write indented JSON; atomic."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         with atomic_path(path) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def load(cls, path: Path) -> EngineMetadata:

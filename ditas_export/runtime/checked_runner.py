@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
+from ditas_export.diffusion.sampling import REMEDY
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import DitasExportError, NonFiniteError, RunnerError
 from ditas_export.runtime.inputs import require_fitting
-
-NON_FINITE_REMEDY = "where the file is fp16 it overflows: use bf16 or fp32; else check the weights"
 
 
 class CheckedRunner(Closing):
@@ -71,7 +70,7 @@ class CheckedRunner(Closing):
         if odd:
             error = NonFiniteError(
                 f"{self.description} put out NaN or infinity in rows "
-                f"{', '.join(map(str, odd[:8]))} of a batch; {NON_FINITE_REMEDY}"
+                f"{', '.join(map(str, odd[:8]))} of a batch; {REMEDY}"
             )
             error.rows = tuple(odd)
             raise error

@@ -33,7 +33,11 @@ TENSORRT = ("TensorrtExecutionProvider", *CUDA)
 TENSORRT_RTX = (RTX_PROVIDER, *CPU)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Session entry under which weight-only linears keep float activations; by default they do not."""
+"""Session entry under which weight-only linears keep float activations, as every runner has it; in
+a session as it is they are rounded to 8 bits."""
+
+BARE_SESSION = {"session.qdq_matmulnbits_accuracy_level": "4"}
+"""The same entry as in a session that is told nothing."""
 
 _KEEP_PACKED = {"session.save_external_prepacked_constant_initializers": "1"}
 """Session entry under which an optimized model is written with its weights packed for the kernels
@@ -63,7 +67,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         threads: of one operator; None leaves the choice to ONNX Runtime.
         providers: execution providers, in order of preference.
         device_id: GPU of the providers that have one.
-        session_entries: session configuration entries, such as `ACCURATE_WEIGHT_ONLY`.
+        session_entries: session configuration entries over `ACCURATE_WEIGHT_ONLY`.
         cache: folder that keeps the optimized model, so that the next start need not optimize;
             None optimizes at every start. For the CPU provider alone: others compile for
             themselves.
@@ -86,7 +90,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        entries = dict(session_entries or {})
+        entries = ACCURATE_WEIGHT_ONLY | dict(session_entries or {})
         self._kernels: Counter[str] | None = None
         if cache is not None and tuple(providers) == CPU:
             facts = {

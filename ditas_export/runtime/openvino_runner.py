@@ -20,6 +20,10 @@ from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
+FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Setting under which weight-only linears keep float activations, as in the other backends; by
+itself OpenVINO rounds them to 8 bits."""
+
 _PRODUCTS = ("FullyConnected", "MatMul")
 """OpenVINO's kernels of matrix products."""
 
@@ -57,7 +61,7 @@ class OpenVINORunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache is not None:
