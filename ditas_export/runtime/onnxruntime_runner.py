@@ -115,7 +115,11 @@ class OnnxRuntimeRunner(ExportedFileRunner):
 
     def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
         """Run the session."""
-        (output,) = self._session.run(None, feed)
+        try:
+            (output,) = self._session.run(None, feed)
+        except Exception as error:  # onnxruntime's exceptions share no base but this
+            version, reason = _onnxruntime().__version__, " ".join(str(error).split())
+            raise RunnerError(f"onnxruntime {version} fails: {reason}") from error
         return np.asarray(output)
 
 
