@@ -434,8 +434,8 @@ def renamed_output(model: onnx.ModelProto) -> None:
     ("change", "error", "message"),
     [
         (unknown_operator, RunnerError, "onnxruntime .* refuses .*NoSuchOperator"),
-        (renamed_input, RunnerError, r"Polygraphy: .*images|\w+: .*images"),
-        (other_rows, RunnerError, r"\w+: .*(Got|shape)"),
+        (renamed_input, RunnerError, "onnxruntime .* fail.*: .*images"),
+        (other_rows, RunnerError, "Polygraphy: .* incompatible shape"),
         (renamed_output, VerificationError, r"gives .*'eps': .* where .* gives .*'model_output'"),
     ],
 )
@@ -446,12 +446,11 @@ def test_a_file_that_onnxruntime_does_not_take_is_one_line(
     message: str,
 ) -> None:
     path = broken(tmp_path / "broken.onnx", change)
-    for pair in ((good(), path), (path, good())):
-        with pytest.raises(error, match=message) as caught:
-            compare(options(pair[1], reference=pair[0], steps=2, linears=False))
-        assert "\n" not in str(caught.value)
-        if error is VerificationError:
-            break  # the reference's sampler takes any name of the output
+    # Polygraphy feeds an input of another name by its shape; the reference's sampler does not.
+    pair = {"model": good(), "reference": path} if change is renamed_input else {"model": path}
+    with pytest.raises(error, match=message) as caught:
+        compare(options(**pair, steps=2, linears=False))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_runner_is_polygraphys() -> None:
