@@ -434,9 +434,7 @@ class RunsCode:
 
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_pickled_code_is_never_run(
-    tmp_path: Path, state: State, form: str, protocol: int
-) -> None:
+def test_pickled_code_is_never_run(tmp_path: Path, state: State, form: str, protocol: int) -> None:
     """Sound tensors load, and what was left out is said."""
     content, path = {**state, "extra": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt"
     is_zip = form == "zip"
