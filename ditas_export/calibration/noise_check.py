@@ -8,17 +8,15 @@ velocity, the opposite sign, or from time steps on another scale does not. The f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import image_generator, initial_noise, make_scheduler
 from ditas_export.dit.model import DiT
-from ditas_export.runtime.torch_runner import TorchRunner
+from ditas_export.figures import decibels, finite_or_none
 
 ROWS = 8
 """Images of noise, each fed with a class and without."""
@@ -35,7 +33,7 @@ _FEW_STEPS = 2  # the first step is the same for any number of them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseCheck:
-    """How nearly a model returns noise; dB, not a number where its output is none."""
+    """How nearly a model returns noise; dB, minus infinity where its output is no number."""
 
     timestep: int  # the first of the schedule that sampling visits
     class_db: float
@@ -44,9 +42,8 @@ class NoiseCheck:
 
     @property
     def worst_db(self) -> float:
-        """The lower figure; not a number where one is not."""
-        figures = [self.class_db] if self.null_db is None else [self.class_db, self.null_db]
-        return math.nan if any(map(math.isnan, figures)) else min(figures)
+        """The lower figure."""
+        return self.class_db if self.null_db is None else min(self.class_db, self.null_db)
 
     @property
     def passes(self) -> bool:
@@ -68,8 +65,8 @@ class NoiseCheck:
         """Return the figures as JSON values; null for what is infinite or no number."""
         return {
             "timestep": self.timestep,
-            "class_db": _finite_or_none(self.class_db),
-            "null_class_db": _finite_or_none(self.null_db),
+            "class_db": finite_or_none(self.class_db),
+            "null_class_db": None if self.null_db is None else finite_or_none(self.null_db),
             "least_db": LEAST_DB,
             "passes": self.passes,
             "finding": self.finding or None,
@@ -83,7 +80,7 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
         model: float32; moved to `device`.
         device: where it runs.
     """
-    runner = TorchRunner(model, device=device)
+    model.to(device)
     config = model.config
     timestep = int(make_scheduler("ddpm", _FEW_STEPS, config.process).timesteps[0])
     noise = initial_noise(config, [image_generator(_NOISE_SEED, row) for row in range(ROWS)])
@@ -91,7 +88,7 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
     labels = [classes]
     if config.is_guidable:
         labels.append(torch.full_like(classes, config.null_class))
-    outputs = [_predicted(runner, noise, timestep, each) for each in labels]
+    outputs = [_predicted(model, noise, timestep, each) for each in labels]
     figures = [_match_db(noise, output) for output in outputs]
     failing = [index for index, figure in enumerate(figures) if not figure >= LEAST_DB]
     finding = ""
@@ -100,8 +97,8 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
         finding = _finding(
             noise,
             outputs[failing[0]],
-            at_zero=_predicted(runner, noise, 0, labels[failing[0]]),
-            at_fraction=_predicted(runner, noise, fraction, labels[failing[0]]),
+            at_zero=_predicted(model, noise, 0, labels[failing[0]]),
+            at_fraction=_predicted(model, noise, fraction, labels[failing[0]]),
         )
     return NoiseCheck(
         timestep=timestep,
@@ -111,17 +108,20 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
     )
 
 
-def _predicted(runner: Runner, noise: Tensor, timestep: float, labels: Tensor) -> Tensor:
-    """Return the channels of ε; (N, C, H, W)."""
-    output = runner(noise, torch.full((len(noise),), timestep), labels)
-    return output[:, : noise.shape[1]]
+@torch.no_grad()
+def _predicted(model: DiT, noise: Tensor, timestep: float, labels: Tensor) -> Tensor:
+    """Return the channels of ε, (N, C, H, W) on the CPU; of a time step between whole ones too."""
+    device = model.pos_embed.device
+    timesteps = torch.full((len(noise),), timestep, device=device)
+    output: Tensor = model(noise.to(device), timesteps, labels.to(device))
+    return output[:, : noise.shape[1]].cpu()
 
 
 def _match_db(noise: Tensor, output: Tensor) -> float:
     """Return 10·log10(Σx² / Σ(ε̂ − x)²), infinite where they are equal."""
-    x, error = noise.double(), output.double() - noise.double()
-    power = float(error.square().sum())
-    return 10 * math.log10(float(x.square().sum()) / power) if power else math.inf
+    x = noise.double()
+    error = output.double() - x
+    return decibels(float(x.square().sum()), float(error.square().sum()))
 
 
 def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Tensor) -> str:
@@ -153,8 +153,3 @@ def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Ten
         f"its output is {share:+.1f} times the noise and something else, as where a velocity (flow "
         f"matching) is predicted"
     )
-
-
-def _finite_or_none(value: float | None) -> float | None:
-    """Return a figure as JSON has it."""
-    return value if value is not None and math.isfinite(value) else None

@@ -19,6 +19,8 @@ from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
+from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.vae import (
     LATENTS_NAME,
     VaeShape,
@@ -180,6 +182,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         super().__init__(read_vae_shape(path))
+        require_external_data(path)
         providers = CUDA if torch.device(device).type == "cuda" else CPU
         self._backend = open_session(path, session_options(None, {}), providers)
         self._path = path
@@ -201,7 +204,7 @@ def open_decoder(vae: str | None, *, config: DiTConfig, device: str) -> Decoder 
     """Return the decoder of a model's latents, None where none is wanted.
 
     Args:
-        vae: a `vae_decoder.onnx` by its suffix, what `VaeDecoder` takes, or "none".
+        vae: a `vae_decoder.onnx` by its suffix, in any case, what `VaeDecoder` takes, or "none".
         config: of the model.
         device: where it runs.
 
@@ -212,7 +215,7 @@ def open_decoder(vae: str | None, *, config: DiTConfig, device: str) -> Decoder 
     """
     if vae is None or vae == NO_VAE:
         return None
-    in_onnx = vae.lower().endswith(".onnx")
+    in_onnx = has_suffix(vae, ONNX_SUFFIXES)
     decoder: Decoder = OnnxVaeDecoder(Path(vae), device) if in_onnx else VaeDecoder(vae, device)
     require_fitting_vae(
         f"the VAE {vae}", in_channels=decoder.in_channels, factors=decoder.factors, config=config

@@ -17,11 +17,13 @@ from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
-from ditas_export.errors import RunnerError
+from ditas_export.errors import ArtifactError, RunnerError
 from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
+from ditas_export.generation.pixels import is_npz_file
 from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
+from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
 from ditas_export.runtime.open_runner import OpenedModel, open_runner
 
@@ -73,6 +75,7 @@ def generate(
         DitasExportError: bad input, found before the long work starts.
     """
     with ExitStack() as stack:
+        ranks.first(lambda: _check_files(options))
         opened = ranks.together(lambda: _open(options))
         runner = stack.enter_context(opened.runner)
         decoder = ranks.together(lambda: _decoder(options, opened))
@@ -89,9 +92,10 @@ def generate(
         count = len(sampler.settings.classes)
         pictures = decoder is not None or runner.config.in_channels in PICTURE_CHANNELS
         folder = ImageFolder(options.output, count=count, pictures=pictures)
-        npz = options.npz or options.output / NPZ_NAME
+        npz = _npz(options)
         facts = _facts(options, opened, sampler)
-        ranks.first(lambda: _prepare(folder, npz, facts))
+        ranks.first(lambda: stack.enter_context(folder.held()))
+        ranks.first(lambda: folder.prepare(facts))
         sampled, seconds = _sample_missing(sampler, folder, ranks, on_progress)
         ranks.barrier()
         ranks.first(lambda: folder.finish(npz))
@@ -103,6 +107,33 @@ def generate(
             seconds=seconds,
             runtime=runner.description,
         )
+
+
+def _npz(options: SampleOptions) -> Path:
+    """Return where the images are stacked."""
+    return options.npz or options.output / NPZ_NAME
+
+
+def _check_files(options: SampleOptions) -> None:
+    """Refuse outputs that must not or cannot be written, before the model is opened.
+
+    Raises:
+        ArtifactError: see `ImageFolder.check` and `JobFiles.check`.
+    """
+    folder, npz = ImageFolder(options.output, count=0, pictures=True), _npz(options)
+    folder.check()
+    inside = npz.parent.resolve() == options.output.resolve()
+    if same_file(npz, options.output) or (inside and folder.has_name(npz.name)):
+        raise ArtifactError(f"{npz} has the name of another output; name another")
+    if inside and not options.output.exists():
+        return  # made with the folder
+    if inside and npz.name == NPZ_NAME:
+        require_writable(npz)  # the folder's own
+        return
+    JobFiles(
+        inputs=existing(model=options.model, vae=options.vae),
+        outputs=(Output(path=npz, what="stack of samples", is_ours=is_npz_file),),
+    ).check()
 
 
 def _open(options: SampleOptions) -> OpenedModel:
@@ -157,7 +188,7 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     classes = parse_classes(
         options.classes,
         num_labels=opened.runner.config.num_labels,
-        count=options.num,
+        count=options.images,
         seed=options.seed,
     )
     return SamplingSettings(
@@ -169,12 +200,6 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
         seed=options.seed,
         batch=options.batch,
     )
-
-
-def _prepare(folder: ImageFolder, npz: Path, facts: dict[str, Any]) -> None:
-    """Check both outputs before any work."""
-    folder.prepare(facts)
-    require_writable(npz)
 
 
 def _facts(options: SampleOptions, opened: OpenedModel, sampler: Sampler) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class SampleOptions:
     no_null_class: bool = False
     betas: str | None = None
     classes: str = "random"
-    num: int | None = None
+    images: int | None = None
     steps: int = 50
     sampler: SamplerChoice = "ddpm"
     cfg_scale: float | None = None

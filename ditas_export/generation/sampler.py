@@ -36,14 +36,19 @@ PICTURE_CHANNELS = (1, 3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """What is sampled; the defaults are the published ones."""
+    """What is sampled; the defaults are the published ones.
+
+    With `seeds`, an image is what the first image of its seed would be: it does not depend on its
+    place in the set.
+    """
 
     classes: tuple[int, ...]  # one per image
     steps: int = 50
     sampler: SamplerName = "ddpm"
     cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
     cfg_channels: CfgChannels = "3"
-    seed: int = 0
+    seed: int = 0  # of all images, each with noise of its own
+    seeds: tuple[int, ...] | None = None  # one per image, in the place of `seed`
     batch: int = 8
 
     def __post_init__(self) -> None:
@@ -56,6 +61,10 @@ class SamplingSettings:
             raise RunnerError(f"batch={self.batch}; a batch has at least one image")
         if not self.classes:
             raise RunnerError("no class to sample; name at least one")
+        if self.seeds is not None and len(self.seeds) != len(self.classes):
+            raise RunnerError(
+                f"{len(self.seeds)} seeds for {len(self.classes)} images; give one each"
+            )
         guided_channel_count(1, self.cfg_channels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +75,7 @@ class SamplingSettings:
             "sampler": self.sampler,
             "cfg_scale": self.cfg_scale,
             "cfg_channels": self.cfg_channels,
-            "seed": self.seed,
+            "seed": self.seed if self.seeds is None else list(self.seeds),
             "batch": self.batch,
         }
 
@@ -143,7 +152,10 @@ class Sampler:
         """
         settings, wanted = self.settings, self.indices(batch)
         rows = range(wanted.start, wanted.start + self._rows)
-        last = len(settings.classes) - 1
+        filled = [min(index, len(settings.classes) - 1) for index in rows]
+        seed: int | list[int] = settings.seed
+        if settings.seeds is not None:
+            seed = [settings.seeds[index] for index in filled]
 
         def after_step(index: int, timestep: int, latents: Tensor) -> None:
             if on_step is not None:
@@ -153,13 +165,13 @@ class Sampler:
 
         latents = sample(
             self.runner,
-            classes=[settings.classes[min(index, last)] for index in rows],
+            classes=[settings.classes[index] for index in filled],
             steps=settings.steps,
             cfg_scale=self._cfg_scale,
             cfg_channels=settings.cfg_channels,
             sampler=settings.sampler,
-            seed=settings.seed,
-            image_indices=rows,
+            seed=seed,
+            image_indices=rows if settings.seeds is None else [0] * len(rows),
             device=self.runner.device,
             on_step=after_step,
         )[: len(wanted)]

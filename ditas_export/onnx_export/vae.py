@@ -161,7 +161,8 @@ def export_vae_decoder(name: str, path: Path) -> None:
     """Write a VAE's decoder as ONNX: opset 21, the default domain only.
 
     Input `latents` (N, C, h, w) float32, as the sampler leaves them; output `images`
-    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to `<path>.data`.
+    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to
+    `<path>.<digest>.data`.
 
     Args:
         name: what `load_latent_decoder` takes.
@@ -198,6 +199,14 @@ def read_vae_shape(path: Path) -> VaeShape:
             f"{path} does not say which VAE it decodes for ({error!r}); write it with "
             f"ditas-export --vae"
         ) from error
+
+
+def is_decoder_file(path: Path) -> bool:
+    """Return whether `export_vae_decoder` wrote a file."""
+    try:
+        return VAE_KEY in file_metadata(path)
+    except OnnxExportError:
+        return False
 
 
 def _trace(decoder: LatentDecoder) -> ir.Model:
