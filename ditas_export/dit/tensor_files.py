@@ -82,12 +82,11 @@ def _read_weights(path: Path, head: bytes) -> TensorFile:
     """Read a file of tensors by what its first bytes say."""
     if head.startswith(b"PK\x03\x04"):
         return _of_pickle(path, read_zip_pickle(path))
-    if _is_safetensors(head) or path.suffix in SAFETENSORS_SUFFIXES:
-        _refuse_known(path, head)
-        return _read_safetensors(path)
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x80") and not _is_safetensors(head):
         return _of_pickle(path, read_legacy_pickle(path))
     _refuse_known(path, head)
+    if _is_safetensors(head) or path.suffix in SAFETENSORS_SUFFIXES:
+        return _read_safetensors(path)
     raise CheckpointError(
         f"{path} is no checkpoint: expected a safetensors file, one written by torch.save, or a "
         f"folder written by diffusers"
