@@ -14,7 +14,7 @@ from ditas_export.artifact_files import atomic_path, sha256_of_file
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import CheckpointError, EngineError
-from ditas_export.file_signs import describe_impostor, why_unreadable
+from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 
 KIND = "ditas-export engine"
 FORMAT = f"{KIND} 1"
@@ -82,10 +82,19 @@ class EngineMetadata:
             gpu = content.pop("gpu")
             return cls(gpu=None if gpu is None else Gpu(**gpu), **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = why_unreadable(path, error, expects_json=True)
+            why = _why_no_metadata(path, error)
             raise EngineError(
                 f"{path} does not describe an engine ({why}); build it with ditas-build"
             ) from error
+
+
+def _why_no_metadata(path: Path, error: Exception) -> str:
+    """Return why metadata cannot be read; of what lies alone it is said if that is no plan."""
+    plan = path.with_suffix("")
+    if path.exists() or not plan.exists():
+        return why_unreadable(path, error, expects_json=True)
+    sign = describe_impostor(plan) or describe_other_kind(plan)
+    return f"{plan} is {sign}" if sign else "it is not there; it belongs beside the plan"
 
 
 def is_plan_file(path: Path) -> bool:
