@@ -107,9 +107,7 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
-    from ditas_export.dit.model import DiTConfig
-
-    return dict(expected_kernels(DiTConfig(**known.config), known.form))
+    return dict(expected_kernels(known.dit, known.form))
 
 
 @needs_rtx
@@ -189,7 +187,7 @@ def test_the_command_lines(tmp_path: Path) -> None:
     code, out, _ = run(exported(), "-o", plan, "--dry-run", "--trtexec")
     assert code == 0
     tensorrt, rtx = map(shlex.split, out.splitlines())
-    words = ["--stronglyTyped", "--profilingVerbosity=detailed", "--verbose"]
+    words = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--verbose"]
     assert tensorrt == ["trtexec", *common, *words]
     assert rtx == ["tensorrt_rtx", *common]
     code, out, _ = run(

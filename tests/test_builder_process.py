@@ -69,6 +69,7 @@ def test_options_arrive(tmp_path: Path) -> None:
     assert (built.size_bytes, built.version) == (6, "10.13.3.9")
     assert calls(tmp_path) == [
         ["network", 2],  # 1 << STRONGLY_TYPED
+        ["no flag", "TF32"],
         ["pool", "WORKSPACE", 2**29],
         ["set", "builder_optimization_level", 0],
         ["flag", "VERSION_COMPATIBLE"],
@@ -94,7 +95,13 @@ def test_options_arrive(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behave")
 def test_what_is_not_asked_for_is_not_set(tmp_path: Path) -> None:
     build(tmp_path)
-    assert {call[0] for call in calls(tmp_path)} == {"network", "parse", "set", "profile"}
+    assert {call[0] for call in calls(tmp_path)} == {
+        "network",
+        "no flag",
+        "parse",
+        "set",
+        "profile",
+    }
     assert leftovers(tmp_path) == {"out.plan"}
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -38,26 +39,36 @@ VERSIONS = {"tensorrt": "10.13.3.9", "rtx": "1.7.1.116"}
 
 
 class HostStream:
-    """Plays a CUDA stream: runs everything at once, and counts."""
+    """Plays a CUDA stream: runs everything at once, and counts.
+
+    What it captures is as much as a CUDA graph has: it keeps no Python object of what it replays.
+    """
 
     gpu = ADA
     handle = 7
+    faults_as_errors = CudaStream.faults_as_errors
 
     def __init__(self, device: str) -> None:
         assert device.startswith("cuda")
         self.device = torch.device("cpu")
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.finished = 0
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
         yield
 
+    def finish(self) -> None:
+        self.finished += 1
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
+        with sys.modules["tensorrt"].capturing() as kernels:
+            launch()
 
         def replay() -> None:
             self.replayed += 1
-            launch()
+            for kernel in kernels:
+                kernel()
 
         return replay
 
@@ -162,6 +173,7 @@ def test_rtx_compiles_at_once_and_captures_itself(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path, "rtx")):
         pass
     assert calls(tmp_path, "set") == [
+        ["set", "allocation", "USER_MANAGED"],
         ["set", "cuda_graph_strategy", "WHOLE_GRAPH_CAPTURE"],
         ["set", "dynamic_shapes_kernel_specialization_strategy", "EAGER"],
     ]
@@ -225,7 +237,6 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
         ("no memory", "cannot prepare a batch of 2: it gave no reason"),
         ("no shape", "cannot prepare a batch of 2"),
         ("fails", "failed: Error Code 3: an illegal memory access"),
-        ("complains", "reports: Error Code 3: an illegal memory access"),
         ("raises", "failed: incompatible function arguments"),
     ],
 )
@@ -238,6 +249,118 @@ def test_what_the_product_reports_is_one_line(
         TensorRTRunner(made_plan(tmp_path, product))(latents, timesteps, labels)
     assert "\n" not in str(caught.value)
     assert VERSIONS[product] in str(caught.value)
+
+
+@pytest.mark.parametrize("product", VERSIONS)
+def test_what_is_reported_of_a_call_that_succeeded_is_a_warning(
+    tmp_path: Path, behave: Behave, product: str
+) -> None:
+    behave("complains")
+    latents, timesteps, labels = example_inputs()
+    with (
+        TensorRTRunner(made_plan(tmp_path, product)) as runner,
+        pytest.warns(RuntimeWarning, match="and goes on: Error Code 3: an illegal memory"),
+    ):
+        found = runner(latents, timesteps, labels)
+    assert torch.equal(found, formula(latents, timesteps))
+
+
+def test_a_fault_of_the_gpu_is_one_line(tmp_path: Path, behave: Behave) -> None:
+    """A replay is no call of the product's: torch raises what CUDA says of it."""
+    behave("faults")
+    with (
+        TensorRTRunner(made_plan(tmp_path)) as runner,
+        pytest.raises(RunnerError, match=r"4090 .*: CUDA error: an illegal memory access$"),
+    ):
+        runner(*example_inputs())
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_batch_sizes_share_one_block_of_memory(tmp_path: Path, product: str) -> None:
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        for rows in (1, 2, 4):
+            runner(*example_inputs(batch=rows))
+    given = {(address, size) for _, address, size in calls(tmp_path, "memory")}
+    assert len(calls(tmp_path, "memory")) == 3
+    assert [size for _, size in given] == [4096]
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_batch_sizes_that_stay_set_up_are_bounded(
+    tmp_path: Path, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runner, "MOST_BATCH_SIZES", 2)
+    alive = sys.modules["tensorrt"].Context.alive
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        stream: Any = runner._stream
+        for rows in (1, 2, 1):
+            runner(*example_inputs(batch=rows))
+        assert stream.finished == 0
+        runner(*example_inputs(batch=3))  # 2 was used longest ago
+        assert stream.finished == 1  # before its memory is freed
+        assert sorted(context.shapes["latents"][0] for context in alive) == [1, 3]
+        latents, timesteps, labels = example_inputs(batch=2)
+        assert torch.equal(runner(latents, timesteps, labels), formula(latents, timesteps))
+    assert stream.finished == 3
+    assert not alive
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_threads_take_turns(tmp_path: Path, product: str) -> None:
+    requests = [example_inputs(batch=1 + seed % 3, seed=seed) for seed in range(4)]
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner, ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda index: runner(*requests[index % 4]), range(60))
+        for index, found in enumerate(answers):
+            latents, timesteps, _ = requests[index % 4]
+            assert torch.equal(found, formula(latents, timesteps))
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_the_inspector_is_asked_under_shapes(tmp_path: Path, product: str) -> None:
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        assert json.loads(runner.layer_information())["rows"] == 1
+        runner(*example_inputs(batch=3))
+        assert json.loads(runner.layer_information()) == {"Layers": [], "format": "JSON", "rows": 3}
+    with pytest.raises(RunnerError, match="this runner is closed"):
+        runner.layer_information()
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+def test_code_in_a_plan_is_run_where_it_was_asked_for_alone(
+    tmp_path: Path, behave: Behave, compatible: bool
+) -> None:
+    behave("host code")
+    options = {"version_compatible": compatible, "compute_capabilities": []}
+    plan = made_plan(tmp_path, options=options)
+    if compatible:
+        TensorRTRunner(plan).close()
+        return
+    with pytest.raises(RunnerError, match=r"does not take the plan: .* host code is not allowed"):
+        TensorRTRunner(plan)
+
+
+def test_kernels_of_another_driver_are_compiled_anew(tmp_path: Path, behave: Behave) -> None:
+    plan, cache = made_plan(tmp_path, "rtx"), tmp_path / "cache"
+    with TensorRTRunner(plan, cache=cache) as runner:
+        runner(*example_inputs())
+    behave("other driver")
+    with pytest.warns(RuntimeWarning, match="leaves the kept kernels aside"):
+        runner = TensorRTRunner(plan, cache=cache)
+    runner(*example_inputs())
+    (kept,) = cache.iterdir()
+    assert kept.read_bytes() == b"+compiled"
+
+
+def test_a_product_that_keeps_no_kernels_says_so(tmp_path: Path, behave: Behave) -> None:
+    behave("no cache")
+    with pytest.warns(RuntimeWarning, match="compile them at every start"):
+        runner = TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "cache")
+    runner(*example_inputs())
+    assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.usefixtures("behave")

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.builder_process import BuildRequest
 from ditas_export.engine.child import OnProgress, run_builder
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product
@@ -43,7 +43,7 @@ def build_engine(
 ) -> BuiltEngine:
     """Build an exported file and return the builder's log. The plan is there whole or not at all.
 
-    The network is strongly typed: the file decides every precision.
+    The network is strongly typed and TF32 is off: the file decides every precision.
 
     Args:
         onnx_path: written by `export_onnx` or `export_reference`.
@@ -69,22 +69,22 @@ def build_engine(
         _timing_cache(options.timing_cache) as timings,
     ):
         log, result = Path(folder) / "log", Path(folder) / "result.json"
-        request: dict[str, Any] = {
-            "title": product.title,
-            "module": product.module,
-            "oldest": product.oldest,
-            "onnx": str(onnx_path),
-            "plan": str(plan),
-            "log": str(log),
-            "result": str(result),
-            "shapes": shapes,
-            "workspace_bytes": options.workspace_bytes,
-            "opt_level": options.opt_level,
-            "compute_capabilities": options.compute_capabilities,
-            "timing_cache": timings,
-            "version_compatible": options.version_compatible,
-            "refit": options.refit,
-        }
+        request = BuildRequest(
+            title=product.title,
+            module=product.module,
+            oldest=list(product.oldest),
+            onnx=str(onnx_path),
+            plan=str(plan),
+            log=str(log),
+            result=str(result),
+            shapes=shapes,
+            workspace_bytes=options.workspace_bytes,
+            opt_level=options.opt_level,
+            compute_capabilities=list(options.compute_capabilities),
+            timing_cache=timings,
+            version_compatible=options.version_compatible,
+            refit=options.refit,
+        )
         facts = run_builder(request, on_progress=on_progress, timeout_s=timeout_s)
         return BuiltEngine(
             size_bytes=plan.stat().st_size,

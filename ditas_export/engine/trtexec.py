@@ -43,7 +43,7 @@ def command_line(
 
 def _tensorrt_words(options: BuildOptions) -> list[str]:
     """Return the options of `trtexec`."""
-    words = ["--stronglyTyped", "--profilingVerbosity=detailed", "--verbose"]
+    words = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--verbose"]
     if options.workspace_bytes is not None:
         words.append(f"--memPoolSize=workspace:{options.workspace_bytes / MIB:g}")
     if options.opt_level is not None:
