@@ -41,7 +41,7 @@ from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import sha256_of_onnx
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import bytes_by_part, write_manifest
 from ditas_export.onnx_export.vae import (
     export_vae_decoder,

@@ -21,7 +21,8 @@ from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import linear_sites
 from ditas_export.onnx_export.export import export_onnx, export_reference
-from ditas_export.onnx_export.lowering import Layout, lower_linear
+from ditas_export.onnx_export.form import Layout
+from ditas_export.onnx_export.lowering import lower_linear
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
 from ditas_export.quantization.integer import (

@@ -145,9 +145,12 @@ def test_a_foreign_timing_cache_is_refused_and_left_alone(tmp_path: Path, behave
 def test_options_that_a_product_lacks_are_refused_before_building(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="TensorRT has no --compute-capability"):
         build(tmp_path, compute_capabilities=("8.9",))
-    for option, name in (("timing_cache", "timing-cache"), ("version_compatible", "version-comp")):
+    for options, name in (
+        (BuildOptions(timing_cache=tmp_path / "x"), "timing-cache"),
+        (BuildOptions(version_compatible=True), "version-compatible"),
+    ):
         with pytest.raises(EngineError, match=f"TensorRT for RTX has no --{name}"):
-            RTX.require_options(BuildOptions(**{option: tmp_path / "x"}))
+            RTX.require_options(options)
     with pytest.raises(ArtifactError, match="does not exist"):
         build_engine(exported(), tmp_path / "nowhere" / "out.plan", product=TENSORRT)
     assert not leftovers(tmp_path)

@@ -29,6 +29,7 @@ from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import EngineError, OnnxExportError, RunnerError, VerificationError
 from ditas_export.evaluation import compare as compare_module
 from ditas_export.evaluation import polygraphy_runs
@@ -39,6 +40,7 @@ from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
 from ditas_export.onnx_export.export import export_reference
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -291,9 +293,9 @@ def write_plan(folder: Path, *, product: str, content: bytes = b"plan") -> Path:
         plan_bytes=len(content),
         onnx_name="out.onnx",
         onnx_sha256="",
-        config=TINY.to_dict(),
-        form={},
-        options={"compute_capabilities": [], "version_compatible": False},
+        dit=TINY,
+        form=FileForm(float_type="fp32"),
+        options=BuildOptions(),
         gpu=None,
         layers=None,
     ).save(metadata_path(plan))

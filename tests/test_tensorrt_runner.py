@@ -24,8 +24,10 @@ from ditas_export.cli.sample import app
 from ditas_export.diffusion.sampling import sample, trajectory
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.errors import ArtifactError, DitasExportError, EngineError, RunnerError
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -110,9 +112,9 @@ def made_plan(folder: Path, product: str = "tensorrt", **changes: Any) -> Path:
         "plan_bytes": 6,
         "onnx_name": "out.onnx",
         "onnx_sha256": "0" * 64,
-        "config": TINY.to_dict(),
-        "form": {},
-        "options": {"version_compatible": False, "compute_capabilities": []},
+        "dit": TINY,
+        "form": FileForm(float_type="fp32"),
+        "options": BuildOptions(),
         "gpu": ADA,
         "layers": None,
     }
@@ -334,8 +336,7 @@ def test_code_in_a_plan_is_run_where_it_was_asked_for_alone(
     tmp_path: Path, behave: Behave, compatible: bool
 ) -> None:
     behave("host code")
-    options = {"version_compatible": compatible, "compute_capabilities": []}
-    plan = made_plan(tmp_path, options=options)
+    plan = made_plan(tmp_path, options=BuildOptions(version_compatible=compatible))
     if compatible:
         TensorRTRunner(plan).close()
         return
@@ -370,7 +371,6 @@ def test_a_product_that_keeps_no_kernels_says_so(tmp_path: Path, behave: Behave)
         ({"version": "10.13.2.6"}, r"built with TensorRT 10\.13\.2\.6"),
         ({"gpu": Gpu(name="NVIDIA L4", compute_capability="8.9")}, "was built on NVIDIA L4"),
         ({"plan_sha256": "0" * 64}, "describes another plan"),
-        ({"config": {"depth": 2, "colour": 3}}, "describe no DiT"),
     ],
 )
 def test_a_plan_for_another_place_is_not_deserialized(

@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -43,6 +42,7 @@ from torch.nn import functional
 from ditas_export.calibration.fold import FoldedLinear
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
 from ditas_export.quantization.integer import (
@@ -57,9 +57,6 @@ from ditas_export.quantization.weight_only import (
     WeightOnlyWeight,
     from_integer_weight,
 )
-
-Layout = Literal["int4", "int8"]
-"""How a 4-bit weight is stored: INT4 blocks, or the same numbers as INT8 rows."""
 
 RANK_MULTIPLE = 8
 """Ranks of the form for TensorRT."""

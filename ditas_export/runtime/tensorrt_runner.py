@@ -118,7 +118,7 @@ class TensorRTRunner(Closing):
                 plan.read_bytes(),
                 title=self._title,
                 kernels=kept,
-                trusts_code=metadata.options["version_compatible"],
+                trusts_code=metadata.options.version_compatible,
             )
             size = block_bytes(loaded.engine)
             self._block = torch.empty(size, dtype=torch.uint8, device=self._stream.device)
