@@ -56,7 +56,8 @@ class BuildOptions:
         """
         workspace, level = self.workspace_gib, self.opt_level
         if workspace is not None and not (_is_number(workspace) and workspace * 2**10 >= 1):
-            raise EngineError(f"workspace={workspace} GiB; give 1 MiB (0.001) or more")
+            size = f"{workspace:g}" if isinstance(workspace, float) else workspace
+            raise EngineError(f"workspace={size} GiB; give 1 MiB (0.001) or more")
         if level is not None and not (type(level) is int and 0 <= level <= HIGHEST_OPT_LEVEL):
             raise EngineError(f"opt-level={level}; give 0 to {HIGHEST_OPT_LEVEL}")
         for name in ("version_compatible", "refit"):

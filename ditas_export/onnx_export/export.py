@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,11 +21,8 @@ from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.form import ActivationCodes, FileForm, Layout
-from ditas_export.onnx_export.lowering import (
-    lower_float_linear,
-    lower_linear,
-    lower_weight_only_linear,
-)
+from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
+from ditas_export.onnx_export.lowering import Choice, choose_form, lower_linear
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
@@ -36,6 +33,7 @@ from ditas_export.quantization.ranges import Ranges
 CONFIG_KEY = "ditas_export.config"
 IDENTITY_KEY = "ditas_export.identity"
 FORM_KEY = "ditas_export.form"
+REASONS_KEY = "ditas_export.linear_forms"
 
 LARGEST_INLINE_BYTES = 2**31 - 2**24
 """Tensors beyond this go to a file of their own: protobuf holds 2 GiB, nodes included."""
@@ -71,6 +69,16 @@ def export_onnx(
     float_type = _float_type(folded.dtype)
     require_writable(path)
     parameters = folded.float_parameters
+    choices = {
+        module: choose_form(
+            linear,
+            ranges=ranges,
+            activation_bits=folded.activation_bits,
+            splits_output=module.endswith("attn.qkv"),
+            target=target,
+        )
+        for module, linear in folded.linears.items()
+    }
 
     def lower(
         graph: Subgraph, module: str, inputs: Sequence[ir.Value], outputs: int
@@ -80,11 +88,9 @@ def export_onnx(
                 graph,
                 inputs,
                 folded.linears[module],
+                choices[module],
                 layout=layout,
                 ranges=ranges,
-                activation_bits=folded.activation_bits,
-                splits_output=module.endswith("attn.qkv"),
-                target=target,
                 outputs=outputs,
             )
         (x,) = inputs
@@ -93,7 +99,7 @@ def export_onnx(
             return [lower_weight_only_linear(graph, x, folded.adaln[module], bias)]
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
-    codes = _activation_codes(folded, target)
+    codes = _activation_codes(folded.activation_bits, choices.values())
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
@@ -109,15 +115,24 @@ def export_onnx(
         target=target,
     )
     describe(model, folded.identity, form)
+    model.metadata_props[REASONS_KEY] = json.dumps(_reasons(choices), sort_keys=True)
     save_model(model, path)
 
 
-def _activation_codes(folded: FoldedDiT, target: Target) -> ActivationCodes | None:
-    """Return "int8", "uint8" where a low-rank branch joins its linear's product, None for float."""
-    if folded.activation_bits == 16:
+def _reasons(choices: Mapping[str, Choice]) -> dict[str, dict[str, str]]:
+    """Return why linears are in the form they are in: form, and reason by kind of linear."""
+    reasons: dict[str, dict[str, str]] = {}
+    for module, choice in choices.items():
+        kind = ".".join(module.split(".")[2:])  # of blocks.N.attn.qkv, attn.qkv
+        reasons.setdefault(choice.form, {})[kind] = choice.reason
+    return reasons
+
+
+def _activation_codes(activation_bits: int, choices: Collection[Choice]) -> ActivationCodes | None:
+    """Return "uint8" where all linears are joined with their branches, None for float."""
+    if activation_bits == 16:
         return None
-    has_branch = all(linear.low_rank for linear in folded.linears.values())
-    return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
+    return "uint8" if all(choice.form == "joined" for choice in choices) else "int8"
 
 
 def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:

@@ -19,7 +19,7 @@ from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
-from ditas_export.onnx_export.lowering import OUTPUT_PART
+from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
 from ditas_export.runtime.optimized_cache import machine_facts, optimized_model
