@@ -254,10 +254,10 @@ class _BlockWalk:
 
         def fc2_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
             x_float, x_quantized = fc1_inputs(rows, tokens)
-            return (
-                self.block.mlp.act(self.block.mlp.fc1(x_float)),
-                self.block.mlp.act(fc1.output(x_quantized)),
-            )
+            y_float = self.block.mlp.fc1(x_float)
+            corrects = fc1.settings.method.target_correction
+            y_quantized = fc1.output(x_quantized) if corrects else y_float
+            return self.block.mlp.act(y_float), self.block.mlp.act(y_quantized)
 
         measured = slice(None, None, MEASURED_STRIDE)
         self._advance(fc1, self.block.mlp.fc1, fc1_inputs, lambda *_: None, tokens=measured)

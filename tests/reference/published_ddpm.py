@@ -24,13 +24,33 @@ def respaced_timesteps(count: int, *, total: int = 1000) -> list[int]:
     return steps
 
 
+def linear_betas(start: float, end: float, count: int) -> Array:
+    """Return Ho et al.'s β, evenly spread."""
+    return np.linspace(start, end, count, dtype=np.float64)
+
+
+def scaled_linear_betas(start: float, end: float, count: int) -> Array:
+    """Return β whose roots are evenly spread (latent diffusion)."""
+    return np.linspace(start**0.5, end**0.5, count, dtype=np.float64) ** 2
+
+
+def cosine_betas(count: int) -> Array:
+    """Return Nichol and Dhariwal's β (eq. 17), at most 0.999."""
+    kept = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - kept[1:] / kept[:-1], 0.999)
+
+
 class PublishedDDPM:
     """Tables of the respaced process; index i runs over the kept steps, 0 the cleanest."""
 
-    def __init__(self, count: int) -> None:
-        betas = np.linspace(0.0001, 0.02, 1000, dtype=np.float64)
+    def __init__(
+        self, count: int, *, betas: Array | None = None, variance: str = "learned_range"
+    ) -> None:
+        if betas is None:
+            betas = linear_betas(0.0001, 0.02, 1000)
+        self.variance = variance
         full = np.cumprod(1.0 - betas)
-        self.timesteps = respaced_timesteps(count)
+        self.timesteps = respaced_timesteps(count, total=len(betas))
         kept = full[self.timesteps]
         last, respaced = 1.0, []
         for value in kept:
@@ -42,8 +62,8 @@ class PublishedDDPM:
         self.posterior_variance = self.betas * (1.0 - self.previous) / (1.0 - self.alphas_cumprod)
 
     def step(self, x: Array, output: Array, i: int, noise: Array) -> Array:
-        """Return the next, less noisy x; output has twice x's channels, ε first."""
-        eps, variance = np.split(output, 2, axis=1)
+        """Return the next, less noisy x; output has ε first, then any learned variance."""
+        eps, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
         alpha_bar = self.alphas_cumprod[i]
         x_start = np.sqrt(1.0 / alpha_bar) * x - np.sqrt(1.0 / alpha_bar - 1.0) * eps
         mean = (
@@ -52,6 +72,9 @@ class PublishedDDPM:
         )
         if i == 0:
             return mean
+        if self.variance != "learned_range":
+            fixed = {"fixed_small": self.posterior_variance, "fixed_large": self.betas}
+            return mean + np.sqrt(fixed[self.variance][i]) * noise
         fraction = (variance + 1.0) / 2.0
         log_variance = fraction * np.log(self.betas[i]) + (1.0 - fraction) * np.log(
             self.posterior_variance[i]
