@@ -23,10 +23,13 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.cli.sample import app
 from ditas_export.diffusion.sampling import sample, trajectory
 from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.layers import layers_from_inspector
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
 from ditas_export.engine.options import BuildOptions
-from ditas_export.engine.products import RTX
+from ditas_export.engine.products import PRODUCTS, RTX, Product
+from ditas_export.engine.report import layer_report
 from ditas_export.errors import ArtifactError, DitasExportError, EngineError, RunnerError
+from ditas_export.onnx_export.export import read_form
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
@@ -474,17 +477,27 @@ def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) ->
 
 
 @pytest.mark.gpu
-def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=lambda product: product.name)
+def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path, product: Product) -> None:
+    """Whichever product is installed; batch sizes share memory, so each is asked again."""
+    pytest.importorskip(product.module, reason=f"extra [{product.name}]")
     from ditas_export.cli.build import app as build
 
-    plan, inputs = tmp_path / "out.plan", example_inputs()
-    assert CliRunner().invoke(build, [str(exported()), "-o", str(plan)]).exit_code == 0
-    with OnnxRuntimeRunner(exported()) as runner:
-        expected = runner(*inputs)
+    file, plan = exported(layout="int8", target="tensorrt"), tmp_path / "out.plan"
+    words = [str(file), "-o", str(plan), "--backend", product.name]
+    built = CliRunner().invoke(build, words)
+    assert built.exit_code == 0, built.stderr
+    requests = [example_inputs(batch=rows, seed=rows) for rows in (2, 8, 1)]
+    with OnnxRuntimeRunner(file) as runner:
+        expected = [runner(*inputs) for inputs in requests]
     with TensorRTRunner(plan, cache=tmp_path / "cache") as runner:
-        found = runner(*(tensor.to(runner.device) for tensor in inputs))
-        assert found.device == runner.device
-        assert snr_db(expected, found.cpu()) > 40  # rounding ties
+        for inputs, reference in zip(requests, expected, strict=True):
+            found = runner(*(tensor.to(runner.device) for tensor in inputs))
+            assert found.device == runner.device
+            assert snr_db(reference, found.cpu()) > 40  # rounding ties
         for _ in range(3):  # captured by now
-            assert torch.equal(runner(*inputs), found.cpu())
+            again = [runner(*inputs) for inputs in requests]
+            for inputs, first in zip(requests, again, strict=True):
+                assert torch.equal(runner(*inputs), first)
+        layers = layers_from_inspector(runner.layer_information())
+    assert not layer_report(layers, TINY, read_form(file)).lost

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,14 @@ def input_shapes(config: DiTConfig, batch: BatchRange) -> dict[str, list[list[in
         "timesteps": [[size] for size in sizes],
         "class_labels": [[size] for size in sizes],
     }
+
+
+def shape_words(shapes: Mapping[str, list[list[int]]], index: int) -> str:
+    """Return one shape of every input, as name:2x4x32x32, as NVIDIA's programs take them."""
+    return ",".join(
+        f"{name}:{'x'.join(str(size) for size in choices[index])}"
+        for name, choices in shapes.items()
+    )
 
 
 @contextlib.contextmanager
