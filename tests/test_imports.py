@@ -17,7 +17,9 @@ PACKAGE = Path(ditas_export.__file__).parent
 
 ORDER = (
     "errors",
+    "file_signs",
     "artifact_files",
+    "job_files",
     "distributed",
     "fast_matmul",
     "timings",
@@ -31,6 +33,10 @@ ORDER = (
     "runtime",
     "generation",
     "evaluation",
+    "preflight",
+    "export_job",
+    "export_manifest",
+    "export_files",
     "pipeline",
     "cli",
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from quantized_fixture import TINY, example_inputs, exported, snr_db
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from ditas_export.artifact_files import sha256_of_file
@@ -209,16 +210,15 @@ def test_tensorrt_has_no_kernels_to_keep(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behave")
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"the folder .*file does not exist"):
+    with pytest.raises(ArtifactError, match="file is no folder; name another"):
         TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "file")
 
 
 @pytest.mark.usefixtures("behave")
-@pytest.mark.parametrize("rows", [0, 5])
-def test_a_batch_outside_the_profile_is_refused(tmp_path: Path, rows: int) -> None:
+def test_a_batch_outside_the_profile_is_refused(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
-        inputs = torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows)
-        with pytest.raises(RunnerError, match=f"a batch of {rows} rows; the plan takes 1 to 4 "):
+        inputs = torch.randn(5, 3, 8, 8), torch.arange(5), torch.arange(5)
+        with pytest.raises(RunnerError, match="a batch of 5 rows; the plan takes 1 to 4 "):
             runner(*inputs)
 
 
@@ -228,7 +228,7 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         with pytest.raises(RunnerError, match=r"the model takes \(N, 3, 8, 8\)"):
             runner(latents[:, :2], timesteps, labels)
-        with pytest.raises(RunnerError, match="class labels run from"):
+        with pytest.raises(RunnerError, match="class_labels run from"):
             runner(latents, timesteps, labels + 100)
     with pytest.raises(RunnerError, match="this runner is closed"):
         runner(latents, timesteps, labels)
@@ -469,11 +469,22 @@ def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) ->
             assert labels.is_cpu
             return torch.cat([latents, latents], dim=1)
 
+    class OneBit(TorchDispatchMode):
+        """Says that meta latents are finite: the one thing that is read back of a step."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                return True
+            return func(*args, **(kwargs or {}))
+
     runner: Any = Shapes()
-    steps = trajectory(
-        runner, classes=[1, 2], steps=20, sampler=sampler, cfg_scale=cfg_scale, device="meta"
-    )
-    assert all(step.next_latents.is_meta for step in steps)
+    with OneBit():
+        steps = trajectory(
+            runner, classes=[1, 2], steps=20, sampler=sampler, cfg_scale=cfg_scale, device="meta"
+        )
+        assert all(step.next_latents.is_meta for step in steps)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +35,9 @@ def compare(
     classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
     images: Annotated[int | None, _option("Images of the trajectory.", "images")] = None,
     steps: Annotated[int | None, _option("Time steps, all compared.", "steps")] = None,
-    cfg_scale: Annotated[float | None, _option("Guidance scale; 1 for none.", "cfg_scale")] = None,
+    cfg_scale: Annotated[
+        float | None, _option("Guidance scale; 1 for none, 0 for the null class.", "cfg_scale")
+    ] = None,
     seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
     linears: Annotated[
         bool,
@@ -85,17 +86,10 @@ def compare(
 
 def _run(options: CompareOptions, json_path: Path | None, *, show: bool) -> Comparison:
     """Do the job with progress bars, and write the JSON if asked for."""
-    from ditas_export.artifact_files import atomic_path, require_writable
     from ditas_export.evaluation.compare import compare
 
-    if json_path is not None:
-        require_writable(json_path)
     with stages(Console(stderr=True), quiet=not show) as advance:
-        comparison = compare(options, on_progress=advance)
-    if json_path is not None:
-        with atomic_path(json_path) as partial:
-            partial.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return comparison
+        return compare(options, report=json_path, on_progress=advance)
 
 
 def main() -> None:

@@ -16,9 +16,11 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
+from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.form import FileForm
 
-FORMAT = "ditas-export engine 1"
+KIND = "ditas-export engine"
+FORMAT = f"{KIND} 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class EngineMetadata:
     options: BuildOptions
     gpu: Gpu | None  # the one at hand when it was built, if any
     layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
+    replaces_sha256: str | None = None  # of the plan that lay there before, if any
 
     def __post_init__(self) -> None:
         """Refuse what describes no plan, naming the value."""
@@ -79,7 +82,9 @@ class EngineMetadata:
         """Write indented JSON; atomic."""
         content = {"format": FORMAT, **self.to_dict()}
         with atomic_path(path) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def load(cls, path: Path) -> EngineMetadata:
@@ -96,17 +101,27 @@ class EngineMetadata:
                 gpu=None if gpu is None else Gpu(**gpu),
                 **content,
             )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            DitasExportError,
-        ) as error:
+        except DitasExportError as error:
             raise EngineError(
                 f"{path} does not describe an engine ({error}); build it with ditas-build"
             ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = why_unreadable(path, error, expects_json=True)
+            raise EngineError(
+                f"{path} does not describe an engine ({why}); build it with ditas-build"
+            ) from error
+
+
+def is_plan_file(path: Path) -> bool:
+    """Return whether a file is a plan with its metadata beside it, or the one that they replace.
+
+    The metadata are written first; a process that is killed then leaves the earlier plan.
+    """
+    try:
+        metadata = EngineMetadata.load(metadata_path(path))
+        return sha256_of_file(path) in (metadata.plan_sha256, metadata.replaces_sha256)
+    except (EngineError, OSError):
+        return False
 
 
 def metadata_path(plan: Path) -> Path:
@@ -130,8 +145,15 @@ def require_matching(
         EngineError: another plan's metadata, another product, a version that does not run it, or a
             GPU that it was not built for.
     """
-    if sha256_of_file(plan) != metadata.plan_sha256:
-        raise EngineError(f"{metadata_path(plan)} describes another plan; build {plan} again")
+    try:
+        found = sha256_of_file(plan)
+    except OSError as error:
+        why = why_unreadable(plan, error)
+        raise EngineError(f"{plan} cannot be read: {why}; build it with ditas-build") from error
+    if found != metadata.plan_sha256:
+        sign = describe_impostor(plan)
+        hint = f"{plan} is {sign}" if sign else f"build {plan} again"
+        raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
     if product != metadata.product:
         built, found = PRODUCTS[metadata.product].title, PRODUCTS[product].title
         raise EngineError(f"{plan} was built with {built}; {found} cannot run it")

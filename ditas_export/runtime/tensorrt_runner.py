@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, require_writable
-from ditas_export.diffusion.runner import Closing
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.cuda_stream import CudaStream
-from ditas_export.runtime.inputs import require_fitting
 from ditas_export.runtime.tensorrt_plan import (
     Block,
     LoadedPlan,
@@ -76,11 +73,11 @@ class PreparedBatch:
         return self.output
 
 
-class TensorRTRunner(Closing):
+class TensorRTRunner(CheckedRunner):
     """Runs a plan on a GPU; its memory lives until the runner is closed.
 
     Every batch size has a context and buffers of its own, set up when it is first met;
-    `MOST_BATCH_SIZES` of them stay. Threads may share a runner, and take turns.
+    `MOST_BATCH_SIZES` of them stay. Threads take turns.
 
     Args:
         plan: written by `ditas-build`, its metadata beside it.
@@ -106,11 +103,10 @@ class TensorRTRunner(Closing):
         trt = load_product(product)
         gpu, version = self._stream.gpu, trt.__version__
         require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
-        self._config = metadata.dit
+        super().__init__(metadata.dit, one_at_a_time=True)
         self._title = f"{product.title} {version}"
         self._kernels = _kernels_file(cache, metadata.plan_sha256, self._title, gpu.name)
         self._batches: OrderedDict[int, PreparedBatch] = OrderedDict()  # used last, last
-        self._turn = threading.RLock()
         with self._stream.faults_as_errors(), self._stream.ordered():
             kept = self._kernels.read_bytes() if self._kernels and self._kernels.exists() else b""
             loaded = load_plan(
@@ -122,13 +118,8 @@ class TensorRTRunner(Closing):
             )
             size = block_bytes(loaded.engine)
             self._block = torch.empty(size, dtype=torch.uint8, device=self._stream.device)
-        self._plan: LoadedPlan | None = loaded
         self._smallest, self._largest = batch_sizes(loaded.engine)
-
-    @property
-    def config(self) -> DiTConfig:
-        """Shape of the model behind the runner."""
-        return self._config
+        self._backend: LoadedPlan | None = loaded
 
     @property
     def device(self) -> torch.device:
@@ -147,45 +138,29 @@ class TensorRTRunner(Closing):
             RunnerError: the runner is closed, or an error that the product reports.
         """
         with self._turn, self._stream.faults_as_errors(), self._stream.ordered():
-            loaded = self._open_plan()
+            loaded: LoadedPlan = self._open_backend()
             rows = next(reversed(self._batches), self._smallest)
             return layer_information(loaded, self._prepared(loaded, rows).context)
 
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and any learned variance, (N, 2C or C, H, W) float32 on the latents' device.
-
-        Labels that lie on a GPU are not read back to check their range.
+    def _infer(
+        self, backend: LoadedPlan, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+    ) -> Tensor:
+        """Return the output, in memory of the caller's stream that nothing writes to again.
 
         Raises:
-            RunnerError: inputs that do not fit the model, a batch that the plan was not built for,
-                a closed runner, an error that the product reports, or a fault of the GPU.
+            RunnerError: a batch that the plan was not built for, an error that the product reports,
+                or a fault of the GPU.
         """
-        with self._turn:
-            loaded = self._open_plan()
-            require_fitting(self._config, latents, timesteps, class_labels)
-            self._require_batch(len(latents))
-            return self._infer(loaded, latents, timesteps, class_labels)
-
-    def _infer(
-        self, loaded: LoadedPlan, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-    ) -> Tensor:
-        """Return the output, in memory of the caller's stream that nothing writes to again."""
+        self._require_batch(len(latents))
         with self._stream.faults_as_errors():
             shape = (len(latents), self._config.out_channels, *latents.shape[2:])
             answer = torch.empty(shape, device=latents.device)
             with self._stream.ordered():
-                batch = self._prepared(loaded, len(latents))
+                batch = self._prepared(backend, len(latents))
                 answer.copy_(
                     batch.run(latents=latents, timesteps=timesteps, class_labels=class_labels)
                 )
             return answer
-
-    def _open_plan(self) -> LoadedPlan:
-        """Return the plan; RunnerError once the runner is closed."""
-        if self._plan is None:
-            raise RunnerError("this runner is closed; open the plan again")
-        return self._plan
 
     def _require_batch(self, rows: int) -> None:
         """Refuse a batch that the plan has no shapes for."""
@@ -244,7 +219,7 @@ class TensorRTRunner(Closing):
     def close(self) -> None:
         """Free the GPU's memory, once nothing uses it."""
         with self._turn:
-            if self._plan is None:
+            if self._backend is None:
                 return
             try:
                 with self._stream.faults_as_errors():
@@ -252,7 +227,7 @@ class TensorRTRunner(Closing):
             finally:
                 self._batches.clear()
                 self._block = torch.empty(0)
-                self._plan = None
+                self._backend = None
 
 
 def _kernels_file(cache: Path | None, plan_sha256: str, *environment: str) -> Path | None:
