@@ -500,17 +500,27 @@ def tiny_checkpoint(path: Path) -> str:
 
 
 def warm_up(model: str) -> None:
-    """Import and trace once, so that no child has to; starts no threads."""
+    """Import everything and use it once, so that no child has to; starts no threads."""
     import torch
 
     torch.set_num_threads(1)
+    from ditas_export.calibration.adaln import quantize_adaln
+    from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+    from ditas_export.calibration.fold import fold_smoothing
+    from ditas_export.calibration.modules import fake_quantized_dit
+    from ditas_export.calibration.states import CalibrationSettings, collect_states
     from ditas_export.dit.checkpoint import load_dit
     from ditas_export.onnx_export.skeleton import export_skeleton
 
-    loaded = load_dit(model).model
-    export_skeleton(loaded.config, loaded.state_dict(), dtype=torch.float32)
     for name in ("onnxruntime", "torch.distributed.nn", "ditas_export.pipeline"):
         __import__(name)
+    loaded = load_dit(model)
+    settings = CalibrationSettings(steps=2, classes=(0,))
+    states = collect_states(loaded.model, settings, identity=loaded.identity)
+    quantized = quantize_dit(loaded.model, states, QuantizationSettings(alpha_grid=(0.5,)))
+    folded = fold_smoothing(quantize_adaln(quantized, 4))
+    fake_quantized_dit(folded, ranges="token")
+    export_skeleton(loaded.model.config, folded.float_parameters, dtype=torch.float32)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from ditas_export.evaluation.linear_outputs import (
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import (
+    Outputs,
     is_inputs_file,
     onnx_runner,
     onnx_runner_with_outputs,
@@ -157,8 +158,8 @@ def compare(
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
         OtherModelError: files that record two different models.
-        VerificationError: files of two different DiTs, or a bf16 file, which ONNX Runtime does not
-            run.
+        VerificationError: files of two different DiTs or of other outputs, or a bf16 file, which
+            ONNX Runtime does not run.
         EngineError: an engine that cannot run here.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
         ArtifactError: the inputs or the report cannot be written, or something else is there.
@@ -179,7 +180,7 @@ def compare(
         save_inputs(options.gen_inputs, feeds_of(inputs))
     advance("Comparing outputs", 0, 1)
     outputs = [
-        {name: _difference(value, found[name]) for name, value in wanted.items()}
+        _output_differences(options, wanted, found)
         for wanted, found in run_both(onnx_runner(options.reference), model, feeds_of(inputs))
     ]
     advance("Comparing outputs", 1, 1)
@@ -285,6 +286,17 @@ def _compare_linears(
             )
         advance("Comparing linears", len(found_steps), len(feeds))
     return found_steps
+
+
+def _output_differences(options: CompareOptions, wanted: Outputs, found: Outputs) -> Differences:
+    """Return the differences of every output at one step; refuse outputs that are not the same."""
+    shapes = [{name: value.shape for name, value in each.items()} for each in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"{options.model} gives {shapes[1]} where {options.reference} gives {shapes[0]}; "
+            f"export it again with ditas-export"
+        )
+    return {name: _difference(value, found[name]) for name, value in wanted.items()}
 
 
 def _difference(wanted: Any, found: Any) -> Difference:
