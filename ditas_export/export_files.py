@@ -91,6 +91,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             fake_quantized_dit(folded, ranges=ranges, target=options.target),
             candidate,
             settings,
+            weight_only=quantized.adaln_bits != 16 or quantized.activation_bits == 16,
             device=device_of(options),
             kept=KeptParts(folder=folder),
             on_step=lambda done, total: job.on_progress("verify", done, total),
@@ -107,6 +108,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             ranges=ranges,
             verification=verification,
         )
+        manifest["noise_check"] = job.noise.to_dict()
         seconds = job.timings.seconds.items()
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
         write_manifest(kept_manifest, manifest)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ditas_export.calibration.noise_check import NoiseCheck
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.distributed import Ranks
 from ditas_export.dit.checkpoint import LoadedDiT
@@ -34,6 +35,7 @@ class ExportJob:
 
     options: ExportOptions
     loaded: LoadedDiT
+    noise: NoiseCheck
     ranks: Ranks
     work: WorkFolder
     timings: Timings

@@ -15,6 +15,7 @@ from ditas_export import __version__
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.dit.sites import adaln_names
 from ditas_export.evaluation.verify import Verification
+from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, bytes_by_part
@@ -50,7 +51,7 @@ def manifest_of(
             "block_size": linear.weight.block_size,
             "rank": linear.low_rank.rank if linear.low_rank else 0,
             "static_range": linear.static_range,
-            "output_snr_db": linear.output_snr_db,
+            "output_snr_db": finite_or_none(linear.output_snr_db),
             "smoothing_scale": [
                 float(linear.smoothing_scale.amin()),
                 float(linear.smoothing_scale.amax()),
@@ -76,6 +77,7 @@ def manifest_of(
             "adaln_bits": quantized.adaln_bits,
         },
         "verified": verification.matches is True,
+        "far_from_float": verification.is_far_from_float,
         "not_verified_because": _why_unverified(options, verification),
         "vae_decoder": _vae_entry(options),
         "settings": json.loads(json.dumps(quantized.settings, sort_keys=True)),  # as a file has it
@@ -92,7 +94,8 @@ def _why_unverified(options: ExportOptions, verification: Verification) -> str |
     if verification.matches is None:
         return f"no runtime that is installed runs a file of {options.float_side}"
     if verification.matches is False:
-        return "it does not compute what was calibrated"
+        reason = verification.file and verification.file.not_finite
+        return reason or "it does not compute what was calibrated"
     return None
 
 

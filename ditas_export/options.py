@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ DEFAULTS: Mapping[str, Any] = {
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "fast": (False, True),
+    "no_null_class": (False, True),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
@@ -72,6 +74,28 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "adaln": (None, 16, 8, 4),
 }
 """Options that take one of a few values; None leaves the choice to model, artefact or target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointHints:
+    """What a caller knows of a checkpoint that does not say it itself; the fields are options."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None  # the null row not counted
+    no_null_class: bool = False  # every row of the label table is a class
+    betas: str | None = None  # NAME[,START,END[,STEPS]]
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something, as flags."""
+        return [
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) not in (None, False)
+        ]
+
+
+NO_HINTS = CheckpointHints()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +108,9 @@ class ExportOptions:
     output: Path
     model: str = "digits"
     num_heads: int | None = None
+    num_classes: int | None = None
+    no_null_class: bool = False
+    betas: str | None = None
     classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: int | None = None
@@ -108,6 +135,7 @@ class ExportOptions:
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
+    min_db: float | None = None
     vae: str | None = None
 
     def __post_init__(self) -> None:
@@ -122,6 +150,8 @@ class ExportOptions:
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
+        if self.min_db is not None and not math.isfinite(self.min_db):
+            raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
         if self.precision == "bf16" and self.target == "onnxruntime":
@@ -129,6 +159,16 @@ class ExportOptions:
                 "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "
                 "tensorrt or portable"
             )
+
+    @property
+    def hints(self) -> CheckpointHints:
+        """What is said of a checkpoint that does not say it itself."""
+        return CheckpointHints(
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            no_null_class=self.no_null_class,
+            betas=self.betas,
+        )
 
     @property
     def float_side(self) -> Precision:

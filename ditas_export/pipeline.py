@@ -24,6 +24,7 @@ from ditas_export.calibration.calibrate import (
     solving_key,
 )
 from ditas_export.calibration.methods import ALPHA_GRID
+from ditas_export.calibration.noise_check import NoiseCheck, check_noise
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
     CalibrationSettings,
@@ -92,11 +93,17 @@ def export(
     ranks.together(lambda: device_of(options))
     ranks.first(lambda: check_model(options, loaded.model, DTYPES[options.float_side]))
     say(f"model: {loaded.source}")
+    for note in loaded.notes:
+        say(f"  {note}")
+    noise = ranks.first(lambda: _check_noise(options, loaded))
+    if noise.warning is not None:
+        say(f"warning: {noise.warning}")
     with ExitStack() as stack:
         work = ranks.first(lambda: stack.enter_context(job_files(options).working()))
         job = ExportJob(
             options=options,
             loaded=loaded,
+            noise=noise,
             ranks=ranks,
             work=work,
             timings=Timings(),
@@ -117,10 +124,18 @@ def export(
 
 def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
     """Return the model, the same on every rank."""
-    loaded = ranks.together(lambda: load_dit(options.model, num_heads=options.num_heads))
+    loaded = ranks.together(lambda: load_dit(options.model, options.hints))
     if len(set(ranks.gather(loaded.identity.fingerprint))) > 1:
         raise CheckpointError(f"{options.model} is not the same checkpoint on every rank")
     return loaded
+
+
+def _check_noise(options: ExportOptions, loaded: LoadedDiT) -> NoiseCheck:
+    """Measure whether the model predicts noise, before any work is put into it."""
+    try:
+        return check_noise(loaded.model, device=device_of(options))
+    finally:
+        loaded.model.to("cpu")
 
 
 def quantization_settings(options: ExportOptions) -> QuantizationSettings:

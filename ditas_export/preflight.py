@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ditas_export.artifact_files import require_writable
 from ditas_export.calibration.adaln import adaln_block_size
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes
+from ditas_export.calibration.fold import require_representable
 from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
 from ditas_export.calibration.states import STATES_KIND, CalibrationSettings
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.distributed import Ranks
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.errors import ArtifactError
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
 from ditas_export.onnx_export.export import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
 from ditas_export.onnx_export.vae import (
     is_decoder_file,
     load_latent_decoder,
-    require_same_channels,
+    require_fitting_vae,
 )
 from ditas_export.options import FAST_WALK_TOKENS, ExportOptions
 
@@ -97,31 +97,16 @@ def check_model(options: ExportOptions, model: DiT, dtype: torch.dtype) -> None:
     """
     config = model.config
     if options.vae is not None:
-        taken = load_latent_decoder(options.vae).shape.in_channels
-        require_same_channels(options.vae, made=config.in_channels, taken=taken)
+        shape = load_latent_decoder(options.vae).shape
+        require_fitting_vae(
+            f"the VAE {options.vae}",
+            in_channels=shape.in_channels,
+            factors=shape.factors,
+            config=config,
+        )
     if options.adaln in (8, 4):
         adaln_block_size(config.hidden_size, options.adaln)
-    unfolded = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("blocks.")
-    }
-    require_representable(unfolded, dtype)
-
-
-def require_representable(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Refuse tensors that overflow a float type.
-
-    Raises:
-        QuantizationError: names the first, its largest value and what to do.
-    """
-    for name, tensor in parameters.items():
-        largest = float(tensor.abs().amax())
-        if largest > torch.finfo(dtype).max:
-            raise QuantizationError(
-                f"{name} reaches {largest:.4g}, which overflows {dtype}; use --precision bf16 or "
-                f"fp32"
-            )
+    require_representable(model, dtype)
 
 
 def check_calibration(

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from quantized_fixture import example_inputs, quantized_tiny_dit, tiny_dit
+from quantized_fixture import example_inputs, quantized_tiny_dit, snr_db, tiny_dit
 from torch import nn
 from torch.nn import functional
 
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.fold import SMALLEST_HALF_SCALE, fold_smoothing
+from ditas_export.calibration.fold import fold_smoothing, require_representable
 from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.model import DiT
@@ -134,27 +135,144 @@ def test_the_float32_forward_rounds_activations_on_the_grid(ranges: Ranges, targ
     assert (smooth / scale - codes).abs().max() < 0.51 or ranges == "static"
 
 
-def test_half_precision_row_scales_stay_normal_and_the_function_stays() -> None:
+ROWS = {
+    "q": ("attn.qkv", 7),
+    "k": ("attn.qkv", 96 + 7),
+    "v": ("attn.qkv", 192 + 7),
+    "proj": ("attn.proj", 7),
+    "fc1": ("mlp.fc1", 7),
+    "fc2": ("mlp.fc2", 7),
+}
+"""A row of each kind of linear, of each use of its output."""
+
+
+def changed(quantized: QuantizedDiT, name: str, **changes: object) -> QuantizedDiT:
+    linear = replace(quantized.linears[name], **changes)
+    return replace(quantized, linears={**quantized.linears, name: linear})
+
+
+def half_db(quantized: QuantizedDiT, ranges: Ranges, *, exact: QuantizedDiT | None = None) -> float:
+    """SNR of the float16 forward against the float32 forward of the same integers, or of others."""
+    latents, timesteps, labels = example_inputs(batch=4)
+    whole = fake_quantized_dit(fold_smoothing(exact or quantized), ranges=ranges)
+    half = fake_quantized_dit(fold_smoothing(quantized, dtype=torch.float16), ranges=ranges)
+    return snr_db(whole(latents, timesteps, labels),
+                  half(latents.half(), timesteps, labels).float())  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "ranges"), [(4, "token"), (4, "static"), (8, "token")])
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_that_is_nearly_dead_costs_halves_nothing(
+    row: str, bits: int, ranges: Ranges
+) -> None:
+    """One row times 1e-2 … 1e-8: within 1 dB of the model before."""
+    quantized = quantized_tiny_dit(tiny_dit(), weight_bits=bits)
+    before = half_db(quantized, ranges)
+    kind, index = ROWS[row]
+    name = f"blocks.0.{kind}"
+    weight = quantized.linears[name].weight
+    for factor in (1e-2, 1e-4, 1e-6, 1e-8):
+        row_scale = weight.row_scale.clone()
+        row_scale[index] *= factor
+        small = changed(quantized, name, weight=replace(weight, row_scale=row_scale))
+        assert half_db(small, ranges) > before - 1, factor
+        folded = fold_smoothing(small, dtype=torch.float16).linears[name].weight
+        assert folded.row_scale.amin() >= RANGE_FLOOR
+        kept = torch.arange(len(row_scale)) != index
+        assert torch.equal(folded.codes[kept], weight.codes[kept])
+        s = fold_smoothing(small, dtype=torch.float16).linears["blocks.0.mlp.fc2"]
+        expected = quantized.linears["blocks.0.mlp.fc2"].smoothing_scale.double().reciprocal()
+        assert torch.equal(s.input_multiplier, expected.half())  # s stays
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(4, 4), (8, 4), (4, 0)])
+def test_a_raised_row_is_rounded_anew_and_its_branch_with_it(bits: int, rank: int) -> None:
+    quantized = quantized_tiny_dit(tiny_dit(), weight_bits=bits, rank=rank)
+    linear = quantized.linears["blocks.0.mlp.fc1"]
+    row_scale = linear.weight.row_scale.clone()
+    row_scale[5] = 2.0**-14 / 3
+    small = replace(linear, weight=replace(linear.weight, row_scale=row_scale))
+    folded = fold_smoothing(
+        changed(quantized, "blocks.0.mlp.fc1", weight=small.weight), dtype=torch.float16
+    ).linears["blocks.0.mlp.fc1"]
+    assert folded.weight.row_scale[5] == 2.0**-14
+    wanted = small.weight.int8_rows()[5].double() / 3
+    found = folded.weight.int8_rows()[5].double()
+    # 8 bits: half a unit. 4 bits: half a step of the old grid, which the new one is as fine as.
+    bound = 0.5 if bits == 8 else 0.5 * float(small.weight.multipliers[5].max()) / 3 + 1
+    assert (found - wanted).abs().max() <= bound
+    assert found.abs().max() > 20
+    if linear.low_rank is not None:
+        assert folded.low_rank is not None
+        before = linear.low_rank.left_codes.double()
+        before[5] /= 3
+        assert torch.equal(folded.low_rank.left_codes.double(), before.round())
+
+
+@pytest.mark.parametrize("ranges", ["token", "static"])
+def test_values_keep_their_digits_where_projs_smoothing_is_large(ranges: Ranges) -> None:
+    """s of one channel takes V's row below what halves hold; proj's row scales have room for it."""
+    quantized = quantized_tiny_dit(tiny_dit())
+    name = "blocks.0.attn.proj"
+    linear = quantized.linears[name]
+    s = linear.smoothing_scale.clone()
+    s *= 200.0  # V's row scales are about 2e-3 here, and 2^-14 is 6e-5
+    large = changed(
+        quantized, name, smoothing_scale=s,
+        weight=replace(linear.weight, row_scale=linear.weight.row_scale * 200.0),
+        step_ranges=linear.step_ranges / 200.0,
+    )  # fmt: skip
+    folded = fold_smoothing(large, dtype=torch.float16)
+    plain = quantized.linears["blocks.0.attn.qkv"].weight
+    assert torch.equal(folded.linears["blocks.0.attn.qkv"].weight.codes, plain.codes)
+    power = float(folded.linears[name].static_range / linear.static_range * 200)
+    assert power == pytest.approx(2.0 ** round(math.log2(power)), rel=1e-5)  # float32 ranges
+    assert power > 1
+    assert half_db(large, ranges, exact=quantized) > half_db(quantized, ranges) - 1
+
+
+def test_a_bias_over_a_tiny_smoothing_scale_is_named() -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    proj = quantized.linears["blocks.0.attn.proj"]
+    s = proj.smoothing_scale.clone()
+    s[3] = 1e-4
+    quantized = changed(quantized, "blocks.0.attn.proj", smoothing_scale=s)
+    bias = quantized.linears["blocks.0.attn.qkv"].bias.clone()
+    bias[192 + 3] = 7.0
+    quantized = changed(quantized, "blocks.0.attn.qkv", bias=bias)
+    named = r"^blocks\.0\.attn\.qkv's bias holds 7e\+04, and float16 .*--precision bf16 or fp32"
+    with pytest.raises(QuantizationError, match=named):
+        fold_smoothing(quantized, dtype=torch.float16)
+    fold_smoothing(quantized, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("blocks.0.mlp.fc1", "bias", 1e6, "fc1's bias holds 1e\\+06"),
+        ("blocks.0.mlp.fc2", "step_ranges", 1e6, "fc2's input range holds 1e\\+06"),
+        ("blocks.1.mlp.fc2", "smoothing_scale", 1e-6, r"1 / s of blocks\.1\.mlp\.fc2 holds 1e"),
+    ],
+)
+def test_every_folded_float_is_looked_at(name: str, field: str, value: float, message: str) -> None:
+    quantized = quantized_tiny_dit(tiny_dit())
+    tensor = torch.full_like(getattr(quantized.linears[name], field), value)
+    with pytest.raises(QuantizationError, match=message):
+        fold_smoothing(changed(quantized, name, **{field: tensor}), dtype=torch.float16)
+
+
+def test_parameters_that_are_not_folded_are_known_beforehand() -> None:
     model = tiny_dit()
-    quantized = quantized_tiny_dit(model, activation_bits=16)
-    small = {
-        name: replace(
-            linear,
-            smoothing_scale=linear.smoothing_scale / 256,
-            weight=replace(linear.weight, row_scale=linear.weight.row_scale / 256),
-        )
-        for name, linear in quantized.linears.items()
-    }
-    shrunk = replace(quantized, linears=small)
-    folded = fold_smoothing(shrunk, dtype=torch.float16)
-    for linear in folded.linears.values():
-        assert linear.weight.row_scale.dtype == torch.float16
-        assert linear.weight.row_scale.min() >= SMALLEST_HALF_SCALE
-    inputs = example_inputs(model.config)
-    expected = fake_quantized_dit(fold_smoothing(quantized), ranges="token")(*inputs)
-    half = fake_quantized_dit(folded, ranges="token")(inputs[0].half(), *inputs[1:])
-    # Ten significant bits through two blocks.
-    assert relative_error(expected, half.float()) < 2e-2
+    require_representable(model, torch.float16)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[0] = 1e5  # type: ignore[index, operator, union-attr]
+    require_representable(model, torch.float16)  # it is folded: what ships is not known yet
+    with torch.no_grad():
+        model.final_layer.linear.bias[0] = 1e5
+    named = r"final_layer\.linear\.bias holds 1e\+05, and float16 ends at 6.55e\+04"
+    with pytest.raises(QuantizationError, match=named):
+        require_representable(model, torch.float16)
+    require_representable(model, torch.bfloat16)
 
 
 def test_overflow_in_half_precision_is_refused() -> None:
@@ -162,7 +280,7 @@ def test_overflow_in_half_precision_is_refused() -> None:
     name = "blocks.0.attn.qkv"
     linear = quantized.linears[name]
     huge = replace(linear, weight=replace(linear.weight, row_scale=linear.weight.row_scale * 1e9))
-    with pytest.raises(QuantizationError, match="use precision fp32"):
+    with pytest.raises(QuantizationError, match=r"qkv's row scales holds .*use --precision"):
         fold_smoothing(
             replace(quantized, linears={**quantized.linears, name: huge}), dtype=torch.float16
         )

@@ -132,8 +132,13 @@ def test_low_rank_is_the_product_of_its_factors() -> None:
     ("name", "value", "message"),
     [
         ("left_codes", torch.zeros(6, 3, dtype=torch.int8), "do not fit together"),
-        ("divisor", torch.tensor([3, 900], dtype=torch.int32), "odd and positive"),
-        ("divisor", torch.tensor([3, -1], dtype=torch.int32), "odd and positive"),
+        ("divisor", torch.tensor([3, 900], dtype=torch.int32), "is even"),
+        ("divisor", torch.tensor([3, -1], dtype=torch.int32), "outside 1 … 16777216"),
+        ("divisor", torch.tensor([3, 2**24 + 1], dtype=torch.int32), "outside 1 … 16777216"),
+        ("divisor", torch.tensor([3, 5]), "divisors are torch.int64, not torch.int32"),
+        ("left_codes", torch.full((5, 2), -128, dtype=torch.int8), "outside -127 … 127"),
+        ("right_codes", torch.full((2, 7), -128, dtype=torch.int8), "outside -127 … 127"),
+        ("right_codes", torch.zeros(2, dtype=torch.int8), "do not fit together"),
     ],
 )
 def test_low_rank_refuses_what_no_runtime_computes(
@@ -174,9 +179,16 @@ def valid_parts() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("codes", torch.full((2, 8), 8, dtype=torch.int8), "outside ±7"),
+        ("codes", torch.full((2, 8), 8, dtype=torch.int8), "outside -7 … 7"),
+        ("codes", torch.full((2, 8), -128, dtype=torch.int8), "outside -7 … 7"),
+        ("codes", torch.zeros(2, 8), "codes are torch.float32, not torch.int8"),
+        ("codes", torch.zeros(2, 0, dtype=torch.int8), "there are no codes"),
+        ("codes", torch.zeros(16, dtype=torch.int8), "do not fit together"),
         ("multipliers", torch.full((2, 2), 19, dtype=torch.int8), "outside 1 … 18"),
         ("multipliers", torch.ones(2, 3, dtype=torch.int8), "do not fit together"),
+        ("multipliers", torch.zeros(2, 0, dtype=torch.int8), "do not fit together"),
+        ("row_scale", torch.tensor([1, 1]), "row scales are torch.int64, not floats"),
+        ("row_scale", torch.ones(2, 1), "do not fit together"),
         ("row_scale", torch.tensor([1.0, 0.0]), "finite and positive"),
         ("row_scale", torch.tensor([1.0, float("nan")]), "finite and positive"),
     ],

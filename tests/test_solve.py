@@ -198,6 +198,61 @@ def test_the_target_minimises_the_ridge_problem() -> None:
     assert torch.allclose(got, expected, rtol=1e-8, atol=1e-8)
 
 
+def test_lora_ao_keeps_its_best_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equation 10 alternates; of ten iterates the one of least weight error is kept."""
+    fitted = []
+    fit = solve.fit_weight_error
+
+    def keep(error_left: Tensor, rank: int) -> Any:
+        fitted.append((error_left, fit(error_left, rank)))
+        return fitted[-1][1]
+
+    monkeypatch.setattr(solve, "fit_weight_error", keep)
+    lasts = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        smoothed = torch.randn(24, 48, generator=generator)
+        fitted.clear()
+        weight, factors = solve._round_to_weight(smoothed, SETTINGS)
+        assert factors is not None
+        errors = [
+            float((left_over - found.product().double()).square().sum())
+            for left_over, found in fitted
+        ]
+        assert len(errors) == solve.LOW_RANK_ITERATIONS
+        kept = (smoothed - weight.dequantize()).double() - factors.product().double()
+        assert float(kept.square().sum()) == pytest.approx(min(errors), rel=1e-5)  # float32
+        lasts.append(errors.index(min(errors)) == len(errors) - 1)
+    assert not all(lasts)  # the last is not always the best: there is something to keep
+
+
+def test_the_search_counts_outputs_by_their_weights() -> None:
+    """Two halves of the outputs want another α each; which half counts decides."""
+    weight, _, maxima, inputs = problem(seed=1)
+    weight = weight.clone()
+    weight[12:, 7] *= 3000.0  # here the outlier channel has the largest weights as well
+    chosen = []
+    for counts in (slice(None, 12), slice(12, None)):
+        output_weights = torch.full((24,), 1e-6)
+        output_weights[counts] = 1.0
+        chosen.append(
+            search_alpha(weight, maxima.amax(0), maxima, inputs, output_weights, SETTINGS)
+        )
+        losses = {}
+        x_float, x_quantized = all_tokens(inputs)
+        relative = weight / weight.abs().amax(dim=1, keepdim=True)
+        for alpha in SETTINGS.alpha_grid:
+            s = smoothing_scale(maxima.amax(0), relative.abs().amax(0), alpha)
+            x = x_quantized / s
+            r = x.abs().amax(1, keepdim=True)
+            x_hat = (x / r * 127).round() / 127 * r
+            w_hat = round_to_blocks(weight * s, block_size=16).dequantize()
+            error = (x_hat @ w_hat.T - x_float @ weight.T) * output_weights
+            losses[alpha] = float(error.double().square().sum())
+        assert chosen[-1] == min(losses, key=lambda alpha: losses[alpha])
+    assert chosen[0] != chosen[1]
+
+
 @pytest.mark.parametrize(
     ("grid", "roundings"), [(SETTINGS.alpha_grid, 5), (ALPHA_GRID, 21 + 5)], ids=["short", "long"]
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.outliers import plant_outliers
-from ditas_export.dit.sites import LinearSite, in_features, linear_sites
+from ditas_export.dit.sites import LINEAR_KINDS, LinearSite, in_features, linear_sites
 from ditas_export.errors import CalibrationError
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -65,21 +66,69 @@ def test_the_walk_visits_every_linear_once_in_order(model: DiT, states: Calibrat
     assert found == list(linear_sites(model.config.depth))
 
 
-def test_without_rounding_both_streams_are_the_model(model: DiT, states: CalibrationStates) -> None:
+Streams = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    """Both streams' inputs to every linear of the walks of a test, by kind, in walk order."""
+    seen: Streams = {kind: [] for kind in LINEAR_KINDS}
+    solve = walk_module.solve_linear
+    kinds = cycle(LINEAR_KINDS)
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        floats, quantized = zip(*arguments[3].batches(1), strict=True)
+        seen[next(kinds)].append((torch.cat(floats), torch.cat(quantized)))
+        return solve(*arguments, **named)
+
+    monkeypatch.setattr(walk_module, "solve_linear", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ditas-plus"])
+def test_without_target_correction_both_streams_are_the_float_model(
+    model: DiT, states: CalibrationStates, streams: Streams, name: str
+) -> None:
+    settings = site_settings(METHODS[name])
+    inputs = walk_states(states, count=4)
+    list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+    for kind, pairs in streams.items():
+        assert len(pairs) == 2, kind
+        assert all(torch.equal(x_float, x_quantized) for x_float, x_quantized in pairs), kind
+
+
+def test_with_target_correction_every_linear_sees_what_the_earlier_ones_lost(
+    model: DiT, states: CalibrationStates, streams: Streams
+) -> None:
+    settings = site_settings(METHODS["ditas-plus"])
+    inputs = walk_states(states, count=4)
+    list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+    found = [snr_db(*streams[kind][block]) for block in range(2) for kind in LINEAR_KINDS]
+    assert found[0] == float("inf")  # nothing is quantized before it
+    assert all(10 < decibels < 90 for decibels in found[1:]), found
+
+
+def test_without_rounding_both_streams_are_the_model(
+    model: DiT, states: CalibrationStates, streams: Streams
+) -> None:
     """With 16-bit activations and exact 8-bit weights the quantized stream is the float stream.
 
     Weights are made integers beforehand, so that nothing is lost: any error would be the walk's.
+    The method corrects its target, so the quantized stream is the walk's own.
     """
     exact = tiny_dit()
     for site in linear_sites(exact.config.depth):
         linear = exact.get_submodule(site.name)
         scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127  # type: ignore[operator, union-attr]
         linear.weight.copy_((linear.weight / scale).round() * scale)  # type: ignore[operator, union-attr]
-    settings = replace(site_settings(METHODS["linear"]), weight_bits=8, activation_bits=16)
+    method = replace(METHODS["linear"], name="linear, corrected", target_correction=True)
+    settings = replace(site_settings(method), weight_bits=8, activation_bits=16)
     inputs = walk_states(states, count=12)
     maxima = states.input_maxima
     for site, linear in walk(exact, inputs, maxima, lambda _: settings, known={}):
-        assert linear.output_snr_db > 110, site  # float32
+        assert linear.output_snr_db > 60, site
+    for kind, pairs in streams.items():
+        assert all(snr_db(*pair) > 60 for pair in pairs), kind
 
 
 @pytest.mark.parametrize(

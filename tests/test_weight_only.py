@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_fixture import quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, quantized_tiny_dit, tiny_dit
 
 from ditas_export.calibration.adaln import (
     adaln_block_size,
@@ -16,7 +16,6 @@ from ditas_export.calibration.adaln import (
     quantize_adaln,
 )
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import adaln_name, adaln_names
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.quantization.integer import round_to_blocks
@@ -89,8 +88,11 @@ def test_the_widest_block_that_divides() -> None:
     [
         ({"bits": 5}, "weight bits are 4 or 8"),
         ({"scale": torch.ones(23, 4)}, "do not fit together"),
-        ({"codes": torch.full((24, 128), 8, dtype=torch.int8)}, "lies outside ±7"),
-        ({"scale": torch.zeros(24, 4)}, "not finite and positive"),
+        ({"codes": torch.full((24, 128), 8, dtype=torch.int8)}, "outside -7 … 7"),
+        ({"codes": torch.full((24, 128), -128, dtype=torch.int8)}, "outside -7 … 7"),
+        ({"codes": torch.zeros(24, 128, dtype=torch.int16)}, "are torch.int16, not torch.int8"),
+        ({"scale": torch.zeros(24, 4)}, "not all finite and positive"),
+        ({"scale": torch.ones(24, 4, dtype=torch.int8)}, "not floats"),
     ],
 )
 def test_impossible_weights_are_refused(change: dict[str, object], message: str) -> None:
@@ -119,7 +121,7 @@ def test_dividing_rows_divides_scales_and_leaves_codes(
 ) -> None:
     weight = quantize_weight_only(random_weight(), bits=bits, block_size=size)
     divisor = row_divisors()
-    divided = divide_rows(weight, divisor, dtype)
+    divided = divide_rows(weight, divisor, dtype, name="w")
     assert torch.equal(divided.codes, weight.codes)
     assert divided.scale.dtype == dtype
     exact = weight.scale.double() / divisor[:, None]
@@ -134,7 +136,7 @@ def test_rounding_commutes_with_dividing_rows(bits: int, size: int) -> None:
     """Why folding scales is as good as rounding what is folded already."""
     weight, divisor = random_weight().double(), 2.0 ** row_divisors().log().round()
     divided = divide_rows(
-        quantize_weight_only(weight, bits=bits, block_size=size), divisor, torch.float64
+        quantize_weight_only(weight, bits=bits, block_size=size), divisor, torch.float64, name="w"
     )
     direct = quantize_weight_only(weight / divisor[:, None], bits=bits, block_size=size)
     # Powers of two, so that no float is rounded on the way.
@@ -146,7 +148,7 @@ def test_blocks_below_half_precision_are_rounded_anew() -> None:
     weight = quantize_weight_only(random_weight(), bits=8, block_size=128)
     divisor = torch.ones(24, dtype=torch.float64)
     divisor[5] = 2000.0  # a scale of about 10⁻⁵; the smallest normal half is 6.1 · 10⁻⁵
-    divided = divide_rows(weight, divisor, torch.float16)
+    divided = divide_rows(weight, divisor, torch.float16, name="w")
     exact = weight.dequantize().double() / divisor[:, None]
     step = 2.0**-14
     assert divided.scale[5] == step
@@ -159,8 +161,8 @@ def test_blocks_below_half_precision_are_rounded_anew() -> None:
 def test_a_scale_that_overflows_is_refused() -> None:
     weight = quantize_weight_only(random_weight(), bits=8, block_size=128)
     divisor = torch.full((24,), 1e-7, dtype=torch.float64)
-    with pytest.raises(QuantizationError, match=r"overflows torch.float16; use precision fp32"):
-        divide_rows(weight, divisor, torch.float16)
+    with pytest.raises(QuantizationError, match=r"w holds .*, and float16 ends at 6.55e"):
+        divide_rows(weight, divisor, torch.float16, name="w")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -262,7 +264,7 @@ def test_adaln_refusals() -> None:
     quantized = quantized_tiny_dit(tiny_dit())
     with pytest.raises(QuantizationError, match="16, 8 or 4 bits, not 5"):
         quantize_adaln(quantized, 5)
-    narrow = replace(quantized, config=DiTConfig(hidden_size=48, num_heads=4, depth=2))
+    narrow = quantized_tiny_dit(tiny_dit(replace(TINY, hidden_size=48)), rank=0)
     with pytest.raises(QuantizationError, match="adaLN weights in 4 bits: no block size"):
         quantize_adaln(narrow, 4)
     assert adaln_block_size(48, 8) == 48

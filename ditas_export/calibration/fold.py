@@ -8,6 +8,10 @@ Identities, for a linear whose input is divided by s (`dit/sites.py` says where 
   `b ← (b + 1 − s)/s`. Of integer rows the scales are divided, and the codes stay.
 - V: softmax(q kᵀ) v is linear in v, so V's rows (bias, and the row scale that the low-rank output
   factor shares) `/ s`.
+
+Halves hold no row scale below 2⁻¹⁴. A row below it takes that scale and is rounded anew: one row
+that is nearly dead costs no other row a digit. V rows that fall below it through proj's s alone
+keep their digits: a power of two goes from s into proj's row scales, as far as those allow it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
 from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import (
     FINAL_ADALN,
     LINEAR_KINDS,
@@ -31,12 +35,12 @@ from ditas_export.dit.sites import (
     block_sites,
     value_rows,
 )
-from ditas_export.errors import QuantizationError
-from ditas_export.quantization.integer import IntegerWeight, LowRank
+from ditas_export.quantization.integer import IntegerWeight, LowRank, rounded_float
+from ditas_export.quantization.ranges import RANGE_FLOOR
 from ditas_export.quantization.weight_only import WeightOnlyWeight, divide_rows
 
-SMALLEST_HALF_SCALE = 2.0**-14
-"""Row scales of a half-precision network stay normal numbers."""
+LEAST_ROW_SCALE = {torch.float16: RANGE_FLOOR}
+"""Row scales of a half-precision network stay normal numbers; other types hold all that occur."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,7 +85,8 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         dtype: float type of what ships (float64 for proofs).
 
     Raises:
-        QuantizationError: a folded value overflows `dtype`.
+        QuantizationError: a folded value, or an input that calibration saw, is beyond `dtype`;
+            names tensor, value and the remedy.
     """
     parameters = dict(quantized.float_parameters)
     adaln: dict[str, WeightOnlyWeight] = {}
@@ -91,41 +96,53 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
     for block in range(quantized.config.depth):
         sites = {site.kind: site.name for site in block_sites(block)}
         qkv, proj, fc1, fc2 = (_in_float64(quantized.linears[sites[kind]]) for kind in LINEAR_KINDS)
-        proj = _with_normal_row_scales(proj, dtype)
-        qkv = _with_normal_row_scales(_divide_value_rows(qkv, proj.smoothing_scale, width), dtype)
-        fc1, fc2 = (_with_normal_row_scales(linear, dtype) for linear in (fc1, fc2))
+        proj = _sparing_values(qkv, proj, width, dtype)
+        qkv = _divide_value_rows(qkv, proj.smoothing_scale, width)
         name = adaln_name(block)
         divisors[name], parameters[f"{name}.bias"] = _folded_modulation(
             parameters[f"{name}.bias"], qkv, fc1, width
         )
-        folded[sites["attn.qkv"]] = _round_linear(qkv, dtype)
-        folded[sites["attn.proj"]] = _round_linear(proj, dtype)
-        folded[sites["mlp.fc1"]] = _round_linear(fc1, dtype)
+        for kind, linear in zip(LINEAR_KINDS, (qkv, proj, fc1, fc2), strict=True):
+            folded[sites[kind]] = _round_linear(sites[kind], linear, dtype)
+        multiplier = fc2.smoothing_scale.reciprocal()
         folded[sites["mlp.fc2"]] = replace(
-            _round_linear(fc2, dtype), input_multiplier=fc2.smoothing_scale.reciprocal().to(dtype)
+            folded[sites["mlp.fc2"]],
+            input_multiplier=rounded_float(f"1 / s of {sites['mlp.fc2']}", multiplier, dtype),
         )
     final_bias = parameters[f"{FINAL_ADALN}.bias"]
     divisors[FINAL_ADALN] = torch.ones_like(final_bias, dtype=torch.float64)
     for name, divisor in divisors.items():
         if name in quantized.adaln:
-            adaln[name] = divide_rows(quantized.adaln[name], divisor, dtype)
+            adaln[name] = divide_rows(
+                quantized.adaln[name], divisor, dtype, name=f"{name}'s scales"
+            )
             parameters[f"{name}.weight"] = adaln[name].dequantize()
         else:
-            weight = parameters[f"{name}.weight"].double() / divisor[:, None]
-            parameters[f"{name}.weight"] = weight.to(dtype)
-    rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
-    for name, tensor in rounded.items():
-        if not tensor.isfinite().all():
-            raise QuantizationError(f"{name} overflows {dtype} once folded; use precision fp32")
+            parameters[f"{name}.weight"] = parameters[f"{name}.weight"].double() / divisor[:, None]
     return FoldedDiT(
         identity=quantized.identity,
         dtype=dtype,
-        float_parameters=rounded,
+        float_parameters={
+            name: rounded_float(name, tensor, dtype) for name, tensor in parameters.items()
+        },
         adaln=adaln,
         linears=folded,
         activation_bits=quantized.activation_bits,
         settings=quantized.settings,
     )
+
+
+def require_representable(model: DiT, dtype: torch.dtype) -> None:
+    """Refuse a float model whose unfolded parameters a float type does not hold.
+
+    Folding changes block linears and the blocks' modulation alone; the rest is known beforehand.
+
+    Raises:
+        QuantizationError: names tensor, value and the remedy.
+    """
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("blocks."):
+            rounded_float(name, tensor, dtype)
 
 
 def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
@@ -138,20 +155,28 @@ def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
     )
 
 
-def _with_normal_row_scales(linear: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
-    """Return the linear with s scaled by a power of two so that halves hold its row scales.
+def _sparing_values(
+    qkv: QuantizedLinear, proj: QuantizedLinear, width: int, dtype: torch.dtype
+) -> QuantizedLinear:
+    """Return proj with a power of two moved from s into its row scales, where V's rows need it.
 
-    W · s and x / s change by the same power: the function is the same.
+    V's row scales are divided by s. Those that fall below what the type holds by that alone are
+    brought back, as far as no row scale of proj falls below it for that. W · s and x / s change by
+    the same power: the function is the same.
     """
-    smallest = float(linear.weight.row_scale.amin())
-    if dtype != torch.float16 or smallest >= SMALLEST_HALF_SCALE:
-        return linear
-    power = 2.0 ** math.ceil(math.log2(SMALLEST_HALF_SCALE / smallest))
+    least = LEAST_ROW_SCALE.get(dtype, 0.0)
+    own, values = proj.weight.row_scale, qkv.weight.row_scale[value_rows(width)]
+    lowest = (values / proj.smoothing_scale)[values >= least].tolist()
+    highest_power = (own[own >= least] / least).tolist()
+    if not lowest or not highest_power or min(lowest) >= least:
+        return proj
+    wanted = math.ceil(math.log2(least / min(lowest)))
+    power = 2.0 ** min(wanted, math.floor(math.log2(min(highest_power))))
     return replace(
-        linear,
-        weight=replace(linear.weight, row_scale=linear.weight.row_scale * power),
-        smoothing_scale=linear.smoothing_scale * power,
-        step_ranges=linear.step_ranges / power,
+        proj,
+        weight=replace(proj.weight, row_scale=own / power),
+        smoothing_scale=proj.smoothing_scale / power,
+        step_ranges=proj.step_ranges * power,
     )
 
 
@@ -180,15 +205,19 @@ def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> Quanti
     )
 
 
-def _round_linear(linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
+def _round_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
     """Round a linear's floats to `dtype`, the one rounding of folding."""
-    row_scale = linear.weight.row_scale.to(dtype)
-    if not row_scale.isfinite().all():
-        raise QuantizationError(f"a row scale overflows {dtype}; use precision fp32")
+    weight, low_rank = linear.weight, linear.low_rank
+    if dtype in LEAST_ROW_SCALE:
+        weight, ratio = weight.with_least_scale(LEAST_ROW_SCALE[dtype])
+        low_rank = None if low_rank is None else low_rank.with_rows_times(ratio)
+    row_scale = rounded_float(f"{name}'s row scales", weight.row_scale, dtype)
+    range_of_input = torch.tensor(linear.static_range, dtype=torch.float64)
+    rounded_float(f"{name}'s input range", range_of_input, dtype)
     return FoldedLinear(
-        weight=replace(linear.weight, row_scale=row_scale),
-        low_rank=linear.low_rank,
-        bias=linear.bias.to(dtype),
+        weight=replace(weight, row_scale=row_scale),
+        low_rank=low_rank,
+        bias=rounded_float(f"{name}'s bias", linear.bias, dtype),
         input_multiplier=None,
         static_range=linear.static_range,
     )

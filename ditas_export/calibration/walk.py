@@ -29,6 +29,7 @@ from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTBlock, modulate
 from ditas_export.dit.sites import LinearKind, LinearSite
 from ditas_export.errors import CalibrationError
+from ditas_export.figures import decibels
 from ditas_export.quantization.integer import inner_codes, joined_rows
 from ditas_export.quantization.ranges import activation_codes
 from ditas_export.timings import Timings
@@ -254,10 +255,10 @@ class _BlockWalk:
 
         def fc2_inputs(rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
             x_float, x_quantized = fc1_inputs(rows, tokens)
-            return (
-                self.block.mlp.act(self.block.mlp.fc1(x_float)),
-                self.block.mlp.act(fc1.output(x_quantized)),
-            )
+            y_float = self.block.mlp.fc1(x_float)
+            corrects = fc1.settings.method.target_correction
+            y_quantized = fc1.output(x_quantized) if corrects else y_float
+            return self.block.mlp.act(y_float), self.block.mlp.act(y_quantized)
 
         measured = slice(None, None, MEASURED_STRIDE)
         self._advance(fc1, self.block.mlp.fc1, fc1_inputs, lambda *_: None, tokens=measured)
@@ -416,7 +417,6 @@ class _WalkedLinear:
         """Return the artefact's record of this linear, on the CPU."""
         if self.known is not None:
             return self.known
-        ratio = self.signal / max(self.noise, 1e-300)
         return QuantizedLinear(
             weight=self.solved.weight,
             low_rank=self.solved.low_rank,
@@ -424,7 +424,7 @@ class _WalkedLinear:
             smoothing_scale=self.solved.smoothing_scale,
             alpha=self.solved.alpha,
             step_ranges=self.step_ranges.cpu(),
-            output_snr_db=float(10 * torch.log10(torch.tensor(ratio, dtype=torch.float64))),
+            output_snr_db=decibels(self.signal, self.noise),
         )
 
 

@@ -24,7 +24,7 @@ from ditas_export.errors import EngineError
 from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
-from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.external_data import require_external_data, sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 
@@ -67,6 +67,7 @@ def make_engine(
             is writing it.
     """
     config = read_config(onnx_path)
+    require_external_data(onnx_path)
     require_form_for_tensorrt(onnx_path)
     job_files(onnx_path, plan_path, options).check()
     onnx_sha256 = sha256_of_onnx(onnx_path)
@@ -117,7 +118,9 @@ def job_files(onnx_path: Path, plan_path: Path, options: BuildOptions) -> JobFil
 
 def json_options(options: BuildOptions) -> dict[str, Any]:
     """Return options as JSON values; a timing cache by its name."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=_name))
+    values: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.asdict(options), default=_name, allow_nan=False)
+    )
     return values
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditas_export.artifact_files import atomic_path
+from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import VerificationError
@@ -30,9 +30,10 @@ from ditas_export.evaluation.linear_outputs import (
     linear_outputs,
     output_bytes,
 )
-from ditas_export.evaluation.metrics import Difference, finite_or_none
+from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import (
+    Outputs,
     is_inputs_file,
     onnx_runner,
     onnx_runner_with_outputs,
@@ -40,10 +41,13 @@ from ditas_export.evaluation.polygraphy_runs import (
     run_both,
     save_inputs,
 )
+from ditas_export.figures import finite_or_none
+from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
 from ditas_export.job_files import JobFiles, Output, json_kind
-from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.export import read_config, read_identity
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.manifest import require_own_manifest
-from ditas_export.runtime.open_runner import PLAN_SUFFIXES, onnxruntime_takes
+from ditas_export.runtime.open_runner import onnxruntime_takes
 
 Differences = Mapping[str, Difference]
 """Output or linear -> how far it is from the float model's."""
@@ -56,6 +60,9 @@ FORMAT = f"{KIND} 1"
 
 HELD_BYTES = 2**29
 """Outputs of linears of one model that are held at once, unless those of one step take more."""
+
+REMEDY = "Write the reference of the same model with ditas-export --reference"
+"""For files of two models."""
 
 WORST = 5
 """Linears that are listed as the worst."""
@@ -150,8 +157,9 @@ def compare(
 
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
-        VerificationError: files of two different DiTs, or a bf16 file, which ONNX Runtime does not
-            run.
+        OtherModelError: files that record two different models.
+        VerificationError: files of two different DiTs or of other outputs, or a bf16 file, which
+            ONNX Runtime does not run.
         EngineError: an engine that cannot run here.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
         ArtifactError: the inputs or the report cannot be written, or something else is there.
@@ -172,7 +180,7 @@ def compare(
         save_inputs(options.gen_inputs, feeds_of(inputs))
     advance("Comparing outputs", 0, 1)
     outputs = [
-        {name: _difference(value, found[name]) for name, value in wanted.items()}
+        _output_differences(options, wanted, found)
         for wanted, found in run_both(onnx_runner(options.reference), model, feeds_of(inputs))
     ]
     advance("Comparing outputs", 1, 1)
@@ -209,27 +217,36 @@ def job_files(options: CompareOptions, report: Path | None = None) -> JobFiles:
 
 def _is_plan(model: Path) -> bool:
     """Return whether a file is an engine by its name; every other is taken for ONNX."""
-    return model.name.endswith(PLAN_SUFFIXES)
+    return has_suffix(model, PLAN_SUFFIXES)
 
 
 def _common_config(options: CompareOptions) -> DiTConfig:
-    """Return the DiT that both files hold."""
+    """Return the DiT that both files hold; files that record their weights hold the same ones."""
     reference = read_config(options.reference)
     if _is_plan(options.model):
-        model = EngineMetadata.load(metadata_path(options.model)).dit
+        model, made_from = EngineMetadata.load(metadata_path(options.model)).dit, None
     else:
-        model = read_config(options.model)
-    if model != reference:
+        model, made_from = read_config(options.model), read_identity(options.model)
+    recorded = read_identity(options.reference)
+    if made_from is not None and recorded is not None:
+        made_from.require_same(
+            recorded,
+            what=f"{options.model}, compared with {options.reference},",
+            remedy=REMEDY,
+        )
+    elif odd := differences(model.to_dict(), reference.to_dict()):
         raise VerificationError(
-            f"{options.model} holds another DiT than {options.reference} ({model} against "
-            f"{reference}); write the reference with ditas-export --reference"
+            f"{options.model} holds another DiT than {options.reference}: {'; '.join(odd)}. "
+            f"{REMEDY}"
         )
     return reference
 
 
 def _require_onnxruntime_files(options: CompareOptions) -> None:
-    """Refuse files of a float type for which ONNX Runtime has no kernels here."""
+    """Refuse files that lack data, or of a float type for which ONNX Runtime has no kernels."""
     files = [options.reference] + [options.model] * (not _is_plan(options.model))
+    for path in files:
+        require_external_data(path)
     if refused := [path for path in files if not onnxruntime_takes(path)]:
         raise VerificationError(
             f"{refused[0]} is bf16, and onnxruntime, in which files are compared, has no bfloat16 "
@@ -253,10 +270,10 @@ def _compare_linears(
     )
     feeds = feeds_of(inputs)
     at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
-    differences: list[Differences] = []
+    found_steps: list[Differences] = []
     for start in range(0, len(feeds), at_once):
         for wanted, found in run_both(reference, model, feeds[start : start + at_once]):
-            differences.append(
+            found_steps.append(
                 {
                     name: _linear_difference(
                         name,
@@ -267,8 +284,19 @@ def _compare_linears(
                     for name, values in wanted_names.items()
                 }
             )
-        advance("Comparing linears", len(differences), len(feeds))
-    return differences
+        advance("Comparing linears", len(found_steps), len(feeds))
+    return found_steps
+
+
+def _output_differences(options: CompareOptions, wanted: Outputs, found: Outputs) -> Differences:
+    """Return the differences of every output at one step; refuse outputs that are not the same."""
+    shapes = [{name: value.shape for name, value in each.items()} for each in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"{options.model} gives {shapes[1]} where {options.reference} gives {shapes[0]}; "
+            f"export it again with ditas-export"
+        )
+    return {name: _difference(value, found[name]) for name, value in wanted.items()}
 
 
 def _difference(wanted: Any, found: Any) -> Difference:

@@ -21,10 +21,10 @@ from ditas_export.artifact_files import atomic_path
 from ditas_export.engine.make import current_gpu
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS, RTX
-from ditas_export.errors import RunnerError
+from ditas_export.errors import DitasExportError, RunnerError
 from ditas_export.evaluation.linear_outputs import with_outputs
 from ditas_export.onnx_export.skeleton import INPUT_NAMES
-from ditas_export.runtime.exported_file import Feed
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
     CPU,
@@ -48,7 +48,7 @@ def run_both(
     The second runner opens when the first is closed: idle ONNX Runtime sessions spin.
 
     Raises:
-        RunnerError: a runner that cannot be opened or does not take the feeds.
+        RunnerError: a runner that cannot be opened, does not take the feeds, or fails on them.
     """
     with _one_line_errors():
         results = Comparator.run([reference, model], data_loader=list(feeds))
@@ -94,7 +94,8 @@ def plan_runner(plan: Path) -> Any:
         )
     require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
     polygraphy_config.USE_TENSORRT_RTX = product is RTX  # read when the next line imports
-    backend = importlib.import_module("polygraphy.backend.trt")
+    with _one_line_errors():
+        backend = importlib.import_module("polygraphy.backend.trt")
     return backend.TrtRunner(backend.EngineFromBytes(plan.read_bytes()), name=str(plan))
 
 
@@ -121,9 +122,13 @@ def is_inputs_file(path: Path) -> bool:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Keep Polygraphy's log off the screen, and turn its exceptions into one line."""
+    """Keep Polygraphy's log off the screen; its exceptions and its backends' become one line."""
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             yield
-    except PolygraphyException as error:
-        raise RunnerError(f"Polygraphy: {' '.join(str(error).split())}") from error
+    except DitasExportError:
+        raise
+    except Exception as error:  # onnxruntime's and TensorRT's exceptions share no base but this
+        reason = " ".join(str(error).split()) or type(error).__name__
+        who = "Polygraphy" if isinstance(error, PolygraphyException) else type(error).__name__
+        raise RunnerError(f"{who}: {reason}") from error

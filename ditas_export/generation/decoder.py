@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
+from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.vae import (
     LATENTS_NAME,
     VaeShape,
     load_latent_decoder,
     read_vae_shape,
-    require_same_channels,
+    require_fitting_vae,
 )
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 
@@ -41,6 +45,11 @@ class Decoder(Protocol):
     @property
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
+        ...
+
+    @property
+    def factors(self) -> VaeFactors | None:
+        """How its latents are scaled; None where its file does not say."""
         ...
 
     @property
@@ -92,6 +101,11 @@ class _ImageByImage(Closing):
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
         return self._shape.scale
+
+    @property
+    def factors(self) -> VaeFactors | None:
+        """How its latents are scaled; None where its file does not say."""
+        return self._shape.factors
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return pixels, (N, 3, H, W) float32 in [-1, 1], on the latents' device.
@@ -168,6 +182,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         super().__init__(read_vae_shape(path))
+        require_external_data(path)
         providers = CUDA if torch.device(device).type == "cuda" else CPU
         self._backend = open_session(path, session_options(None, {}), providers)
         self._path = path
@@ -185,21 +200,24 @@ class OnnxVaeDecoder(_ImageByImage):
         return torch.from_numpy(np.asarray(images))
 
 
-def open_decoder(vae: str | None, *, in_channels: int, device: str) -> Decoder | None:
+def open_decoder(vae: str | None, *, config: DiTConfig, device: str) -> Decoder | None:
     """Return the decoder of a model's latents, None where none is wanted.
 
     Args:
-        vae: a `vae_decoder.onnx` by its suffix, what `VaeDecoder` takes, or "none".
-        in_channels: channels of the model's latents.
+        vae: a `vae_decoder.onnx` by its suffix, in any case, what `VaeDecoder` takes, or "none".
+        config: of the model.
         device: where it runs.
 
     Raises:
-        RunnerError: the VAE cannot be opened, or takes latents of another number of channels.
+        RunnerError: the VAE cannot be opened, takes latents of another number of channels, or
+            scales them otherwise than the model records.
         OnnxExportError: a file that holds no VAE.
     """
     if vae is None or vae == NO_VAE:
         return None
-    in_onnx = vae.endswith(".onnx")
+    in_onnx = has_suffix(vae, ONNX_SUFFIXES)
     decoder: Decoder = OnnxVaeDecoder(Path(vae), device) if in_onnx else VaeDecoder(vae, device)
-    require_same_channels(vae, made=in_channels, taken=decoder.in_channels)
+    require_fitting_vae(
+        f"the VAE {vae}", in_channels=decoder.in_channels, factors=decoder.factors, config=config
+    )
     return decoder

@@ -111,7 +111,7 @@ class ImageFolder:
         Raises:
             ArtifactError: the folder holds samples of another job.
         """
-        stated = json.loads(json.dumps({"format": FORMAT, **facts}))
+        stated = json.loads(json.dumps({"format": FORMAT, **facts}, allow_nan=False))
         facts_path = self.path / FACTS_NAME
         if not facts_path.is_file():
             with atomic_path(facts_path) as partial:

@@ -15,7 +15,9 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks
-from ditas_export.errors import ArtifactError
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import VaeFactors
+from ditas_export.errors import ArtifactError, RunnerError
 from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
@@ -27,6 +29,9 @@ from ditas_export.runtime.open_runner import OpenedModel, open_runner
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 """What published DiTs of 4 latent channels were trained with, on the hub."""
+
+DEFAULT_FACTORS = VaeFactors(scaling_factor=0.18215)
+"""How its latents are scaled."""
 
 OnProgress = Callable[[int, int, float], None]
 """Called with steps done, steps to do, and images per second so far, of this rank."""
@@ -80,6 +85,8 @@ def generate(
             lambda: Sampler(runner, _settings(options, opened), decoder=decoder)
         )
         say(f"model: {opened.source}\nruntime: {runner.description}")
+        for note in opened.notes:
+            say(f"  {note}")
         if decoder is not None:
             say(f"VAE: {decoder.description}")
         count = len(sampler.settings.classes)
@@ -136,7 +143,7 @@ def _open(options: SampleOptions) -> OpenedModel:
         runtime=options.runtime,
         device=_device(options),
         threads=options.threads,
-        num_heads=options.num_heads,
+        hints=options.hints,
     )
 
 
@@ -149,14 +156,31 @@ def _device(options: SampleOptions) -> str:
 
 def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
     """Return the decoder of the model's latents: as asked, or the one that fits."""
-    channels = opened.runner.config.in_channels
-    vae = options.vae
-    if vae is None:
-        beside = Path(options.model).with_name(VAE_FILE)
-        vae = str(beside) if beside.is_file() else DEFAULT_VAE
-        if channels in PICTURE_CHANNELS:
-            vae = NO_VAE
-    return open_decoder(vae, in_channels=channels, device=_device(options))
+    config = opened.runner.config
+    vae = options.vae or _vae_of(options.model, opened, config)
+    return open_decoder(vae, config=config, device=_device(options))
+
+
+def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:
+    """Return the VAE of a model: its pipeline's, the file beside it, or the published models'.
+
+    Raises:
+        RunnerError: there is none, and the published models' is not the one that is recorded.
+    """
+    recorded = config.process.vae
+    if opened.vae is not None:
+        return opened.vae
+    if recorded is None and config.in_channels in PICTURE_CHANNELS:
+        return NO_VAE
+    beside = Path(model).with_name(VAE_FILE)
+    if beside.is_file():
+        return str(beside)
+    if recorded not in (None, DEFAULT_FACTORS):
+        raise RunnerError(
+            f"{model} was trained on latents of {recorded}, which the default VAE {DEFAULT_VAE} "
+            f"({DEFAULT_FACTORS}) does not decode; pass --vae, or put its {VAE_FILE} beside it"
+        )
+    return DEFAULT_VAE
 
 
 def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
@@ -164,7 +188,7 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     classes = parse_classes(
         options.classes,
         num_labels=opened.runner.config.num_labels,
-        count=options.num,
+        count=options.images,
         seed=options.seed,
     )
     return SamplingSettings(

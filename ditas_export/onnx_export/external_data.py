@@ -1,4 +1,4 @@
-"""An ONNX file together with the files that its tensors lie in: which they are, and one hash.
+"""An ONNX file and the files that its tensors lie in: whether they are whole, and one hash.
 
 A file that this package writes keeps its data in `<name>.<digest>.data`, the digest that of the
 tensors: files of other tensors have data of another name, so that a pair can be replaced by another
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
 from ditas_export.errors import ArtifactError, OnnxExportError
+from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 
 
@@ -27,33 +29,50 @@ def sha256_of_onnx(path: Path) -> str:
     of all files, the ONNX file's first, one a line, as `sha256sum` lists them without the names.
 
     Raises:
-        OnnxExportError: no readable ONNX file, or external data that are not there.
+        OnnxExportError: see `external_files`.
     """
     files = external_files(path)
     digest = sha256_of_file(path)
-    external = [_sha256_of_data(path, file) for file in files]
+    external = [sha256_of_file(file) for file in files]
     if not external:
         return digest
     return hashlib.sha256("".join(f"{each}\n" for each in [digest, *external]).encode()).hexdigest()
 
 
+def require_external_data(path: Path) -> None:
+    """Refuse an ONNX file whose external data are not there or cut short, before a runtime does.
+
+    Raises:
+        OnnxExportError: see `external_files`.
+    """
+    external_files(path)
+
+
 def external_files(path: Path) -> list[Path]:
-    """Return the files beside an ONNX file that its tensors lie in, in order of name.
+    """Return the files beside an ONNX file that its tensors lie in, in order of name; all whole.
+
+    Raises:
+        OnnxExportError: no readable ONNX file, or external data that are not there or cut short.
+    """
+    files = _data_of(path)
+    for file, size in files.items():
+        _require_bytes(path, file, size)
+    return list(files)
+
+
+def _data_of(path: Path) -> dict[Path, int]:
+    """Return where an ONNX file's tensors lie, there or not, and the bytes each file must have.
 
     Raises:
         OnnxExportError: no readable ONNX file.
     """
     try:
-        graph = load_by_reference(path).graph
+        wanted = _wanted_bytes(load_by_reference(path).graph)
     except Exception as error:  # protobuf's DecodeError has no stable home
-        raise OnnxExportError(f"{path} is no readable ONNX file: {error}") from error
-    locations = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return [path.parent / location for location in sorted(locations - {path.name})]
+        reason = why_unreadable(path, error)
+        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
+    wanted.pop(path.name, None)
+    return {path.parent / location: size for location, size in sorted(wanted.items())}
 
 
 def data_name(model: ir.Model, name: str) -> str:
@@ -85,8 +104,8 @@ def install(staged: Path, path: Path) -> None:
     earlier = set()
     if path.exists():
         with contextlib.suppress(OnnxExportError):
-            earlier = set(external_files(path))
-    for data in external_files(staged):
+            earlier = {file.name for file in _data_of(path)}
+    for data in _data_of(staged):
         target = path.parent / data.name
         if not data.exists() and target.exists():
             continue  # a killed process had moved it
@@ -94,9 +113,15 @@ def install(staged: Path, path: Path) -> None:
             raise ArtifactError(f"{target} is there already; delete it, or name another output")
         settle(data, target)
     settle(staged, path)
+    # By name, whatever the earlier file said: a stranger's may name anything.
     mine = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data")
-    left = {file for file in path.parent.iterdir() if mine.fullmatch(file.name)}
-    for file in sorted((earlier | left) - set(external_files(path))):
+    of_earlier_versions = {f"{path.name}.data"} & earlier
+    left = {
+        file
+        for file in path.parent.iterdir()
+        if mine.fullmatch(file.name) or file.name in of_earlier_versions
+    }
+    for file in sorted(left - set(_data_of(path))):
         file.unlink(missing_ok=True)
 
 
@@ -118,7 +143,7 @@ def rename_pair(path: Path, name: str) -> Path:
         OSError: a file cannot be moved.
     """
     renamed = path.with_name(name)
-    if path.exists() and not external_files(path):
+    if path.exists() and not _data_of(path):
         return path.rename(renamed)
     if not renamed.exists():
         model = onnx.load(str(path), load_external_data=False)
@@ -128,19 +153,43 @@ def rename_pair(path: Path, name: str) -> Path:
                     entry.value = name + entry.value.removeprefix(path.name)
         with atomic_path(renamed) as partial:
             partial.write_bytes(model.SerializeToString())
-    for data in external_files(renamed):
+    for data in _data_of(renamed):
         if not data.exists():
             data.with_name(path.name + data.name.removeprefix(name)).rename(data)
     path.unlink(missing_ok=True)
     return renamed
 
 
-def _sha256_of_data(path: Path, file: Path) -> str:
-    """Return the hash of an ONNX file's external data, or say which are missing."""
+def _wanted_bytes(graph: onnx.GraphProto) -> dict[str, int]:
+    """Return how long each file must be that tensors lie in, by its location."""
+    wanted: dict[str, int] = {}
+    for tensor in graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if "location" not in entries:
+            continue
+        bits = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+        length = int(entries.get("length", -(-bits // 8)))
+        end = int(entries.get("offset", 0)) + length
+        wanted[entries["location"]] = max(wanted.get(entries["location"], 0), end)
+    return wanted
+
+
+def _require_bytes(path: Path, file: Path, wanted: int) -> None:
+    """Refuse external data that are not there, are no file, or end before the last tensor does."""
     try:
-        return sha256_of_file(file)
+        found = file.stat().st_size
+        with file.open("rb"):
+            pass
     except OSError as error:
+        reason = why_unreadable(file, error)
         raise OnnxExportError(
-            f"{path} keeps tensors in {file}, which cannot be read ({error.strerror}); put that "
-            f"file beside it, or export again"
+            f"{path} keeps tensors in {file}, which cannot be read ({reason}); put that file "
+            f"beside it, or export again"
         ) from error
+    if found < wanted:
+        sign = describe_impostor(file)
+        what = f"it is {sign}" if sign else "it was cut short; copy it again"
+        raise OnnxExportError(
+            f"{path} keeps tensors in {file}, which has {found} bytes where {wanted} are expected: "
+            f"{what}"
+        )

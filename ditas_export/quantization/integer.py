@@ -37,22 +37,16 @@ class IntegerWeight:
         """Check the shapes and ranges that every container relies on."""
         if self.bits not in (4, 8):
             raise QuantizationError(f"weight bits are 4 or 8, not {self.bits}")
-        rows, columns = self.codes.shape
-        blocks = self.multipliers.shape[1]
-        if self.multipliers.shape[0] != rows or columns % blocks or self.row_scale.shape != (rows,):
+        shapes = [tuple(part.shape) for part in (self.codes, self.multipliers, self.row_scale)]
+        if not _fit_together(*shapes):
             raise QuantizationError(
-                f"codes {tuple(self.codes.shape)}, multipliers {tuple(self.multipliers.shape)} and "
-                f"row_scale {tuple(self.row_scale.shape)} do not fit together"
+                f"codes {shapes[0]}, multipliers {shapes[1]} and row_scale {shapes[2]} do not fit "
+                f"together"
             )
-        max_code, max_multiplier = (
-            (MAX_CODE_4BIT, MAX_MULTIPLIER) if self.bits == 4 else (MAX_CODE_8BIT, 1)
-        )
-        if self.codes.abs().amax() > max_code:
-            raise QuantizationError(f"a {self.bits}-bit code lies outside ±{max_code}")
-        if self.multipliers.amin() < 1 or self.multipliers.amax() > max_multiplier:
-            raise QuantizationError(f"a block multiplier lies outside 1 … {max_multiplier}")
-        if not (self.row_scale.isfinite() & (self.row_scale > 0)).all():
-            raise QuantizationError("a row scale is not finite and positive")
+        require_integers("codes", self.codes, low=-max_code(self.bits), high=max_code(self.bits))
+        most = MAX_MULTIPLIER if self.bits == 4 else 1
+        require_integers("block multipliers", self.multipliers, low=1, high=most)
+        require_scales("row scales", self.row_scale)
 
     @property
     def block_size(self) -> int:
@@ -71,6 +65,29 @@ class IntegerWeight:
         """Return the weight's columns in another order, (K,), that leaves blocks together."""
         blocks = columns.reshape(-1, self.block_size)[:, 0] // self.block_size
         return replace(self, codes=self.codes[:, columns], multipliers=self.multipliers[:, blocks])
+
+    def with_least_scale(self, least: float) -> tuple[IntegerWeight, Tensor]:
+        """Return the weight with no row scale below `least`, and what its rows' integers shrank by.
+
+        A row whose scale is raised is rounded anew, in units of `least`; the others keep their
+        codes. A block takes the multiplier of least squared error.
+
+        Returns:
+            The weight, and (N,) float64: row scale / `least` where that is less than 1, else 1.
+        """
+        row_scale = self.row_scale.clamp(min=least)
+        ratio = self.row_scale.double() / row_scale.double()
+        small = ratio < 1
+        if not bool(small.any()):
+            return self, ratio
+        codes, multipliers = self.codes.clone(), self.multipliers.clone()
+        if self.bits == 8:
+            codes[small] = _times_rows(self.codes[small], ratio[small])
+            return replace(self, codes=codes, row_scale=row_scale), ratio
+        wanted = self.int8_rows()[small].double() * ratio[small, None]
+        blocks = wanted.reshape(wanted.shape[0], -1, self.block_size)
+        codes[small], multipliers[small] = _nearest_codes(blocks)
+        return replace(self, codes=codes, multipliers=multipliers, row_scale=row_scale), ratio
 
     def to(self, target: torch.device | torch.dtype | str) -> IntegerWeight:
         """Return the weight with its row scale in another float type, or all on another device."""
@@ -100,24 +117,24 @@ class LowRank:
 
     left_codes: Tensor  # (N, rank) int8, |codes| <= 127
     right_codes: Tensor  # (rank, K) int8, |codes| <= 127
-    divisor: Tensor  # (rank,) int32, odd, > 0
+    divisor: Tensor  # (rank,) int32, odd, 1 ... 2^24
 
     def __post_init__(self) -> None:
-        """Check the shapes, and that no quotient can lie on a tie."""
-        for name, codes in (("left_codes", self.left_codes), ("right_codes", self.right_codes)):
-            if codes.dtype != torch.int8:
-                raise QuantizationError(
-                    f"{name} of the low-rank branch are {codes.dtype}, not int8"
-                )
-        rank = self.left_codes.shape[1]
-        if self.right_codes.shape[0] != rank or self.divisor.shape != (rank,):
+        """Check the shapes, the ranges, and that no quotient can lie on a tie."""
+        left, right, divisor = (
+            tuple(part.shape) for part in (self.left_codes, self.right_codes, self.divisor)
+        )
+        if len(left) != 2 or len(right) != 2 or divisor != (left[1],) or right[0] != left[1]:
             raise QuantizationError(
-                f"left_codes {tuple(self.left_codes.shape)}, right_codes "
-                f"{tuple(self.right_codes.shape)} and divisor {tuple(self.divisor.shape)} do not "
-                f"fit together"
+                f"left_codes {left}, right_codes {right} and divisor {divisor} of the low-rank "
+                f"branch do not fit together"
             )
-        if not ((self.divisor > 0) & (self.divisor % 2 == 1)).all():
-            raise QuantizationError("a divisor of the low-rank branch is not odd and positive")
+        for name, codes in (("left_codes", self.left_codes), ("right_codes", self.right_codes)):
+            require_integers(name, codes, low=-MAX_CODE_8BIT, high=MAX_CODE_8BIT)
+        largest = 2**24  # float32 holds every integer up to here
+        require_integers("divisors", self.divisor, low=1, high=largest, dtype=torch.int32)
+        if not (self.divisor % 2 == 1).all():
+            raise QuantizationError("a divisor of the low-rank branch is even")
 
     @property
     def rank(self) -> int:
@@ -140,6 +157,10 @@ class LowRank:
         """Return what is added to a weight of these row scales, but for p's rounding: (N, K)."""
         return self.left(row_scale) @ self.right(row_scale.dtype)
 
+    def with_rows_times(self, ratio: Tensor) -> LowRank:
+        """Return the branch with row n of `left_codes` times ratio[n], rounded anew; (N,) <= 1."""
+        return replace(self, left_codes=_times_rows(self.left_codes, ratio))
+
     def to(self, device: torch.device | str) -> LowRank:
         """Return the branch on another device."""
         return LowRank(
@@ -147,6 +168,73 @@ class LowRank:
             right_codes=self.right_codes.to(device),
             divisor=self.divisor.to(device),
         )
+
+
+def max_code(bits: int) -> int:
+    """Return the largest code of 4 or 8 bits; codes are symmetric."""
+    return MAX_CODE_4BIT if bits == 4 else MAX_CODE_8BIT
+
+
+def require_integers(
+    name: str, codes: Tensor, *, low: int, high: int, dtype: torch.dtype = torch.int8
+) -> None:
+    """Raise QuantizationError unless integers are of a type and lie in low … high.
+
+    −128 is no code: it has no opposite, and its magnitude is no INT8 value.
+    """
+    if codes.dtype != dtype:
+        raise QuantizationError(f"{name} are {codes.dtype}, not {dtype}")
+    if not codes.numel():
+        raise QuantizationError(f"there are no {name}: {tuple(codes.shape)}")
+    least, most = int(codes.amin()), int(codes.amax())
+    if least < low or most > high:
+        raise QuantizationError(f"{name} run from {least} to {most}, outside {low} … {high}")
+
+
+def require_scales(name: str, scales: Tensor) -> None:
+    """Raise QuantizationError unless scales are floats, finite and positive."""
+    if not scales.is_floating_point():
+        raise QuantizationError(f"{name} are {scales.dtype}, not floats")
+    if not (scales.isfinite() & (scales > 0)).all():
+        raise QuantizationError(f"{name} are not all finite and positive")
+
+
+def _fit_together(
+    codes: tuple[int, ...], multipliers: tuple[int, ...], row_scale: tuple[int, ...]
+) -> bool:
+    """Return whether codes (N, K), multipliers (N, K / block_size) and row_scale (N,) fit."""
+    return (
+        len(codes) == len(multipliers) == 2
+        and multipliers[0] == codes[0]
+        and row_scale == codes[:1]
+        and multipliers[1] > 0
+        and codes[1] % multipliers[1] == 0
+    )
+
+
+def _times_rows(codes: Tensor, ratio: Tensor) -> Tensor:
+    """Return round(codes · ratio[:, None]), int8; ratios (N,) of at most 1."""
+    return (codes.double() * ratio.double()[:, None]).round().to(torch.int8)
+
+
+def _nearest_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Round blocks in units of their row scale, each with the multiplier of least squared error.
+
+    Args:
+        blocks: (N, blocks, block_size) float, at most 126 in magnitude.
+
+    Returns:
+        Codes (N, K) and multipliers (N, blocks), both int8.
+    """
+    multipliers = torch.ones_like(blocks[..., :1])
+    least = torch.full_like(multipliers, torch.inf)
+    for candidate in range(1, MAX_MULTIPLIER + 1):
+        rounded = (blocks / candidate).round().clamp(-MAX_CODE_4BIT, MAX_CODE_4BIT)
+        error = (rounded * candidate - blocks).square().sum(dim=-1, keepdim=True)
+        multipliers[error < least] = candidate
+        least = torch.minimum(error, least)
+    codes = (blocks / multipliers).round().clamp(-MAX_CODE_4BIT, MAX_CODE_4BIT)
+    return codes.flatten(1).to(torch.int8), multipliers.squeeze(-1).to(torch.int8)
 
 
 def inner_codes(products: Tensor, divisor: Tensor) -> Tensor:
@@ -173,6 +261,22 @@ def require_finite(name: str, tensor: Tensor) -> None:
     """Raise QuantizationError if `tensor` has NaN or infinity."""
     if not tensor.isfinite().all():
         raise QuantizationError(f"{name} has NaN or infinity; check the checkpoint")
+
+
+def rounded_float(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return floats rounded to a type that ships.
+
+    Raises:
+        QuantizationError: a value beyond the type's range, or NaN; names it and the remedy.
+    """
+    rounded = values.to(dtype)
+    if not rounded.isfinite().all():
+        odd = values[~rounded.isfinite()].flatten()[0].item()
+        raise QuantizationError(
+            f"{name} holds {odd:.4g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.4g}; use --precision bf16 or fp32"
+        )
+    return rounded
 
 
 def nonzero_scale(maxima: Tensor, max_code: int) -> Tensor:

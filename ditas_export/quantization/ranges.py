@@ -70,12 +70,6 @@ def activation_codes(x: Tensor, *, ranges: Ranges, static_range: float) -> tuple
     return quantize(x, scale), scale
 
 
-def fake_quantize_tokens(x: Tensor) -> Tensor:
-    """Return x rounded to the INT8 grid of each token's own range; same shape and type."""
-    codes, ranges = token_codes(x)
-    return codes.mul_(unit_scale(x.dtype).to(x.device)).mul_(ranges)
-
-
 def fake_quantize_tensor_asymmetric(x: Tensor, *, bits: int = 8) -> Tensor:
     """Return x rounded on one dynamic asymmetric range per tensor (paper, eq. 3).
 

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ditas_export.errors import QuantizationError
 from ditas_export.quantization.integer import (
-    MAX_CODE_4BIT,
-    MAX_CODE_8BIT,
     IntegerWeight,
+    max_code,
     nonzero_scale,
     require_block_size,
     require_finite,
+    require_integers,
+    require_scales,
+    rounded_float,
 )
 
 BLOCK_SIZES = (128, 64, 32)
@@ -45,17 +47,12 @@ class WeightOnlyWeight:
         """Check the shapes and ranges that the exporter relies on."""
         if self.bits not in (4, 8):
             raise QuantizationError(f"weight bits are 4 or 8, not {self.bits}")
-        rows, columns = self.codes.shape
-        if self.scale.ndim != 2 or self.scale.shape[0] != rows or columns % self.scale.shape[1]:
-            raise QuantizationError(
-                f"codes {tuple(self.codes.shape)} and scale {tuple(self.scale.shape)} do not fit "
-                f"together"
-            )
-        max_code = MAX_CODE_4BIT if self.bits == 4 else MAX_CODE_8BIT
-        if self.codes.abs().amax() > max_code:
-            raise QuantizationError(f"a {self.bits}-bit code lies outside ±{max_code}")
-        if not (self.scale.isfinite() & (self.scale > 0)).all():
-            raise QuantizationError("a weight-only scale is not finite and positive")
+        codes, scale = tuple(self.codes.shape), tuple(self.scale.shape)
+        fits = len(codes) == len(scale) == 2 and scale[0] == codes[0] and scale[1] > 0
+        if not fits or codes[1] % scale[1]:
+            raise QuantizationError(f"codes {codes} and scale {scale} do not fit together")
+        require_integers("codes", self.codes, low=-max_code(self.bits), high=max_code(self.bits))
+        require_scales("weight-only scales", self.scale)
 
     @property
     def block_size(self) -> int:
@@ -89,7 +86,9 @@ def widest_block(in_features: int) -> int:
     )
 
 
-def divide_rows(weight: WeightOnlyWeight, divisor: Tensor, dtype: torch.dtype) -> WeightOnlyWeight:
+def divide_rows(
+    weight: WeightOnlyWeight, divisor: Tensor, dtype: torch.dtype, *, name: str
+) -> WeightOnlyWeight:
     """Return the weight with row n over divisor[n], its scales rounded to a float type.
 
     The codes stay as they are: a scale rounded to 8 significant bits or more moves a code of 127 by
@@ -100,14 +99,13 @@ def divide_rows(weight: WeightOnlyWeight, divisor: Tensor, dtype: torch.dtype) -
         weight: left untouched.
         divisor: (N,) float64, > 0.
         dtype: float type of the scales that ship.
+        name: what an error calls the scales.
 
     Raises:
-        QuantizationError: a scale overflows `dtype`.
+        QuantizationError: a scale overflows `dtype`, see `rounded_float`.
     """
     exact = weight.scale.double() / divisor[:, None]
-    scale = _representable(exact, dtype)
-    if not scale.isfinite().all():
-        raise QuantizationError(f"a weight-only scale overflows {dtype}; use precision fp32")
+    scale = rounded_float(name, exact.clamp(min=torch.finfo(dtype).tiny), dtype)
     ratio = (exact / scale.double()).repeat_interleave(weight.block_size, dim=1)
     return WeightOnlyWeight(
         codes=(weight.codes * ratio).round().to(torch.int8), scale=scale, bits=weight.bits
@@ -130,24 +128,23 @@ def quantize_weight_only(weight: Tensor, *, bits: int, block_size: int) -> Weigh
     """
     require_finite("a weight", weight)
     require_block_size(weight.shape[1], block_size)
-    max_code = MAX_CODE_4BIT if bits == 4 else MAX_CODE_8BIT
     codes, scales = [], []
     for rows in torch.split(weight, _ROWS_AT_ONCE):
         blocks = rows.float().reshape(rows.shape[0], -1, block_size)
-        scale = _best_scales(blocks, max_code, weight.dtype)
-        codes.append(_round(blocks, scale.float(), max_code).flatten(1).to(torch.int8))
+        scale = _best_scales(blocks, max_code(bits), weight.dtype)
+        codes.append(_round(blocks, scale.float(), max_code(bits)).flatten(1).to(torch.int8))
         scales.append(scale)
     return WeightOnlyWeight(codes=torch.cat(codes), scale=torch.cat(scales), bits=bits)
 
 
-def _best_scales(blocks: Tensor, max_code: int, dtype: torch.dtype) -> Tensor:
+def _best_scales(blocks: Tensor, most: int, dtype: torch.dtype) -> Tensor:
     """Return each block's scale of least squared error: (N, blocks, size) -> (N, blocks)."""
-    covering = nonzero_scale(blocks.abs().amax(dim=-1), max_code)
+    covering = nonzero_scale(blocks.abs().amax(dim=-1), most)
     best = _representable(covering, dtype)
     best_error = torch.full_like(covering, float("inf"))
     for clip in _CLIPS:
         scale = _representable(covering * clip, dtype)
-        rounded = _round(blocks, scale.float(), max_code) * scale.float()[..., None]
+        rounded = _round(blocks, scale.float(), most) * scale.float()[..., None]
         error = (blocks - rounded).square().sum(dim=-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -160,7 +157,7 @@ def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 
-def _round(blocks: Tensor, scale: Tensor, max_code: int) -> Tensor:
+def _round(blocks: Tensor, scale: Tensor, most: int) -> Tensor:
     """Return the codes of blocks (N, blocks, size) under scales (N, blocks), as floats."""
     codes: Tensor = (blocks / scale[..., None]).round()
-    return codes.clamp(-max_code, max_code)
+    return codes.clamp(-most, most)

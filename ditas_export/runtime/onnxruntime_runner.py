@@ -21,7 +21,8 @@ from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.lowering import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
-from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.optimized_cache import machine_facts, optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
@@ -32,7 +33,11 @@ TENSORRT = ("TensorrtExecutionProvider", *CUDA)
 TENSORRT_RTX = (RTX_PROVIDER, *CPU)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Session entry under which weight-only linears keep float activations; by default they do not."""
+"""Session entry under which weight-only linears keep float activations, as every runner has it; in
+a session as it is they are rounded to 8 bits."""
+
+BARE_SESSION = {"session.qdq_matmulnbits_accuracy_level": "4"}
+"""The same entry as in a session that is told nothing."""
 
 _KEEP_PACKED = {"session.save_external_prepacked_constant_initializers": "1"}
 """Session entry under which an optimized model is written with its weights packed for the kernels
@@ -62,7 +67,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         threads: of one operator; None leaves the choice to ONNX Runtime.
         providers: execution providers, in order of preference.
         device_id: GPU of the providers that have one.
-        session_entries: session configuration entries, such as `ACCURATE_WEIGHT_ONLY`.
+        session_entries: session configuration entries over `ACCURATE_WEIGHT_ONLY`.
         cache: folder that keeps the optimized model, so that the next start need not optimize;
             None optimizes at every start. For the CPU provider alone: others compile for
             themselves.
@@ -85,7 +90,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        entries = dict(session_entries or {})
+        entries = ACCURATE_WEIGHT_ONLY | dict(session_entries or {})
         self._kernels: Counter[str] | None = None
         if cache is not None and tuple(providers) == CPU:
             facts = {
@@ -104,8 +109,8 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         options = session_options(threads, entries)
         if self._kernels is not None:
             options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._session = open_session(path, options, providers, device_id)
-        self._providers = ", ".join(self._session.get_providers())
+        self._backend = open_session(path, options, providers, device_id)
+        self._providers = ", ".join(self._backend.get_providers())
 
     @property
     def description(self) -> str:
@@ -113,9 +118,9 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         kernels = "".join(f"; {count} {kind}" for kind, count in (self._kernels or {}).items())
         return f"onnxruntime {_onnxruntime().__version__} ({self._providers}{kernels})"
 
-    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
-        """Run the session."""
-        (output,) = self._session.run(None, feed)
+    def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run the session, which takes several threads."""
+        (output,) = session.run(None, feed)
         return np.asarray(output)
 
 

@@ -18,9 +18,11 @@ from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.options import NO_HINTS, CheckpointHints
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -38,8 +40,6 @@ from ditas_export.runtime.torch_runner import TorchRunner
 GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
 """ONNX Runtime's providers for runtimes that are not on CPUs."""
 
-PLAN_SUFFIXES = (".plan", ".engine")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OpenedModel:
@@ -48,6 +48,8 @@ class OpenedModel:
     runner: Runner
     source: str
     sha256: str  # of the file, its external data included; of a checkpoint the fingerprint
+    notes: tuple[str, ...] = ()  # of a checkpoint: what was chosen, left out or guessed
+    vae: str | None = None  # of a pipeline: where its own VAE is
 
 
 def open_runner(
@@ -56,7 +58,7 @@ def open_runner(
     runtime: Runtime = "auto",
     device: str = "cpu",
     threads: int | None = None,
-    num_heads: int | None = None,
+    hints: CheckpointHints = NO_HINTS,
     cache: Path | None = None,
 ) -> OpenedModel:
     """Open a model in the backend that is asked for, or in the fastest that is installed.
@@ -64,32 +66,37 @@ def open_runner(
     Args:
         model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model that
             `ditas-export --save-artifact` wrote, which PyTorch runs by INT8 products, or what
-            `load_dit` takes, which PyTorch runs in float32.
+            `load_dit` takes, which PyTorch runs in float32. Suffixes count in any case.
         runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
             Runtime, which takes no bf16 file there. `tensorrt` runs an engine in the product that
             built it, and an `.onnx` in ONNX Runtime's TensorRT provider; `nv-tensorrt-rtx` an
             `.onnx` in NVIDIA's plug-in for it.
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
-        num_heads: of a checkpoint that does not say.
+        hints: what a checkpoint does not say.
         cache: folder of what runtimes optimized or compiled; None is the user's.
 
     Raises:
-        RunnerError: a backend that is missing, or that cannot run this kind of model.
+        RunnerError: a backend that is missing, or that cannot run this kind of model; or hints for
+            what is no checkpoint.
         OnnxExportError: a file with the manifest of another beside it.
         DitasExportError: a model that cannot be read.
     """
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
-    if model.endswith(PLAN_SUFFIXES):
+    is_artifact = _is_artifact(Path(model))
+    if hints.given and (is_artifact or has_suffix(model, (*PLAN_SUFFIXES, *ONNX_SUFFIXES))):
+        raise RunnerError(
+            f"{model} carries its own configuration; leave out {', '.join(hints.given)}"
+        )
+    if has_suffix(model, PLAN_SUFFIXES):
         return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
-    if model.endswith(".onnx"):
+    if has_suffix(model, ONNX_SUFFIXES):
         path = Path(model)
         open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
         sha256 = sha256_of_onnx(path)
         require_own_manifest(path, sha256)
         return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
-    is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
         given = f"CHECKPOINT --artifact {model}" if is_artifact else model
         raise RunnerError(
@@ -100,9 +107,14 @@ def open_runner(
         torch.set_num_threads(threads)
     if is_artifact:
         return _open_artifact(Path(model), device)
-    loaded = load_dit(model, num_heads=num_heads)
-    runner = TorchRunner(loaded.model, device=device)
-    return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.identity.fingerprint)
+    loaded = load_dit(model, hints)
+    return OpenedModel(
+        runner=TorchRunner(loaded.model, device=device),
+        source=loaded.source,
+        sha256=loaded.identity.fingerprint,
+        notes=loaded.notes,
+        vae=loaded.vae,
+    )
 
 
 def _open_plan(

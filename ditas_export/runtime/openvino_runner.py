@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,15 @@ import numpy as np
 from ditas_export import __version__
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
-from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
+
+FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Setting under which weight-only linears keep float activations, as in the other backends; by
+itself OpenVINO rounds them to 8 bits."""
 
 _PRODUCTS = ("FullyConnected", "MatMul")
 """OpenVINO's kernels of matrix products."""
@@ -55,7 +61,7 @@ class OpenVINORunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache is not None:
@@ -64,18 +70,33 @@ class OpenVINORunner(ExportedFileRunner):
             facts = {"ditas-export": __version__, "runtime": "openvino", "machine": machine_facts()}
             folder = compiled_folder(sha256 or sha256_of_onnx(path), cache, facts)
             settings["CACHE_DIR"] = str(folder)
-        self._version, self._session = _compile(path, settings)
-        self._products = _float_products(self._session)
+        self._version, self._backend = _compile(path, settings)
+        self._products = _float_products(self._backend)
+        self._idle: SimpleQueue[Any] = SimpleQueue()
 
     @property
     def description(self) -> str:
         """Backend, version, device, and the types of the float products."""
         return f"openvino {self._version} ({', '.join(['CPU', *self._products])})"
 
-    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
-        """Run the compiled model; its output buffer is used again, so it is copied."""
-        (output,) = self._session(feed).values()
-        return np.array(output)
+    def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run an inference request of this call alone, one that is idle or a new one.
+
+        Its output buffer is used again, so it is copied before the request is given back.
+        """
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = session.create_infer_request()
+        (output,) = request.infer(feed).values()
+        copied = np.array(output)
+        self._idle.put(request)
+        return copied
+
+    def close(self) -> None:
+        """Let go of the compiled model and its requests."""
+        super().close()
+        self._idle = SimpleQueue()
 
 
 def _compile(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
