@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ def states(kind: str) -> Make:
     return lambda path: save_tensors(path, {}, file_format=kind, header={})
 
 
+@cache
+def quantized_bytes() -> bytes:
+    with tempfile.NamedTemporaryFile() as file:
+        quantized_tiny_dit(tiny_dit()).save(Path(file.name))
+        return Path(file.name).read_bytes()
+
+
 FOREIGN: dict[str, Make] = {
     "text": write("notes"),
     "nothing": lambda path: path.touch(),
@@ -54,7 +63,7 @@ FOREIGN: dict[str, Make] = {
     "tensors": lambda path: save_file({}, path),
     "an exported model": lambda path: copy(exported())(path),
     "a float model": lambda path: copy(exported_reference())(path),
-    "a quantized model": lambda path: quantized_tiny_dit(tiny_dit()).save(path),
+    "a quantized model": lambda path: path.write_bytes(quantized_bytes()) and None,
     "states": states("ditas-export calibration states 2"),
     "manifest": write('{"format": "ditas-export manifest 1"}'),
 }
@@ -104,7 +113,7 @@ def link(path: Path, target: Path) -> None:
 def test_no_output_is_an_input(tmp_path: Path, given: str, reach: Any) -> None:
     """By its own name, through a symbolic and through a hard link."""
     path, output = tmp_path / "input", tmp_path / "output"
-    quantized_tiny_dit(tiny_dit()).save(path)
+    path.write_bytes(quantized_bytes())
     if reach is None:
         output = path
     elif reach is link:
@@ -189,7 +198,7 @@ def test_devices_long_names_and_missing_folders_are_refused(tmp_path: Path) -> N
         (tmp_path / ("a" * 240 + ".onnx"), "is too long; use 231 bytes at most"),
         (tmp_path / ("a" * 300 + ".onnx"), "is too long; use 231 bytes at most"),
         (tmp_path / "no" / "such.onnx", "does not exist; create it first"),
-        (exported() / "out.onnx", "Not a directory"),
+        (exported() / "out.onnx", "is no folder; name another"),
     ):
         with pytest.raises(ArtifactError, match=message):
             check_files(options(tmp_path, reference=path))
@@ -278,7 +287,7 @@ def test_a_comparison_replaces_comparisons_and_inputs_only(tmp_path: Path) -> No
         CompareOptions(reference=reference, model=model, gen_inputs=tmp_path / "a"),
         tmp_path / "b",
     )
-    feed = dict.fromkeys(("latents", "timesteps", "class_labels"), {})
+    feed: dict[str, Any] = {"latents": {}, "timesteps": {}, "class_labels": {}}
     (tmp_path / "a").write_text(json.dumps([feed, feed]))
     (tmp_path / "b").write_text('{"format": "ditas-export comparison 1"}')
     files.check()
