@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -79,7 +80,7 @@ def manifest_of(
         "far_from_float": verification.is_far_from_float,
         "not_verified_because": _why_unverified(options, verification),
         "vae_decoder": _vae_entry(options),
-        "settings": dict(quantized.settings),
+        "settings": json.loads(json.dumps(quantized.settings, sort_keys=True)),  # as a file has it
         "bytes_by_part": sizes,
         "bits_per_weight": bits_per_weight(sizes, quantized),
         "float_linears": _float_linears(quantized),
