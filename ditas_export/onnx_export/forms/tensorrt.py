@@ -31,7 +31,7 @@ from ditas_export.onnx_export.forms.operands import (
     smoothed,
 )
 from ditas_export.onnx_export.subgraph import Subgraph
-from ditas_export.quantization.integer import MAX_CODE_8BIT, LowRank
+from ditas_export.quantization.integer import MAX_CODE_8BIT, LowRank, rounded_float
 from ditas_export.quantization.ranges import Ranges
 
 RANK_MULTIPLE = 8
@@ -86,7 +86,8 @@ def _shared_scale_product(
         scalar,
     )
     y = add_left_product(graph, y, inner, functional.pad(left, (0, missing)))
-    row_scale = graph.constant("row_scale", (rows / shared).to(scale.dtype))
+    rescale = rounded_float("a row scale in TensorRT's form", rows / shared, scale.dtype)
+    row_scale = graph.constant("row_scale", rescale)
     return graph.node("Mul", [y, row_scale], name="Rescale")
 
 
