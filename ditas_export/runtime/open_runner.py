@@ -200,7 +200,7 @@ def _file_opener(
 
 def onnxruntime_takes(path: Path) -> bool:
     """Return whether ONNX Runtime has CPU kernels for an exported file's float type."""
-    return bool(read_form(path).get("float_type") != "bf16")
+    return read_form(path).float_type != "bf16"
 
 
 def device_index(device: str) -> int:
