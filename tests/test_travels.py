@@ -84,6 +84,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = " ".join(result.stderr.split())
     assert "not used: opt" in said
     assert "warning: fed pure noise at step 999, the model returns it to" in said
+    assert "squaredcos_cap_v2" in result.stdout
+    assert "10 and a null class" in result.stdout
     return folder
 
 
