@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import exported, quantized_tiny_dit, tiny_dit, tiny_folded
+from quantized_fixture import TINY, exported, quantized_tiny_dit, tiny_dit, tiny_folded
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -57,7 +57,7 @@ def result(found: Verification, tmp_path: Path) -> ExportResult:
         "seconds": {},
         "verification": found.to_dict(),
     }
-    quantized: Any = type("Model", (), {"linears": {}})
+    quantized: Any = type("Model", (), {"linears": {}, "config": TINY})
     return ExportResult(quantized=quantized, verification=found, manifest=manifest, file=file)
 
 
