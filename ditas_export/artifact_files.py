@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditas_export.errors import ArtifactError
+from ditas_export.file_signs import why_unreadable
 
 _CHUNK_BYTES = 1 << 20
 
@@ -129,7 +130,8 @@ def load_tensors(
                 raise ArtifactError(f"{path} is damaged: its header is no JSON object")
             return tensors, header
     except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path} is no readable {file_format} file: {error}") from error
+        reason = why_unreadable(path, error)
+        raise ArtifactError(f"{path} is no readable {file_format} file: {reason}") from error
 
 
 def differences(found: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:

@@ -177,7 +177,7 @@ def exported(
 def exported_reference(dtype: torch.dtype = torch.float32) -> Path:
     """Return the tiny float model exported, once per test run; never write to it."""
     path = Path(_FOLDER.name) / f"reference-{dtype}.onnx"
-    export_reference(tiny_dit().to(dtype), path)
+    export_reference(tiny_dit().to(dtype), path, identity=identity_of(tiny_dit()))
     return path
 
 

@@ -97,6 +97,23 @@ def test_a_mismatch_is_exit_code_1(
     assert "expected at least 500; do not deploy it" in " ".join(err.split())
 
 
+@pytest.mark.parametrize("scale", ["0.5", "-1", "nan"])
+@pytest.mark.parametrize("in_recipe", [False, True])
+def test_a_guidance_scale_that_means_nothing_is_refused_before_sampling(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, in_recipe: bool
+) -> None:
+    monkeypatch.setattr("ditas_export.pipeline.collect_states", None)  # never called
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"cfg-scale: {'.nan' if scale == 'nan' else scale}\n")
+    words = ["--recipe", recipe] if in_recipe else ["--cfg-scale", scale]
+    code, _, err = run("--model", checkpoint, *QUICK, *words, tmp_path / "out.onnx")
+    assert code == 2
+    expected = "is not a finite number" if scale == "nan" else "guidance starts at 1, which means"
+    assert f"cfg_scale={scale}" in err
+    assert expected in err
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 class _Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("code ran",))
@@ -193,6 +210,8 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("walk-tokens: 40k\n", "walk-tokens='40k'; give a number"),
         ("w: four\n", "w='four'; give a number"),
         ("fast: maybe\n", "fast='maybe'; choose one of False, True"),
+        ("cfg-scale: none\n", "cfg-scale='none'; give a number"),
+        ("cfg-scale: true\n", "cfg-scale=True; give a number"),
     ):
         recipe.write_text(text)
         code, _, err = run("--recipe", recipe, tmp_path / "out.onnx")

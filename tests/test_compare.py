@@ -27,10 +27,16 @@ from quantized_fixture import (
 
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.model import DiT
+from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
-from ditas_export.errors import EngineError, OnnxExportError, RunnerError, VerificationError
+from ditas_export.errors import (
+    EngineError,
+    OnnxExportError,
+    OtherModelError,
+    RunnerError,
+    VerificationError,
+)
 from ditas_export.evaluation import compare as compare_module
 from ditas_export.evaluation import polygraphy_runs
 from ditas_export.evaluation.compare import Comparison, compare
@@ -39,7 +45,7 @@ from ditas_export.evaluation.linear_outputs import linear_outputs, output_bytes
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
-from ditas_export.onnx_export.export import export_reference
+from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -261,8 +267,52 @@ def test_the_linears_can_be_left_out() -> None:
 def test_files_of_two_models(tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     export_reference(tiny_dit(replace(TINY, num_classes=4)), other)
-    with pytest.raises(VerificationError, match="holds another DiT than"):
+    with pytest.raises(OtherModelError) as caught:
         compare(options(other))
+    message = str(caught.value)
+    assert message.startswith(f"{other}, compared with {exported_reference()}, was made from")
+    assert "num_classes 4, now 10; tensors_sha256 " in message
+    assert message.endswith("Write the reference of the same model with ditas-export --reference")
+
+
+def test_files_of_the_same_shape_and_other_weights(tmp_path: Path) -> None:
+    """Where they record them; the configurations alone are the same."""
+    other = tmp_path / "other.onnx"
+    export_reference(tiny_dit(seed=1), other)
+    with pytest.raises(OtherModelError, match=r"another model: tensors_sha256 \w+…, now \w+…\. W"):
+        compare(options(other))
+    without_identity(other)
+    assert compare(options(other, steps=2, linears=False)).total_db < 20
+
+
+def test_files_of_two_shapes_of_an_earlier_version(tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    export_reference(tiny_dit(replace(TINY, num_classes=4)), other)
+    without_identity(other)
+    with pytest.raises(VerificationError, match=r"another DiT than .*: num_classes 4, now 10\. W"):
+        compare(options(other))
+
+
+def without_identity(path: Path) -> None:
+    """Take the record of the weights out of a file, as files of earlier versions have none."""
+    model = onnx.load(str(path))
+    kept = [entry for entry in model.metadata_props if entry.key != IDENTITY_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, str(path))
+
+
+def test_an_engine_of_another_shape(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, product="rtx", config=replace(TINY, num_classes=4))
+    with pytest.raises(VerificationError, match=r"another DiT than .*: num_classes 4, now 10\. W"):
+        compare(options(plan))
+
+
+def test_suffixes_count_in_any_case(tmp_path: Path) -> None:
+    """What is no plan by its name is taken for ONNX, and read as such."""
+    for name in ("OUT.PLAN", "out.Engine"):
+        with pytest.raises(EngineError, match="does not describe an engine"):
+            compare(options(tmp_path / name))
 
 
 def test_files_without_named_linears(tmp_path: Path) -> None:
@@ -281,7 +331,9 @@ def test_thresholds_are_finite(name: str) -> None:
         options(good(), **{name: math.nan})
 
 
-def write_plan(folder: Path, *, product: str, content: bytes = b"plan") -> Path:
+def write_plan(
+    folder: Path, *, product: str, content: bytes = b"plan", config: DiTConfig = TINY
+) -> Path:
     """Write something with the metadata of an engine of the tiny model."""
     plan = folder / "out.plan"
     plan.write_bytes(content)
@@ -292,7 +344,7 @@ def write_plan(folder: Path, *, product: str, content: bytes = b"plan") -> Path:
         plan_bytes=len(content),
         onnx_name="out.onnx",
         onnx_sha256="",
-        config=TINY.to_dict(),
+        config=config.to_dict(),
         form={},
         options={"compute_capabilities": [], "version_compatible": False},
         gpu=None,

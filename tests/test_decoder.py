@@ -104,8 +104,8 @@ def test_an_image_does_not_depend_on_its_batch_mates(
 ) -> None:
     source = str(vae_folder)
     if backend == "onnx":
-        export_vae_decoder(source, tmp_path / "vae_decoder.onnx")
-        source = str(tmp_path / "vae_decoder.onnx")
+        export_vae_decoder(source, tmp_path / "vae_decoder.ONNX")  # suffixes count in any case
+        source = str(tmp_path / "vae_decoder.ONNX")
     latents = some_latents(count=5)
     decoder = open_decoder(source, in_channels=4, device="cpu")
     assert decoder is not None

@@ -98,6 +98,16 @@ def test_another_plan_is_refused(plan: Path) -> None:
         match(known, plan)
 
 
+def test_what_stands_in_a_plans_place_is_named(plan: Path) -> None:
+    known = metadata(plan)
+    plan.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(EngineError, match=r"another plan; .*out\.plan is a git-LFS pointer"):
+        match(known, plan)
+    plan.unlink()
+    with pytest.raises(EngineError, match=r"out\.plan cannot be read: No such file or directory"):
+        match(known, plan)
+
+
 def test_another_product_is_refused(plan: Path) -> None:
     with pytest.raises(EngineError, match="built with TensorRT; TensorRT for RTX cannot run it"):
         match(metadata(plan), plan, product="rtx")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_a_quantized_model_of_another_format_is_named(tmp_path: Path) -> None:
     expected = f"{path} is a {old}, and this version .* reads {ARTIFACT_FORMAT}; make it again$"
     with pytest.raises(ArtifactError, match=expected):
         open_runner(str(path))
+
+
+@pytest.mark.parametrize("name", ["OUT.ONNX", "out.Onnx"])
+def test_an_exported_file_in_capitals(tmp_path: Path, name: str) -> None:
+    shutil.copy(exported(), tmp_path / name)
+    with open_runner(str(tmp_path / name), runtime="onnxruntime").runner as runner:
+        assert isinstance(runner, OnnxRuntimeRunner)
+
+
+@pytest.mark.parametrize("name", ["OUT.PLAN", "out.Engine"])
+def test_an_engine_in_capitals(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunnerError, match=f"{name} is an engine, and runs on GPUs"):
+        open_runner(str(tmp_path / name))
 
 
 @pytest.mark.gpu

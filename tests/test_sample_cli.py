@@ -18,6 +18,8 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.cli.sample import app
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.generation import job
+from ditas_export.generation.job import SampleReport
+from ditas_export.generation.options import SampleOptions
 from ditas_export.onnx_export.export import export_onnx
 
 SIX = ["--classes", "0-5", "--batch", "2", "--steps", "3", "--threads", "1"]
@@ -136,7 +138,11 @@ def test_another_place_for_the_npz(tmp_path: Path) -> None:
         (["--sampler", "euler"], "sampler='euler'; choose one of ddpm"),
         (["--steps", "1"], "takes 2 to 1000 steps"),
         (["--batch", "0"], "batch=0"),
+        (["--images", "0"], "ask for at least one"),
         (["--num", "0"], "ask for at least one"),
+        (["--num", "3", "--images", "3"], "--num 3 is --images, and --images 3 is given; leave"),
+        (["--cfg-scale", "0.5"], "cfg_scale=0.5: guidance starts at 1, which means none; use 1"),
+        (["--cfg-scale", "-1"], "cfg_scale=-1.0: guidance starts at 1"),
         (["--device", "cuda"], "CUDAExecutionProvider"),
         (["--vae", "no/such/folder.onnx"], "no/such/folder.onnx"),
         (["--npz", "/no/such/folder/a.npz"], "/no/such/folder does not exist"),
@@ -151,6 +157,29 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sum(line.startswith("error:") for line in result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_the_old_name_of_images_works_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SampleOptions] = []
+
+    def generate(options: SampleOptions, **_: object) -> SampleReport:
+        asked.append(options)
+        return SampleReport(
+            folder=options.output, npz=options.output, images=5, sampled=0, seconds=0, runtime=""
+        )
+
+    monkeypatch.setattr(job, "generate", generate)
+    old = run("digits", "--num", 5, "-o", tmp_path)
+    new = run("digits", "--images", 5, "-o", tmp_path)
+    assert asked[0] == asked[1]
+    assert asked[0].images == 5
+    assert (old.exit_code, new.exit_code) == (0, 0)
+    line = "--num is --images now; the next release has that name alone\n"
+    assert (old.stderr.count(line), new.stderr.count(line)) == (1, 0)
+    assert old.stdout == new.stdout
+    assert "--num " not in run("--help").stdout
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def compare(
     classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
     images: Annotated[int | None, _option("Images of the trajectory.", "images")] = None,
     steps: Annotated[int | None, _option("Time steps, all compared.", "steps")] = None,
-    cfg_scale: Annotated[float | None, _option("Guidance scale; 1 for none.", "cfg_scale")] = None,
+    cfg_scale: Annotated[
+        float | None, _option("Guidance scale; 1 for none, 0 for the null class.", "cfg_scale")
+    ] = None,
     seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
     linears: Annotated[
         bool,

@@ -16,6 +16,7 @@ from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.export import read_config, require_form_for_tensorrt
+from ditas_export.onnx_export.external_data import require_external_data
 
 
 def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
@@ -26,6 +27,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
     require_form_for_tensorrt(model)
+    require_external_data(model)
     if needs_expansion(model, settings.layout):
         raise EngineError(
             f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
@@ -53,6 +55,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
     require_form_for_tensorrt(model)
+    require_external_data(model)
     products = candidates(settings.backend)
     _require_possible(products, settings.options)
     intent = {

@@ -122,7 +122,11 @@ def export(
     ] = None,
     steps: Annotated[int | None, _option("DDPM steps of calibration.", "steps")] = None,
     cfg_scale: Annotated[
-        float | None, _option("Guidance scale of calibration.", "cfg_scale")
+        float | None,
+        _option(
+            "Guidance scale of calibration; 1 for none, 0 for the null class.",
+            "cfg_scale",
+        ),
     ] = None,
     samples: Annotated[int | None, _option("Images to calibrate with.", "samples")] = None,
     seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
@@ -213,6 +217,9 @@ def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> Export
     for name in sorted(_INTEGERS & merged.keys()):
         if not isinstance(merged[name], int | None):
             raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
+    scale = merged.get("cfg_scale")
+    if isinstance(scale, bool) or not isinstance(scale, int | float | None):
+        raise CalibrationError(f"cfg-scale={scale!r}; give a number")
     if isinstance(merged.get("alpha_grid"), str):
         merged["alpha_grid"] = _numbers(merged["alpha_grid"])
     if isinstance(merged.get("alpha_grid"), list):

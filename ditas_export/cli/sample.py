@@ -20,6 +20,7 @@ from rich.progress import (
 
 from ditas_export.cli.console import clean_errors
 from ditas_export.cli.flags import defaults_of, flags_of, version_flag
+from ditas_export.errors import RunnerError
 from ditas_export.generation.options import SampleOptions
 
 if TYPE_CHECKING:
@@ -48,13 +49,16 @@ def sample(
         int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
     ] = None,
     classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
-    num: Annotated[
+    images: Annotated[
         int | None,
-        _option("Images to make.", "num", shown="one per class named, 8 for random"),
+        _option("Images to make.", "images", shown="one per class named, 8 for random"),
     ] = None,
+    num: Annotated[int | None, typer.Option("--num", hidden=True)] = None,
     steps: Annotated[int | None, _option("Denoising steps.", "steps")] = None,
     sampler: Annotated[str | None, _option("ddpm, ddim or dpm++.", "sampler")] = None,
-    cfg_scale: Annotated[float | None, _option("Guidance scale; 1 for none.", "cfg_scale")] = None,
+    cfg_scale: Annotated[
+        float | None, _option("Guidance scale; 1 for none, 0 for the null class.", "cfg_scale")
+    ] = None,
     cfg_channels: Annotated[
         str | None, _option("Channels that guidance acts on: 3 or all.", "cfg_channels")
     ] = None,
@@ -95,6 +99,8 @@ def sample(
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     chosen = {name: value for name, value in given.items() if value is not None}
     with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
+        if num is not None:
+            chosen["images"] = _renamed_num(num, images, quiet=quiet)
         options = SampleOptions(model=model, output=output, **chosen)
         from ditas_export.distributed import launched_ranks
 
@@ -103,6 +109,21 @@ def sample(
             report = _run(options, ranks, show=speaks and not as_json)
             if speaks:
                 _print_report(report, as_json=as_json)
+
+
+def _renamed_num(num: int, images: int | None, *, quiet: bool) -> int:
+    """Return what the former name of `--images` asks for, and say that it goes.
+
+    Under torchrun it never arrives: it is the beginning of an option of the launcher.
+
+    Raises:
+        RunnerError: both names were given.
+    """
+    if images is not None:
+        raise RunnerError(f"--num {num} is --images, and --images {images} is given; leave out one")
+    if not quiet:
+        Console(stderr=True).print("--num is --images now; the next release has that name alone")
+    return num
 
 
 def _run(options: SampleOptions, ranks: Ranks, *, show: bool) -> SampleReport:

@@ -23,7 +23,7 @@ from ditas_export.engine.report import LayerReport, expected_kernels, layer_repo
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
-from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.external_data import require_external_data, sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
 
 Build = Callable[[Path, Path], BuiltEngine]
@@ -64,6 +64,7 @@ def make_engine(
         ArtifactError: a file cannot be written.
     """
     config = read_config(onnx_path)
+    require_external_data(onnx_path)
     require_form_for_tensorrt(onnx_path)
     with _in_layout(onnx_path, layout) as graph, atomic_path(plan_path) as partial:
         form = read_form(graph)

@@ -14,6 +14,7 @@ from ditas_export.artifact_files import atomic_path, sha256_of_file
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import CheckpointError, EngineError
+from ditas_export.file_signs import describe_impostor, why_unreadable
 
 FORMAT = "ditas-export engine 1"
 
@@ -77,8 +78,9 @@ class EngineMetadata:
             gpu = content.pop("gpu")
             return cls(gpu=None if gpu is None else Gpu(**gpu), **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = why_unreadable(path, error, expects_json=True)
             raise EngineError(
-                f"{path} does not describe an engine ({error}); build it with ditas-build"
+                f"{path} does not describe an engine ({why}); build it with ditas-build"
             ) from error
 
 
@@ -103,8 +105,15 @@ def require_matching(
         EngineError: another plan's metadata, another product, a version that does not run it, or a
             GPU that it was not built for.
     """
-    if sha256_of_file(plan) != metadata.plan_sha256:
-        raise EngineError(f"{metadata_path(plan)} describes another plan; build {plan} again")
+    try:
+        found = sha256_of_file(plan)
+    except OSError as error:
+        why = why_unreadable(plan, error)
+        raise EngineError(f"{plan} cannot be read: {why}; build it with ditas-build") from error
+    if found != metadata.plan_sha256:
+        sign = describe_impostor(plan)
+        hint = f"{plan} is {sign}" if sign else f"build {plan} again"
+        raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
     if product != metadata.product:
         built, found = PRODUCTS[metadata.product].title, PRODUCTS[product].title
         raise EngineError(f"{plan} was built with {built}; {found} cannot run it")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditas_export.artifact_files import require_writable
+from ditas_export.artifact_files import differences, require_writable
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import VerificationError
@@ -38,8 +38,10 @@ from ditas_export.evaluation.polygraphy_runs import (
     run_both,
     save_inputs,
 )
-from ditas_export.onnx_export.export import read_config
-from ditas_export.runtime.open_runner import PLAN_SUFFIXES, onnxruntime_takes
+from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
+from ditas_export.onnx_export.export import read_config, read_identity
+from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.runtime.open_runner import onnxruntime_takes
 
 Differences = Mapping[str, Difference]
 """Output or linear -> how far it is from the float model's."""
@@ -49,6 +51,9 @@ OnProgress = Callable[[str, int, int], None]
 
 HELD_BYTES = 2**29
 """Outputs of linears of one model that are held at once, unless those of one step take more."""
+
+REMEDY = "Write the reference of the same model with ditas-export --reference"
+"""For files of two models."""
 
 WORST = 5
 """Linears that are listed as the worst."""
@@ -137,6 +142,7 @@ def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -
 
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
+        OtherModelError: files that record two different models.
         VerificationError: files of two different DiTs, or a bf16 file, which ONNX Runtime does not
             run.
         EngineError: an engine that cannot run here.
@@ -174,27 +180,36 @@ def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -
 
 def _is_plan(model: Path) -> bool:
     """Return whether a file is an engine by its name; every other is taken for ONNX."""
-    return model.name.endswith(PLAN_SUFFIXES)
+    return has_suffix(model, PLAN_SUFFIXES)
 
 
 def _common_config(options: CompareOptions) -> DiTConfig:
-    """Return the DiT that both files hold."""
+    """Return the DiT that both files hold; files that record their weights hold the same ones."""
     reference = read_config(options.reference)
     if _is_plan(options.model):
-        model = EngineMetadata.load(metadata_path(options.model)).dit
+        model, made_from = EngineMetadata.load(metadata_path(options.model)).dit, None
     else:
-        model = read_config(options.model)
-    if model != reference:
+        model, made_from = read_config(options.model), read_identity(options.model)
+    recorded = read_identity(options.reference)
+    if made_from is not None and recorded is not None:
+        made_from.require_same(
+            recorded,
+            what=f"{options.model}, compared with {options.reference},",
+            remedy=REMEDY,
+        )
+    elif odd := differences(model.to_dict(), reference.to_dict()):
         raise VerificationError(
-            f"{options.model} holds another DiT than {options.reference} ({model} against "
-            f"{reference}); write the reference with ditas-export --reference"
+            f"{options.model} holds another DiT than {options.reference}: {'; '.join(odd)}. "
+            f"{REMEDY}"
         )
     return reference
 
 
 def _require_onnxruntime_files(options: CompareOptions) -> None:
-    """Refuse files of a float type for which ONNX Runtime has no kernels here."""
+    """Refuse files that lack data, or of a float type for which ONNX Runtime has no kernels."""
     files = [options.reference] + [options.model] * (not _is_plan(options.model))
+    for path in files:
+        require_external_data(path)
     if refused := [path for path in files if not onnxruntime_takes(path)]:
         raise VerificationError(
             f"{refused[0]} is bf16, and onnxruntime, in which files are compared, has no bfloat16 "
@@ -218,10 +233,10 @@ def _compare_linears(
     )
     feeds = feeds_of(inputs)
     at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
-    differences: list[Differences] = []
+    found_steps: list[Differences] = []
     for start in range(0, len(feeds), at_once):
         for wanted, found in run_both(reference, model, feeds[start : start + at_once]):
-            differences.append(
+            found_steps.append(
                 {
                     name: _linear_difference(
                         name,
@@ -232,8 +247,8 @@ def _compare_linears(
                     for name, values in wanted_names.items()
                 }
             )
-        advance("Comparing linears", len(differences), len(feeds))
-    return differences
+        advance("Comparing linears", len(found_steps), len(feeds))
+    return found_steps
 
 
 def _difference(wanted: Any, found: Any) -> Difference:

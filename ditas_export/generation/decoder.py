@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
 from ditas_export.errors import RunnerError
+from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.vae import (
     LATENTS_NAME,
     VaeShape,
@@ -168,6 +170,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         super().__init__(read_vae_shape(path))
+        require_external_data(path)
         providers = CUDA if torch.device(device).type == "cuda" else CPU
         self._backend = open_session(path, session_options(None, {}), providers)
         self._path = path
@@ -189,7 +192,7 @@ def open_decoder(vae: str | None, *, in_channels: int, device: str) -> Decoder |
     """Return the decoder of a model's latents, None where none is wanted.
 
     Args:
-        vae: a `vae_decoder.onnx` by its suffix, what `VaeDecoder` takes, or "none".
+        vae: a `vae_decoder.onnx` by its suffix, in any case, what `VaeDecoder` takes, or "none".
         in_channels: channels of the model's latents.
         device: where it runs.
 
@@ -199,7 +202,7 @@ def open_decoder(vae: str | None, *, in_channels: int, device: str) -> Decoder |
     """
     if vae is None or vae == NO_VAE:
         return None
-    in_onnx = vae.endswith(".onnx")
+    in_onnx = has_suffix(vae, ONNX_SUFFIXES)
     decoder: Decoder = OnnxVaeDecoder(Path(vae), device) if in_onnx else VaeDecoder(vae, device)
     require_same_channels(vae, made=in_channels, taken=decoder.in_channels)
     return decoder

@@ -132,7 +132,7 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     classes = parse_classes(
         options.classes,
         num_labels=opened.runner.config.num_labels,
-        count=options.num,
+        count=options.images,
         seed=options.seed,
     )
     return SamplingSettings(

@@ -33,7 +33,7 @@ class SampleOptions:
     output: Path
     num_heads: int | None = None
     classes: str = "random"
-    num: int | None = None
+    images: int | None = None
     steps: int = 50
     sampler: SamplerChoice = "ddpm"
     cfg_scale: float | None = None

@@ -11,6 +11,7 @@ import torch
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.export import FORM_KEY, read_form, save_model
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
 
@@ -29,6 +30,7 @@ def expand(source: Path, target: Path) -> None:
         ArtifactError: the target cannot be written.
     """
     form = read_form(source)
+    require_external_data(source)
     model = ir.load(source)
     chains = list(int4_chains(model.graph))
     if not chains:

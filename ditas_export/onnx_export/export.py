@@ -19,6 +19,7 @@ from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
+from ditas_export.file_signs import why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.lowering import (
@@ -323,7 +324,8 @@ def file_metadata(path: Path) -> dict[str, str]:
     try:
         model = load_by_reference(path)
     except Exception as error:  # protobuf's DecodeError has no stable home
-        raise OnnxExportError(f"{path} is no readable ONNX file: {error}") from error
+        reason = why_unreadable(path, error)
+        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

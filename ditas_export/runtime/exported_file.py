@@ -14,6 +14,7 @@ from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.runtime.inputs import require_inputs
 
 Feed = dict[str, np.ndarray[Any, Any]]
@@ -28,6 +29,7 @@ class ExportedFileRunner(Closing):
 
     def __init__(self, path: Path) -> None:
         self._config = read_config(path)
+        require_external_data(path)
         self._session: Any = None
 
     @property

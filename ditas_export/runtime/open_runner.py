@@ -18,6 +18,7 @@ from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.onnxruntime_runner import (
@@ -36,8 +37,6 @@ from ditas_export.runtime.torch_runner import TorchRunner
 
 GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
 """ONNX Runtime's providers for runtimes that are not on CPUs."""
-
-PLAN_SUFFIXES = (".plan", ".engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +62,7 @@ def open_runner(
     Args:
         model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model that
             `ditas-export --save-artifact` wrote, which PyTorch runs by INT8 products, or what
-            `load_dit` takes, which PyTorch runs in float32.
+            `load_dit` takes, which PyTorch runs in float32. Suffixes count in any case.
         runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
             Runtime, which takes no bf16 file there. `tensorrt` runs an engine in the product that
             built it, and an `.onnx` in ONNX Runtime's TensorRT provider; `nv-tensorrt-rtx` an
@@ -79,9 +78,9 @@ def open_runner(
     """
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
-    if model.endswith(PLAN_SUFFIXES):
+    if has_suffix(model, PLAN_SUFFIXES):
         return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
-    if model.endswith(".onnx"):
+    if has_suffix(model, ONNX_SUFFIXES):
         path = Path(model)
         open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
         sha256 = sha256_of_onnx(path)

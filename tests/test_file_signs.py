@@ -1,0 +1,106 @@
+"""Files that are not what they were taken for, named as what they are, by every reader."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from quantized_fixture import exported_reference, quantized_tiny_dit, tiny_dit
+
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.engine.metadata import EngineMetadata
+from ditas_export.errors import ArtifactError, DitasExportError
+from ditas_export.file_signs import PLAN_SUFFIXES, describe_impostor, has_suffix
+from ditas_export.onnx_export.export import file_metadata
+from ditas_export.onnx_export.external_data import external_files
+
+
+def cut_zip() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", b"x" * 4000)
+    return content.getvalue()[:-100]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7000000\n"
+SIGNS = {
+    "pointer": (POINTER, "a git-LFS pointer, .* run git lfs pull"),
+    "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><html><title>Sign in</title>", "an HTML or XML page"),
+    "bare page": (b"<HTML><body>404", "an HTML or XML page"),
+    "store's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an HTML or XML page"),
+    "empty": (b"", "empty; copy or download it again"),
+    "gzip": (gzip.compress(b"model" * 99), "compressed by gzip; decompress"),
+    "xz": (lzma.compress(b"model" * 99), "compressed by xz; decompress"),
+    "bzip2": (bz2.compress(b"model" * 99), "compressed by bzip2; decompress"),
+    "cut zip": (cut_zip(), "a zip archive cut short"),
+    "json": (b' {"error": "gated repo"}', "JSON text"),
+}
+READERS: dict[str, Callable[[Path], object]] = {
+    "metadata of .onnx": file_metadata,
+    "tensors of .onnx": external_files,
+    "artefact": QuantizedDiT.load,
+    "metadata of a plan": EngineMetadata.load,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("sign", SIGNS)
+def test_every_reader_names_what_a_file_is(tmp_path: Path, reader: str, sign: str) -> None:
+    content, expected = SIGNS[sign]
+    path = tmp_path / "taken.for.something"
+    path.write_bytes(content)
+    if (reader, sign) == ("metadata of a plan", "json"):  # JSON is what it is: of another kind
+        expected = "does not describe an engine"
+    with pytest.raises(DitasExportError, match=expected) as caught:
+        READERS[reader](path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_names_a_folder_and_a_file_that_is_not_there(
+    tmp_path: Path, reader: str
+) -> None:
+    for path, expected in ((tmp_path, "it is a folder"), (tmp_path / "no", "No such file or")):
+        with pytest.raises(DitasExportError, match=expected):
+            READERS[reader](path)
+
+
+def test_sound_files_have_no_sign(tmp_path: Path) -> None:
+    quantized = tmp_path / "kept.safetensors"
+    quantized_tiny_dit(tiny_dit()).save(quantized)
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("a", "b")
+    # A header of 60 or 123 bytes begins with "<" or "{"; safetensors gives its length first.
+    short = tmp_path / "short.safetensors"
+    header = json.dumps({"__metadata__": {"a": "b"}}).encode()
+    for length in (ord("<"), ord("{")):
+        short.write_bytes(length.to_bytes(8, "little") + header.ljust(length))
+        assert describe_impostor(short) is None
+    for path in (exported_reference(), quantized, whole, tmp_path / "nowhere"):
+        assert describe_impostor(path) is None
+    page = tmp_path / "plan.json"
+    page.write_text("{")
+    assert describe_impostor(page, expects_json=True) is None
+
+
+def test_a_damaged_artefact_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    path.write_bytes(b"\x01\x00\x00\x00\x00\x00\x00\x00\xff")
+    with pytest.raises(ArtifactError, match=r"is no readable ditas-export quantized DiT \d+ file"):
+        QuantizedDiT.load(path)
+
+
+def test_suffixes_count_in_any_case() -> None:
+    for name in ("a.plan", "A.PLAN", Path("x/b.Engine"), "c.engine"):
+        assert has_suffix(name, PLAN_SUFFIXES)
+    for name in ("a.plan.json", "plan", "a.onnx"):
+        assert not has_suffix(name, PLAN_SUFFIXES)
