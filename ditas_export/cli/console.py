@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -55,10 +56,14 @@ def stages(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int
 
 @contextmanager
 def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
-    """Turn every refusal into one line on stderr and exit code 2, Ctrl-C into 130."""
+    """Turn every refusal into one line on stderr and exit code 2, Ctrl-C into 130.
+
+    Warnings are one line each too.
+    """
     console = Console(stderr=True)
     try:
-        yield
+        with _warnings_as_lines(console):
+            yield
     except DitasExportError as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
         console.print(message, highlight=False, soft_wrap=True)
@@ -66,3 +71,16 @@ def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         console.print(f"interrupted. {on_interrupt}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _warnings_as_lines(console: Console) -> Iterator[None]:
+    """Show warnings without the place in the code that they came from."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -14,7 +14,7 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
 from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
@@ -103,7 +103,7 @@ def _open(options: SampleOptions) -> OpenedModel:
         options.model,
         runtime=options.runtime,
         device=_device(options),
-        threads=options.threads,
+        threads=_threads(options),
         num_heads=options.num_heads,
     )
 
@@ -115,6 +115,13 @@ def _device(options: SampleOptions) -> str:
     return options.device
 
 
+def _threads(options: SampleOptions) -> int | None:
+    """Return the threads that were asked for; else ranks on one machine's CPU share its cores."""
+    if options.threads is None and options.device == "cpu":
+        return cores_of_rank()
+    return options.threads
+
+
 def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
     """Return the decoder of the model's latents: as asked, or the one that fits."""
     channels = opened.runner.config.in_channels
@@ -124,7 +131,9 @@ def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
         vae = str(beside) if beside.is_file() else DEFAULT_VAE
         if channels in PICTURE_CHANNELS:
             vae = NO_VAE
-    return open_decoder(vae, in_channels=channels, device=_device(options))
+    return open_decoder(
+        vae, in_channels=channels, device=_device(options), threads=_threads(options)
+    )
 
 
 def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:

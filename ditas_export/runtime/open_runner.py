@@ -21,6 +21,7 @@ from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.runtime.cache import Cache, default_cache
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -29,7 +30,6 @@ from ditas_export.runtime.onnxruntime_runner import (
     OnnxRuntimeRunner,
 )
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
-from ditas_export.runtime.optimized_cache import default_cache
 from ditas_export.runtime.options import Runtime
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_int8 import Int8Runner
@@ -70,7 +70,7 @@ def open_runner(
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
         num_heads: of a checkpoint that does not say.
-        cache: folder of what runtimes optimized or compiled; None is the user's.
+        cache: folder of what runtimes prepared and of models' hashes; None is the user's.
 
     Raises:
         RunnerError: a backend that is missing, or that cannot run this kind of model.
@@ -78,12 +78,14 @@ def open_runner(
     """
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
+    cache = cache or default_cache()
+    hash_file = sha256_of_file if cache is None else Cache.at(cache).hash_of_file
     if has_suffix(model, PLAN_SUFFIXES):
-        return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
+        return _open_plan(Path(model), runtime, device, threads, cache, hash_file)
     if has_suffix(model, ONNX_SUFFIXES):
         path = Path(model)
-        open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
-        sha256 = sha256_of_onnx(path)
+        open_file = _file_opener(path, runtime, device, threads, cache)
+        sha256 = sha256_of_onnx(path, hash_file=hash_file)
         return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
     is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
@@ -95,14 +97,19 @@ def open_runner(
     if threads is not None:
         torch.set_num_threads(threads)
     if is_artifact:
-        return _open_artifact(Path(model), device)
+        return _open_artifact(Path(model), device, hash_file)
     loaded = load_dit(model, num_heads=num_heads)
     runner = TorchRunner(loaded.model, device=device)
     return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.identity.fingerprint)
 
 
 def _open_plan(
-    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+    path: Path,
+    runtime: Runtime,
+    device: str,
+    threads: int | None,
+    cache: Path | None,
+    hash_file: Callable[[Path], str],
 ) -> OpenedModel:
     """Open an engine in the product that built it."""
     if runtime not in ("auto", "tensorrt"):
@@ -112,7 +119,7 @@ def _open_plan(
     if threads is not None:
         raise RunnerError("an engine has no threads to set; leave out --threads")
     runner = TensorRTRunner(path, device=f"cuda:{device_index(device)}", cache=cache)
-    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    return OpenedModel(runner=runner, source=str(path), sha256=hash_file(path))
 
 
 def _is_artifact(path: Path) -> bool:
@@ -126,7 +133,7 @@ def _is_artifact(path: Path) -> bool:
         return False
 
 
-def _open_artifact(path: Path, device: str) -> OpenedModel:
+def _open_artifact(path: Path, device: str, hash_file: Callable[[Path], str]) -> OpenedModel:
     """Open a quantized model in PyTorch, with the activation ranges it was made for.
 
     Its float side is float32 on a CPU and float16 on a GPU, as in the files that are exported for
@@ -142,11 +149,11 @@ def _open_artifact(path: Path, device: str) -> OpenedModel:
         if quantized.activation_bits == 8
         else TorchRunner(fake_quantized_dit(folded, ranges=ranges), device=device)
     )
-    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    return OpenedModel(runner=runner, source=str(path), sha256=hash_file(path))
 
 
 def _file_opener(
-    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path | None
 ) -> Callable[[str], Runner]:
     """Return what opens an exported file in a backend, given the file's hash."""
     if runtime == "torch":

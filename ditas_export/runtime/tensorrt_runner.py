@@ -6,8 +6,6 @@ calls copy the inputs into the buffers, launch, and copy the output out, all on 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditas_export.artifact_files import atomic_path, require_writable
+from ditas_export.artifact_files import sha256_of_file
 from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.cache import Cache, Key
 from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.inputs import require_fitting
 from ditas_export.runtime.tensorrt_plan import (
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
 
 OUTPUT = "model_output"
 
-KERNELS_SUFFIX = ".kernels"
-"""Of the files in the cache folder that hold what TensorRT for RTX compiled."""
+_KERNELS_NAME = "kernels"
+"""The file in a cache entry that holds what TensorRT for RTX compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +73,6 @@ class TensorRTRunner(Closing):
         RunnerError: there is no such plan or GPU, or the product does not take the plan.
         EngineError: the product is not installed, or the plan is for another product, version or
             GPU, or is not the one that its metadata describe.
-        ArtifactError: the cache cannot be written.
     """
 
     def __init__(self, plan: Path, *, device: str = "cuda:0", cache: Path | None = None) -> None:
@@ -86,16 +84,29 @@ class TensorRTRunner(Closing):
         self._stream = CudaStream(device)
         self._trt: Module = load_product(product)
         gpu, version = self._stream.gpu, self._trt.__version__
-        require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
+        self._cache = None if cache is None else Cache.at(cache)
+        require_matching(
+            metadata,
+            plan,
+            product=product.name,
+            version=version,
+            gpu=gpu,
+            hash_file=sha256_of_file if self._cache is None else self._cache.hash_of_file,
+        )
         self._config = metadata.dit
         self._title = f"{product.title} {version}"
         self._gpu_name = gpu.name
-        self._kernels = _kernels_file(cache, metadata.plan_sha256, self._title, gpu.name)
+        self._key = Key(
+            kind="kernels",
+            source=plan,
+            sha256=metadata.plan_sha256,
+            facts={"product": self._title, "gpu": [gpu.name, gpu.compute_capability]},
+            hash_source=lambda: sha256_of_file(plan),
+        )
         self._batches: dict[int, PreparedBatch] = {}
         with self._stream.ordered():
-            kept = self._kernels.read_bytes() if self._kernels and self._kernels.exists() else b""
             self._plan: LoadedPlan | None = load_plan(
-                self._trt, plan.read_bytes(), title=self._title, kernels=kept
+                self._trt, plan.read_bytes(), title=self._title, kernels=self._kept_kernels()
             )
         self._smallest, self._largest = batch_sizes(self._plan.engine)
 
@@ -183,29 +194,23 @@ class TensorRTRunner(Closing):
             launch = self._stream.capture(launch)
         return PreparedBatch(inputs=inputs, output=output, launch=launch)
 
+    def _kept_kernels(self) -> bytes:
+        """Return what TensorRT for RTX compiled in an earlier run, nothing if that is not kept."""
+        entry = self._cache and self._cache.find(self._key)
+        if not entry:
+            return b""
+        with entry:
+            return (entry.path / _KERNELS_NAME).read_bytes()
+
     def _keep_kernels(self, loaded: LoadedPlan) -> None:
-        """Write what TensorRT for RTX has compiled so far."""
-        if self._kernels is not None and loaded.kernels is not None:
-            with atomic_path(self._kernels) as partial:
-                partial.write_bytes(compiled_kernels(loaded.kernels))
+        """Keep what TensorRT for RTX has compiled so far."""
+        if self._cache is not None and loaded.kernels is not None:
+            kernels = compiled_kernels(loaded.kernels)
+            self._cache.renew(
+                self._key, lambda folder: (folder / _KERNELS_NAME).write_bytes(kernels)
+            )
 
     def close(self) -> None:
         """Free the GPU's memory."""
         self._batches.clear()
         self._plan = None
-
-
-def _kernels_file(cache: Path | None, plan_sha256: str, *environment: str) -> Path | None:
-    """Return where a plan's kernels are kept for one product, version and GPU.
-
-    Raises:
-        ArtifactError: the folder cannot be written.
-    """
-    if cache is None:
-        return None
-    key = hashlib.sha256(repr([plan_sha256, *environment]).encode()).hexdigest()
-    path = cache / f"{key[:32]}{KERNELS_SUFFIX}"
-    with contextlib.suppress(OSError):  # the next line says what is wrong
-        cache.mkdir(parents=True, exist_ok=True)
-    require_writable(path)
-    return path

@@ -10,8 +10,8 @@ from quantized_fixture import TINY, example_inputs, exported
 
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.runtime.cache import default_cache, optimized_model
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from ditas_export.runtime.optimized_cache import default_cache, optimized_model
 
 LINEARS = 4 * TINY.depth
 HASH = "a" * 64
