@@ -120,7 +120,8 @@ def _cache() -> Cache:
     Raises:
         RunnerError: a user without a home, or a limit that is no size.
     """
-    from ditas_export.runtime.cache import FOLDER_VARIABLE, Cache, user_folder
+    from ditas_export.runtime.cache import Cache
+    from ditas_export.runtime.cache_settings import FOLDER_VARIABLE, user_folder
 
     folder = user_folder()
     if folder is None:

@@ -13,43 +13,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ditas_export import __version__
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.cache_hashes import FileHashes
 from ditas_export.runtime.cache_locks import hold, take, turn
-from ditas_export.runtime.cache_manifest import (
-    MANIFEST,
-    Manifest,
-    hash_of_file,
-    read_json,
-    sync,
-    write_json,
+from ditas_export.runtime.cache_manifest import MANIFEST, Manifest, sync
+from ditas_export.runtime.cache_settings import (
+    FOLDER_VARIABLE,
+    LIMIT_VARIABLE,
+    allowed_bytes,
+    say,
 )
 from ditas_export.runtime.machine import machine_facts
 
 FORMAT = 1
 """Of entries and their manifests; another number finds none of the earlier ones."""
-
-FOLDER_VARIABLE = "DITAS_EXPORT_CACHE"
-LIMIT_VARIABLE = "DITAS_EXPORT_CACHE_GIB"
-DEFAULT_LIMIT_GIB = 20
-
-SETTLED_NS = 2 * 10**9
-"""A file that changed this short a time ago may change again without showing it: times are coarse.
-Its hash is not remembered."""
 
 _PREFIX = "entry-"
 _ENTRY = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}")
@@ -194,7 +183,7 @@ class Cache:
             if made := self._made(key, make, anew=True):
                 made.close()
         except RunnerError as error:
-            _say(str(error))
+            say(str(error))
 
     def hash_of_file(self, path: Path) -> str:
         """Return the hex SHA-256 of a file, remembered from when it had the same size and times.
@@ -202,19 +191,9 @@ class Cache:
         Raises:
             OSError: no such file.
         """
-        record = self._hash_record(path)
-        before = _state(path)
-        known = read_json(record)
-        if isinstance(known, dict) and known.get("state") == before:
-            return str(known.get("sha256"))
-        digest = hash_of_file(path)
-        settled = time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED_NS
-        if settled and _state(path) == before:
-            try:
-                record.parent.mkdir(parents=True, exist_ok=True)
-                write_json(record, {"path": str(path.resolve()), "state": before, "sha256": digest})
-            except OSError as error:
-                self._say_unwritable(error)
+        digest, error = self._hashes.of_file(path)
+        if error is not None:
+            self._say_unwritable(error)
         return digest
 
     def entries(self) -> list[EntryFacts]:
@@ -238,7 +217,11 @@ class Cache:
                     faults.append(Fault(path=path, source=source, what=what, removed=removed))
             finally:
                 os.close(handle)
-        return faults + self._verify_hashes()
+        what = "other bytes than its remembered hash"
+        for record, source in self._hashes.forget_wrong():
+            removed = not record.exists()
+            faults.append(Fault(path=record, source=source, what=what, removed=removed))
+        return faults
 
     def clear(self) -> list[EntryFacts]:
         """Remove everything but what a process has open; return what was removed."""
@@ -254,6 +237,11 @@ class Cache:
         shutil.rmtree(self.root / _HASHES, ignore_errors=True)
         return removed
 
+    @property
+    def _hashes(self) -> FileHashes:
+        """The remembered hashes of models' files."""
+        return FileHashes(self.root / _HASHES)
+
     def _made(self, key: Key, make: Make, *, anew: bool) -> Entry | None:
         """Make an entry, or take the one that another process has made while this one waited."""
         try:
@@ -261,7 +249,7 @@ class Cache:
             locks.mkdir(parents=True, exist_ok=True)
 
             def on_wait() -> None:
-                _say(f"another process is preparing {key.source}; waiting for it")
+                say(f"another process is preparing {key.source}; waiting for it")
 
             with turn(locks / key.name, on_wait=on_wait):
                 found = None if anew else self.find(key)
@@ -298,7 +286,7 @@ class Cache:
         final = self.root / key.name
         with turn(self.root / _LOCKS / _WHOLE_CACHE):
             if size > self.limit or not self._make_room(size, besides=final):
-                _say(
+                say(
                     f"what was prepared of {key.source} is used and not kept: it has "
                     f"{size / 2**30:.1f} GiB, and the cache {self.root} has no room for it; "
                     f"{LIMIT_VARIABLE} allows {self.limit / 2**30:g} GiB"
@@ -349,9 +337,7 @@ class Cache:
         for path in self._folders(_PARTIAL):
             if (handle := take(path)) is not None:
                 _release(handle, path)
-        for record, content in self._hash_records():
-            if not Path(str(content.get("path"))).exists():
-                record.unlink(missing_ok=True)
+        self._hashes.forget_gone()
 
     def _partial(self) -> Path:
         """Return a name that nothing has."""
@@ -365,84 +351,12 @@ class Cache:
             return []
         return [path for path in paths if pattern.fullmatch(path.name) and _is_folder(path)]
 
-    def _hash_record(self, path: Path) -> Path:
-        """Return where a file's hash is remembered."""
-        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-        return self.root / _HASHES / f"{name[:32]}.json"
-
-    def _hash_records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield every remembered hash."""
-        for record in sorted((self.root / _HASHES).glob("*.json")):
-            content = read_json(record)
-            yield record, content if isinstance(content, dict) else {}
-
-    def _verify_hashes(self) -> list[Fault]:
-        """Forget the hashes that are not those of their files, and return them."""
-        faults = []
-        for record, content in self._hash_records():
-            source = str(content.get("path"))
-            try:
-                same_state = _state(Path(source)) == content.get("state")
-                if not same_state or hash_of_file(Path(source)) == content.get("sha256"):
-                    continue
-            except OSError:
-                continue
-            with suppress(OSError):
-                record.unlink()
-            what = "other bytes than its remembered hash"
-            faults.append(Fault(path=record, source=source, what=what, removed=not record.exists()))
-        return faults
-
     def _say_unwritable(self, error: OSError) -> None:
         """Say that the cache is done without."""
-        _say(
+        say(
             f"the cache {self.root} cannot be written ({error.strerror or error}), so models are "
             f"prepared at every start; set {FOLDER_VARIABLE} to a folder that can be written"
         )
-
-
-def user_folder() -> Path | None:
-    """Return the user's cache folder: $DITAS_EXPORT_CACHE, or the system's place for caches.
-
-    None for a user without a home.
-    """
-    if chosen := os.environ.get(FOLDER_VARIABLE):
-        return Path(chosen)
-    if (caches := Path(os.environ.get("XDG_CACHE_HOME") or "")).is_absolute():
-        return caches / "ditas-export"
-    if os.environ.get("HOME") != "":
-        with suppress(RuntimeError):
-            return Path.home() / ".cache" / "ditas-export"
-    return None
-
-
-def default_cache() -> Path | None:
-    """Return `user_folder()`, with a warning where there is none."""
-    folder = user_folder()
-    if folder is None:
-        _say(
-            f"this user has no home folder for a cache, so models are prepared at every start; "
-            f"set {FOLDER_VARIABLE} to a folder"
-        )
-    return folder
-
-
-def allowed_bytes() -> int:
-    """Return the size that the user allows the cache.
-
-    Raises:
-        RunnerError: $DITAS_EXPORT_CACHE_GIB is no size.
-    """
-    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GIB)
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not 0 <= limit < math.inf:
-        raise RunnerError(
-            f"{LIMIT_VARIABLE}={text!r}; give the cache's size in GiB, such as {DEFAULT_LIMIT_GIB}"
-        )
-    return int(limit * 2**30)
 
 
 def _entry_facts(path: Path) -> EntryFacts:
@@ -456,17 +370,6 @@ def _entry_facts(path: Path) -> EntryFacts:
     if handle is not None:
         os.close(handle)
     return EntryFacts(path=path, manifest=manifest, size=size, used=used, is_open=handle is None)
-
-
-def _state(path: Path) -> dict[str, int]:
-    """Return what a file's hash is remembered with."""
-    found = path.stat()
-    return {
-        "size": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
-        "ctime_ns": found.st_ctime_ns,
-        "inode": found.st_ino,
-    }
 
 
 def _is_folder(path: Path) -> bool:
@@ -485,8 +388,3 @@ def _release(handle: int, folder: Path | None) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     os.close(handle)
-
-
-def _say(text: str) -> None:
-    """Tell the user what does no harm to the numbers."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -21,7 +21,8 @@ from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
-from ditas_export.runtime.cache import Cache, default_cache
+from ditas_export.runtime.cache import Cache
+from ditas_export.runtime.cache_settings import default_cache
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
