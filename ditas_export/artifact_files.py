@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
-import tempfile
+import shutil
+import socket
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,52 +24,198 @@ from torch import Tensor
 from ditas_export.errors import ArtifactError
 from ditas_export.file_signs import why_unreadable
 
+if sys.platform != "win32":
+    import fcntl
+
 _CHUNK_BYTES = 1 << 20
+
+RESERVED_BYTES = 24
+"""Bytes of a name that are kept for those beside it: `.NAME.partial`, `NAME.<16 digits>.data`."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that has no locks."""
 
 SHA256_DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
 
 
 def require_writable(path: Path) -> None:
-    """Raise ArtifactError if no file can be written at `path`: a folder, or none to write in."""
-    if path.is_dir():
+    """Raise ArtifactError if no file can be written at `path`, with what stands in the way."""
+    try:
+        found = path.stat() if os.path.lexists(path) else None
+        parent = path.parent.stat()
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise ArtifactError(f"{path} links to nothing; delete it, or name another") from None
+        raise ArtifactError(f"the folder {path.parent} does not exist; create it first") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror}; name another") from error
+    if found is not None and stat.S_ISDIR(found.st_mode):
         raise ArtifactError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise ArtifactError(f"{path} is a device, pipe or socket; name a file to write")
+    if not stat.S_ISDIR(parent.st_mode):
+        raise ArtifactError(f"{path.parent} is no folder; name another")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ArtifactError(f"the folder {path.parent} cannot be written; pick another")
+    longest = _longest_name(path.parent) - RESERVED_BYTES
+    if len(os.fsencode(path.name)) > longest:
+        raise ArtifactError(f"the name of {path} is too long; use {longest} bytes at most")
+
+
+def _longest_name(folder: Path) -> int:
+    """Return the bytes that a name in a folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # no such call, or no limit
+        return 255
+
+
+def partial_path(path: Path) -> Path:
+    """Return where a file is written before it gets its name: reserved, always the same.
+
+    So whatever a killed process left there is taken up by the next that writes the file.
+    """
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` on success, remove it otherwise.
 
+    The bytes are on the disk before the name is. Processes that write one file do so in turn.
+
     Raises:
         ArtifactError: the folder does not exist or cannot be written, `path` is a folder, or the
             disk is full.
     """
     require_writable(path)
+    partial = partial_path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
+        handle = _open_locked(partial, wait=True)
     except OSError as error:
         raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}") from error
-    partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"could not write {path}: {error}; nothing was left behind") from error
-    finally:
+        settle(partial, path)
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise ArtifactError(
+                f"could not write {path}: {error}; nothing was left behind"
+            ) from error
+        raise
+    finally:
+        os.close(handle)
 
 
-def _umask() -> int:
-    """Return the process's file-mode mask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`, removed at the end, whatever happens.
+
+    Raises:
+        ArtifactError: the folder cannot be made, a file in it cannot be written, or another process
+            is writing `path`.
+    """
+    require_writable(path)
+    folder = partial_path(path)
+    with sole_process(path.with_name(f".{path.name}.lock"), what=path):
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+            folder.mkdir()
+            yield folder
+        except OSError as error:
+            raise ArtifactError(
+                f"could not write {path}: {error}; nothing was left behind"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def settle(staged: Path, path: Path) -> None:
+    """Give a finished file its final name: its bytes reach the disk first, then the name does."""
+    _sync(staged)
+    staged.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return once the bytes of a file, or the names in a folder, are on the disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # has no such call for folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def sole_process(lock: Path, *, what: Path) -> Iterator[None]:
+    """Hold a lock while a job writes; the lock file goes at the end, its content names the process.
+
+    A killed process holds nothing. File systems without locks are taken on trust.
+
+    Raises:
+        ArtifactError: another process holds it, or the file cannot be written.
+    """
+    try:
+        handle = _open_locked(lock, wait=False)
+    except BlockingIOError:
+        raise ArtifactError(
+            f"{_holder(lock)} is writing {what} now; wait for it, stop it, or name another"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"cannot write {lock}: {error.strerror}; pick another") from error
+    try:
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        if _is_at(handle, lock):
+            lock.unlink()
+        os.close(handle)
+
+
+def _holder(lock: Path) -> str:
+    """Return which process has a lock, as far as its file says."""
+    with contextlib.suppress(OSError):
+        if found := lock.read_text(encoding="utf-8"):
+            return found
+    return "another process"
+
+
+def _open_locked(path: Path, *, wait: bool) -> int:
+    """Create or open a file that is empty and locked by this process; return its handle."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock(handle, wait=wait)
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # it was renamed or removed while this process waited
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Return whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    """Lock an open file; BlockingIOError where another process has it and `wait` is False."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def sha256_of_file(path: Path) -> str:

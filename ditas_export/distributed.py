@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -78,29 +78,50 @@ class Ranks:
         """Run `function` on rank 0 alone and return its result on every rank.
 
         Raises:
-            DitasExportError: the one that `function` raised, on every rank.
+            DitasExportError: the one that `function` raised, on every rank; of another error, an
+                interruption among them, the other ranks get a DistributedError that says so.
         """
         if self.world_size == 1:
             return function()
-        result, error = self.broadcast(_outcome(function) if self.is_first else (None, None))
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+        if not self.is_first:
+            box: tuple[Any, DitasExportError | None] = self.broadcast((None, None))
+            if box[1] is not None:
+                raise box[1]
+            return box[0]  # type: ignore[no-any-return]
+        try:
+            value = function()
+        except BaseException as error:
+            with suppress(DistributedError):  # another rank is gone: this one's error says more
+                self.broadcast((None, self._as_told(error)))
+            raise
+        return self.broadcast((value, None))[0]
 
     def together(self, function: Callable[[], T]) -> T:
         """Run `function` on every rank and return this rank's result.
 
         Raises:
             DitasExportError: the one that `function` raised on the lowest rank where it did, on
-                every rank.
+                every rank; of another error, the other ranks get a DistributedError that says so.
         """
         if self.world_size == 1:
             return function()
-        result, error = _outcome(function)
-        for raised in self.gather(error):
+        result: T | None = None
+        own: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:  # the others are told, then it is raised
+            own = error
+        for raised in self.gather(None if own is None else self._as_told(own)):
             if raised is not None:
-                raise raised
+                raise own if own is not None and not isinstance(own, DitasExportError) else raised
         return result  # type: ignore[return-value]
+
+    def _as_told(self, error: BaseException) -> DitasExportError:
+        """Return what the other ranks raise where this one stops."""
+        if isinstance(error, DitasExportError):
+            return error
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        return DistributedError(f"rank {self.rank} has stopped: {reason}")
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         """All-reduce in place."""
@@ -169,14 +190,6 @@ def _take_gpu(local_rank: int) -> None:
             f"launch at most {count} processes here, or use --device cpu"
         )
     torch.cuda.set_device(local_rank)
-
-
-def _outcome(function: Callable[[], T]) -> tuple[T | None, DitasExportError | None]:
-    """Return what a function returned, and what it refused with."""
-    try:
-        return function(), None
-    except DitasExportError as error:
-        return None, error
 
 
 @contextmanager

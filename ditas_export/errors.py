@@ -33,6 +33,12 @@ class RunnerError(DitasExportError):
     """A backend is missing, refuses the model, or was fed inputs that do not fit."""
 
 
+class NonFiniteError(RunnerError):
+    """A model put out NaN or infinity; `rows` are those of its batch."""
+
+    rows: tuple[int, ...] = ()
+
+
 class EngineError(DitasExportError):
     """An engine builder is missing, refuses a graph, or crashes on it."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ditas_export.errors import OnnxExportError
 
@@ -51,9 +52,21 @@ FAST_WALK_TOKENS = 19_200
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
+DEFAULTS: Mapping[str, Any] = {
+    "classes": "random",
+    "w": 4,
+    "a": 8,
+    "method": "ditas-plus",
+    "steps": 50,
+    "samples": 12,
+    "seed": 0,
+}
+"""What is taken where an option is not given, and no states or artefact decide it."""
+
 CHOICES: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "fast": (False, True),
+    "no_null_class": (False, True),
     "ranges": (None, "token", "static"),
     "layout": (None, "int4", "int8"),
     "precision": (None, "fp32", "fp16", "bf16"),
@@ -64,17 +77,45 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointHints:
+    """What a caller knows of a checkpoint that does not say it itself; the fields are options."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None  # the null row not counted
+    no_null_class: bool = False  # every row of the label table is a class
+    betas: str | None = None  # NAME[,START,END[,STEPS]]
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something, as flags."""
+        return [
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) not in (None, False)
+        ]
+
+
+NO_HINTS = CheckpointHints()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What `ditas-export` is asked for; the fields are its options."""
+    """What `ditas-export` is asked for; the fields are its options, None is not given.
+
+    An option that is given and contradicts the artefact or the states that are taken is an error.
+    """
 
     output: Path
     model: str = "digits"
     num_heads: int | None = None
-    classes: str = "random"
+    num_classes: int | None = None
+    no_null_class: bool = False
+    betas: str | None = None
+    classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    w: int = 4
-    a: int = 8
-    method: str = "ditas-plus"
+    w: int | None = None
+    a: int | None = None
+    method: str | None = None
     rank: int | None = None
     block_size: int | None = None
     alpha_grid: tuple[float, ...] | None = None
@@ -85,15 +126,16 @@ class ExportOptions:
     precision: Precision | None = None
     target: Target = "portable"
     adaln: Literal[16, 8, 4] | None = None
-    steps: int = 50
+    steps: int | None = None
     cfg_scale: float | None = None
-    samples: int = 12
-    seed: int = 0
+    samples: int | None = None
+    seed: int | None = None
     save_calibration: Path | None = None
     calibration: Path | None = None
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
+    min_db: float | None = None
     vae: str | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +150,8 @@ class ExportOptions:
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
+        if self.min_db is not None and not math.isfinite(self.min_db):
+            raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
         if self.precision == "bf16" and self.target == "onnxruntime":
@@ -115,6 +159,16 @@ class ExportOptions:
                 "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "
                 "tensorrt or portable"
             )
+
+    @property
+    def hints(self) -> CheckpointHints:
+        """What is said of a checkpoint that does not say it itself."""
+        return CheckpointHints(
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            no_null_class=self.no_null_class,
+            betas=self.betas,
+        )
 
     @property
     def float_side(self) -> Precision:
@@ -132,11 +186,11 @@ class ExportOptions:
         return None if self.vae is None else self.output.with_name(VAE_FILE)
 
     @property
-    def states_path(self) -> Path:
-        """Where the calibration states, sampled in part or whole, are kept until quantized."""
-        return self.output.with_name(f"{self.output.name}.states")
+    def rejected(self) -> Path:
+        """Where a file goes that does not compute what was calibrated: out.rejected.onnx."""
+        return self.output.with_name(f"{self.output.stem}.rejected{self.output.suffix}")
 
-    @property
-    def progress_path(self) -> Path:
-        """Where the blocks of an interrupted walk are kept until it is taken up again."""
-        return self.output.with_name(f"{self.output.name}.progress")
+    def or_default(self, name: str) -> Any:
+        """Return an option as given, or its default."""
+        value = getattr(self, name)
+        return DEFAULTS[name] if value is None else value

@@ -107,9 +107,8 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
-    from ditas_export.dit.model import DiTConfig
 
-    return dict(expected_kernels(DiTConfig(**known.config), known.form))
+    return dict(expected_kernels(known.dit, known.form))
 
 
 @needs_rtx

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibrate import (
-    PROGRESS_FORMAT,
+    BLOCK_FORMAT,
     QuantizationSettings,
     quantize_dit,
 )
@@ -66,10 +66,20 @@ def same(first: QuantizedDiT, second: QuantizedDiT) -> bool:
     )
 
 
+def folder_in(path: Path) -> Path:
+    folder = path / "progress"
+    folder.mkdir()
+    return folder
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(
     model: DiT, states: CalibrationStates, tmp_path: Path
 ) -> None:
-    progress = tmp_path / "progress"
+    progress = folder_in(tmp_path)
     whole = quantize_dit(model, states, SETTINGS)
     seen: list[str] = []
 
@@ -79,38 +89,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(
-            model, states, SETTINGS, progress_file=progress, on_linear=stop_in_the_second_block
-        )
-    assert progress.is_file()
-    marker = QuantizationSettings(rank=3, alpha_grid=(0.4, 0.5))
-    other = quantize_dit(model, states, marker, progress_file=tmp_path / "other")
-    assert other.linears["blocks.0.attn.qkv"].low_rank is not None
-    resumed = quantize_dit(model, states, SETTINGS, progress_file=progress)
+        quantize_dit(model, states, SETTINGS, progress=progress, on_linear=stop_in_the_second_block)
+    assert list(files_in(progress)) == ["000.safetensors"]
+    first = progress / "000.safetensors"
+    written = first.stat().st_mtime_ns
+    resumed = quantize_dit(model, states, SETTINGS, progress=progress)
     assert same(whole, resumed)
-    assert not progress.exists()
+    assert list(files_in(progress)) == ["000.safetensors", "001.safetensors"]
+    assert first.stat().st_mtime_ns == written  # no block is written twice
 
 
 def test_progress_of_other_settings_or_of_no_known_kind_is_not_taken(
     model: DiT, states: CalibrationStates, tmp_path: Path
 ) -> None:
-    progress = tmp_path / "progress"
+    progress = folder_in(tmp_path)
 
     def stop(name: str, _: QuantizedLinear) -> None:
         if name == "blocks.1.attn.qkv":
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(model, states, SETTINGS, progress_file=progress, on_linear=stop)
+        quantize_dit(model, states, SETTINGS, progress=progress, on_linear=stop)
     plain = QuantizationSettings(method="linear")
     assert same(
         quantize_dit(model, states, plain),
-        quantize_dit(model, states, plain, progress_file=progress),
+        quantize_dit(model, states, plain, progress=progress),
     )
-    progress.write_bytes(b"no safetensors")
+    (progress / "000.safetensors").write_bytes(b"no safetensors")
     assert same(
         quantize_dit(model, states, plain),
-        quantize_dit(model, states, plain, progress_file=progress),
+        quantize_dit(model, states, plain, progress=progress),
     )
 
 
@@ -119,7 +127,7 @@ def leave_marked_progress(
     states: CalibrationStates,
     settings: QuantizationSettings,
     progress: Path,
-    file_format: str = PROGRESS_FORMAT,
+    file_format: str = BLOCK_FORMAT,
 ) -> None:
     """Interrupt a walk after its first block and mark what that left behind."""
 
@@ -128,24 +136,25 @@ def leave_marked_progress(
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(model, states, settings, progress_file=progress, on_linear=stop)
-    tensors, header = load_tensors(progress, file_format=PROGRESS_FORMAT)
+        quantize_dit(model, states, settings, progress=progress, on_linear=stop)
+    first = progress / "000.safetensors"
+    tensors, header = load_tensors(first, file_format=BLOCK_FORMAT)
     tensors["blocks.0.mlp.fc2.bias"] += 1.0
-    save_tensors(progress, tensors, file_format=file_format, header=header)
+    save_tensors(first, tensors, file_format=file_format, header=header)
 
 
 @pytest.mark.parametrize(
     ("file_format", "is_taken"),
-    [(PROGRESS_FORMAT, True), ("ditas-export calibration progress 1", False)],
+    [(BLOCK_FORMAT, True), ("ditas-export calibration progress 1", False)],
 )
 def test_progress_of_another_format_is_not_taken(
     model: DiT, states: CalibrationStates, tmp_path: Path, file_format: str, is_taken: bool
 ) -> None:
     """With a marker in what the first block left behind."""
-    progress = tmp_path / "progress"
+    progress = folder_in(tmp_path)
     settings = QuantizationSettings(method="linear")
     leave_marked_progress(model, states, settings, progress, file_format)
-    resumed = quantize_dit(model, states, settings, progress_file=progress)
+    resumed = quantize_dit(model, states, settings, progress=progress)
     assert same(quantize_dit(model, states, settings), resumed) == (not is_taken)
 
 
@@ -161,7 +170,7 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
     """Two of three batches are kept; the third starts anew; other settings take nothing."""
     settings = CalibrationSettings(steps=4, classes=(3, 7, 1, 4, 9))
     whole = collect_states(model, settings, identity=identity_of(model))
-    progress = tmp_path / "states"
+    progress = folder_in(tmp_path)
     steps: list[int] = []
 
     def stop(done: int, total: int) -> None:
@@ -172,15 +181,16 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
 
     with pytest.raises(Stop):
         collect_states(
-            model, settings, identity=identity_of(model), progress_file=progress, on_step=stop
+            model, settings, identity=identity_of(model), progress=progress, on_step=stop
         )
-    kept = progress.read_bytes()
+    kept = files_in(progress)
+    assert list(kept) == ["00000.safetensors", "00002.safetensors"]
     steps.clear()
     resumed = collect_states(
         model,
         settings,
         identity=identity_of(model),
-        progress_file=progress,
+        progress=progress,
         on_step=lambda done, _: steps.append(done),
     )
     assert steps == [9, 10, 11, 12]
@@ -194,18 +204,19 @@ def test_interrupted_sampling_goes_on_bit_for_bit(model: DiT, tmp_path: Path) ->
         (replace(settings, precision="bf16"), identity),
         (settings, eps),
     ):
-        progress.write_bytes(kept)
+        for name, content in kept.items():
+            (progress / name).write_bytes(content)
         steps.clear()
         collect_states(
             model,
             other,
             identity=made_with,
-            progress_file=progress,
+            progress=progress,
             on_step=lambda done, _: steps.append(done),
         )
         assert len(steps) == 12
-    progress.write_bytes(b"no safetensors")
-    collect_states(model, settings, identity=identity_of(model), progress_file=progress)
+    (progress / "00000.safetensors").write_bytes(b"no safetensors")
+    collect_states(model, settings, identity=identity_of(model), progress=progress)
 
 
 def test_states_come_back_and_belong_to_their_checkpoint(
@@ -246,11 +257,11 @@ def test_progress_of_states_of_another_precision_is_not_taken(
     model: DiT, states: CalibrationStates, tmp_path: Path
 ) -> None:
     """With a marker in what the first block left behind."""
-    progress = tmp_path / "progress"
+    progress = folder_in(tmp_path)
     settings = QuantizationSettings(method="linear")
     rounded = replace(states, settings=replace(states.settings, precision="bf16"))
     leave_marked_progress(model, states, settings, progress)
-    resumed = quantize_dit(model, rounded, settings, progress_file=progress)
+    resumed = quantize_dit(model, rounded, settings, progress=progress)
     assert same(quantize_dit(model, rounded, settings), resumed)
     assert resumed.settings["calibration"]["precision"] == "bf16"
 

@@ -12,6 +12,7 @@ import torch
 from conftest import random_vae
 from torch import Tensor
 
+from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
 from ditas_export.generation.decoder import (
     Decoder,
@@ -107,7 +108,7 @@ def test_an_image_does_not_depend_on_its_batch_mates(
         export_vae_decoder(source, tmp_path / "vae_decoder.ONNX")  # suffixes count in any case
         source = str(tmp_path / "vae_decoder.ONNX")
     latents = some_latents(count=5)
-    decoder = open_decoder(source, in_channels=4, device="cpu")
+    decoder = open_decoder(source, config=DiTConfig(), device="cpu")
     assert decoder is not None
     with decoder:
         together = decoder(latents)
@@ -130,9 +131,9 @@ def test_the_parts_of_a_pipeline_and_half_precision(vae_folder: Path, tmp_path: 
 
 
 def test_open_decoder_picks_by_name(vae_folder: Path) -> None:
-    assert open_decoder(None, in_channels=4, device="cpu") is None
-    assert open_decoder("none", in_channels=1, device="cpu") is None
-    decoder = open_decoder(str(vae_folder), in_channels=4, device="cpu")
+    assert open_decoder(None, config=DiTConfig(), device="cpu") is None
+    assert open_decoder("none", config=DiTConfig(in_channels=1), device="cpu") is None
+    decoder = open_decoder(str(vae_folder), config=DiTConfig(), device="cpu")
     assert isinstance(decoder, VaeDecoder)
     assert f"{vae_folder} (AutoencoderKL, PyTorch {torch.__version__}" in decoder.description
 
@@ -140,7 +141,7 @@ def test_open_decoder_picks_by_name(vae_folder: Path) -> None:
 def test_a_vae_of_other_latents_is_refused(vae_folder: Path) -> None:
     message = rf"the model makes 8-channel latents, the VAE {vae_folder} takes 4; pass the VAE"
     with pytest.raises(RunnerError, match=message):
-        open_decoder(str(vae_folder), in_channels=8, device="cpu")
+        open_decoder(str(vae_folder), config=DiTConfig(in_channels=8), device="cpu")
 
 
 def test_latents_that_do_not_fit_are_named(vae_folder: Path) -> None:

@@ -130,18 +130,25 @@ def test_both_ranks_hold_the_same_model(pair: tuple[Found, Found]) -> None:
 
 def test_the_first_rank_alone_keeps_progress_and_both_go_on(pair: tuple[Found, Found]) -> None:
     assert [found["resumed"] for found in pair] == [(True, 4), (False, 4)]  # of eight linears
-    assert [found["left"] for found in pair] == [[], []]
     assert [found["first"] for found in pair] == [0, 0]
 
 
 def test_what_one_rank_finds_stops_both_with_its_message(pair: tuple[Found, Found]) -> None:
     for found in pair:
-        sampling, walking, refused, crowded = found["ill"]
+        sampling, walking, refused, _, _, crowded = found["ill"]
         assert "CalibrationError: the input of blocks.0.attn.qkv has NaN or infinity" in sampling
         assert "CalibrationError: blocks.1.attn.proj puts out NaN or infinity" in walking
         assert refused == "CalibrationError: no good"
         assert "CalibrationError: 2 processes for 16 rows" in crowded
         assert "launch at most 1" in crowded
+
+
+def test_any_other_error_of_one_rank_reaches_the_others(pair: tuple[Found, Found]) -> None:
+    told = "DistributedError: rank {} has stopped: MemoryError: no memory"
+    own = "MemoryError: no memory"
+    alone, together = zip(*(found["ill"][3:5] for found in pair), strict=True)
+    assert alone == (own, told.format(0))
+    assert together == (told.format(1), own)
 
 
 def test_a_rank_that_dies_stops_the_other(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def batch(first: int, last: int, *, pictures: bool = True) -> SampledBatch:
 
 def test_a_finished_folder_holds_pngs_grid_and_npz(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "out", count=5, pictures=True)
-    folder.prepare(FACTS)
+    with folder.held():
+        folder.prepare(FACTS)
     batches = [batch(0, 3), batch(3, 5)]
     for part in batches:
         folder.write(part)
@@ -71,8 +73,36 @@ def test_the_same_job_is_taken_up_and_another_is_refused(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot make the folder"):
-        ImageFolder(tmp_path / "file" / "out", count=1, pictures=True).prepare(FACTS)
+    folder = ImageFolder(tmp_path / "file" / "out", count=1, pictures=True)
+    with pytest.raises(ArtifactError, match="cannot make the folder"), folder.held():
+        pass
+
+
+@pytest.mark.parametrize("name", ["000000.png", "holiday.jpg", "samples.npz"])
+def test_a_folder_of_others_is_refused(tmp_path: Path, name: str) -> None:
+    """Not even an image of our name is taken for ours without `samples.json`."""
+    (tmp_path / name).write_bytes(b"theirs")
+    with pytest.raises(ArtifactError, match=f"holds {name} and no samples.json"):
+        ImageFolder(tmp_path, count=1, pictures=True).check()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"theirs"]
+
+
+def test_what_a_killed_process_left_is_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on nowhere")
+    (tmp_path / ".samples.json.partial").write_text("{")
+    folder = ImageFolder(tmp_path, count=1, pictures=True)
+    folder.check()
+    with folder.held():
+        folder.prepare(FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path, count=1, pictures=True)
+    with folder.held():
+        message = f"process {os.getpid()} on .* is writing .* now"
+        with pytest.raises(ArtifactError, match=message), folder.held():
+            pass
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"text"'])

@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "file_signs",
     "artifact_files",
+    "job_files",
     "distributed",
     "fast_matmul",
     "timings",
@@ -32,6 +33,10 @@ ORDER = (
     "runtime",
     "generation",
     "evaluation",
+    "preflight",
+    "export_job",
+    "export_manifest",
+    "export_files",
     "pipeline",
     "cli",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,7 @@ from ditas_export.onnx_export.export import (
     read_config,
     read_form,
 )
+from ditas_export.onnx_export.external_data import external_files
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME, export_skeleton
@@ -312,7 +314,9 @@ def test_big_models_keep_their_tensors_beside_them(
     monkeypatch.setattr(export_module, "LARGEST_INLINE_BYTES", 100_000)
     path = tmp_path / "big.onnx"
     export_onnx(FOLDED, path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
+    (data,) = external_files(path)
+    assert re.fullmatch(r"big\.onnx\.[0-9a-f]{16}\.data", data.name)
+    assert set(tmp_path.iterdir()) == {path, data}
     assert path.stat().st_size < int4_file.stat().st_size / 2
     outputs = []
     for file in (path, int4_file):

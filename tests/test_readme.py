@@ -2,49 +2,110 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
+import torch
+import torch.distributed.run
 import typer
 import yaml
+from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
 from ditas_export.cli import build, compare, sample
 from ditas_export.cli.export import app
 from ditas_export.dit.checkpoint import load_dit
+from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import export_reference
 from ditas_export.options import ExportOptions
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = DOCUMENTS["README.md"]
 PROGRAMS = {
     "ditas-export": app,
     "ditas-sample": sample.app,
     "ditas-build": build.app,
     "ditas-compare": compare.app,
 }
+MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in PROGRAMS}
+USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
+LAUNCHER = torch.distributed.run.get_args_parser()
+
+RUN = ("InferenceSession", "SamplingSettings(", "onnx_export.expand")
+"""What the Python snippets that are run here have in them, one each."""
+
+COMPILED = {
+    "ExportOptions(": "a minute's work, which the first command has done",
+    "from_pretrained(": "the weights of a hub",
+    "providers=CUDA": "a GPU",
+    "TensorRTRunner(": "a GPU",
+}
+"""What the other snippets have in them, one each, and what they need."""
 
 
-def blocks(language: str = "") -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for found, text in fenced if found == language]
+def blocks(language: str = "", text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [found for name, found in fenced if name == language]
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Return the words of every command in the code blocks of a document."""
+    lines = []
+    for block in blocks("", text):
+        for line in block.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word in ("&&", ";", "|"):
+                    lines.append(words)
+                    words = []
+                elif words or not re.match(r"\w+=", word):  # OMP_NUM_THREADS=1 pytest
+                    words.append(word)
+    return [words for words in lines if words]
 
 
 def commands(program: str) -> list[list[str]]:
     """Return the arguments of every call of a program in the README."""
-    found = []
-    for block in blocks():
-        for line in block.splitlines():
-            for command in line.split("#")[0].split("&&"):
-                words = shlex.split(command)
-                if words[:1] == [program]:
-                    found.append(words[1:])
-    return found
+    return [words[1:] for words in command_lines(README) if words[0] == program]
+
+
+def parse(words: list[str], *, whole: bool = True) -> None:
+    """Parse a command as its program does, the launcher's part too; nothing is run.
+
+    Unless it is `whole`, a command may lack arguments.
+    """
+    program, arguments = words[0], words[1:]
+    if program == "torchrun":
+        launched = LAUNCHER.parse_args(arguments)
+        assert launched.module, words
+        program, arguments = launched.training_script, launched.training_script_args
+    elif words[:2] == ["python", "-m"]:
+        program, arguments = words[2], words[3:]
+    name = MODULES.get(program, program)
+    with contextlib.suppress(typer.Exit):  # --help, --version
+        typer.main.get_command(PROGRAMS[name]).make_context(
+            name, list(arguments), resilient_parsing=not whole
+        )
+
+
+def is_ours(words: list[str]) -> bool:
+    """Return whether a command is one of this package's, or launches one."""
+    return words[0] in PROGRAMS or any(word in MODULES for word in words)
+
+
+OURS = [words for text in DOCUMENTS.values() for words in command_lines(text) if is_ours(words)]
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +131,41 @@ def test_the_first_command_gives_what_the_readme_says(first_command: Path) -> No
     assert kernels["MatMulIntegerToFloat"] == 2 * len(manifest["linears"])  # each with its branch
 
 
-def test_the_onnxruntime_snippet_runs(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(first_command)
-    snippet = next(block for block in blocks("python") if "InferenceSession" in block)
-    names: dict[str, object] = {}
+def run_snippet(marker: str) -> dict[str, Any]:
+    """Run the one snippet that has something in it; return its names."""
+    (snippet,) = [text for text in snippets() if marker in text]
+    names: dict[str, Any] = {}
     exec(snippet, names)
-    assert names["model_output"].shape == (2, 2, 16, 16)  # type: ignore[attr-defined]
+    return names
+
+
+def snippets() -> list[str]:
+    return [snippet for text in DOCUMENTS.values() for snippet in blocks("python", text)]
+
+
+def test_the_snippets_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first_command)
+    plain, service, expansion = map(run_snippet, RUN)
+    assert plain["model_output"].shape == (2, 2, 16, 16)
+    assert service["batch"].pixels.shape == (2, 16, 16, 1)
+    assert expansion["expand"] is expand
+    expanded = onnxruntime.InferenceSession("out-int8.onnx")
+    found = expanded.run(None, plain["inputs"])[0]
+    assert snr_db(*map(torch.from_numpy, (plain["model_output"], found))) > 40  # rounding ties
+
+
+def test_every_snippet_is_run_or_named_as_not_run() -> None:
+    found = [[marker for marker in (*RUN, *COMPILED) if marker in text] for text in snippets()]
+    assert sorted(found) == sorted([marker] for marker in (*RUN, *COMPILED))
+
+
+@pytest.mark.parametrize("marker", COMPILED)
+def test_snippets_that_are_not_run_compile_and_name_what_exists(marker: str) -> None:
+    (snippet,) = [text for text in snippets() if marker in text]
+    tree = ast.parse(snippet)
+    compile(tree, marker, "exec")
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, type_ignores=[]), marker, "exec"), {})
 
 
 def test_the_sampling_commands_make_images(
@@ -106,36 +196,65 @@ def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.Monk
     assert "25/25 iterations" in done.stdout
 
 
-def test_the_service_snippet_runs(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(first_command)
-    snippet = next(block for block in blocks("python") if "SamplingSettings" in block)
-    names: dict[str, object] = {}
-    exec(snippet, names)
-    assert names["batch"].pixels.shape == (2, 16, 16, 1)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("words", OURS, ids=shlex.join)
+def test_every_command_line_is_one_that_its_program_takes(words: list[str]) -> None:
+    parse(words)
 
 
-def test_other_commands_name_options_that_exist() -> None:
-    everything = set()
-    for program, command in PROGRAMS.items():
-        known = _flags(command)
-        everything |= known
-        for arguments in commands(program):
-            for word in arguments:
-                if word.startswith("-"):
-                    assert word in known, arguments
+def test_the_documents_have_command_lines_of_all_kinds() -> None:
+    assert {words[0] for words in OURS} == {*PROGRAMS, "torchrun"}
+
+
+def test_commands_within_the_text_name_options_that_exist() -> None:
+    found = 0
+    for text in DOCUMENTS.values():
+        for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
+            words = [word for word in code.replace("\\|", "|").split() if word != "…"]
+            if words and is_ours(words):
+                parse(words, whole=False)
+                found += 1
+    assert found > 10
+    known = set().union(*map(flags, PROGRAMS))
     for option in re.findall(r"`(--[a-z-]+)", README):
-        assert option in everything, option
+        assert option in known, option
 
 
-def _flags(command: typer.Typer) -> set[str]:
-    parsed = typer.main.get_command(command)
-    return {flag for parameter in parsed.params for flag in parameter.opts}
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ditas-export --no-such-option out.onnx",
+        "ditas-export --steps many out.onnx",
+        "ditas-export",
+        "ditas-sample out.onnx",
+        "ditas-build a.onnx b.onnx",
+        "torchrun --nproc-per-node 8 -m ditas_export.cli.sample dit.onnx -o samples --no-such 1",
+        "torchrun --no-such 8 -m ditas_export.cli.sample dit.onnx -o samples",
+        "torchrun --nproc-per-node 8 -m ditas_export.cli.sample dit.onnx --num 10 -o samples",
+    ],
+)
+def test_the_parsers_refuse_other_command_lines(words: str) -> None:
+    with pytest.raises((SystemExit, USAGE_ERROR)):
+        parse(words.split())
 
 
-def test_the_python_snippet_names_what_exists() -> None:
-    snippet = next(block for block in blocks("python") if "ExportOptions" in block)
-    compile(snippet, "README.md", "exec")
-    assert ExportOptions(output=Path("out.onnx"), model="digits", w=4, a=8).method == "ditas-plus"
+def flags(program: str) -> set[str]:
+    """Return the options that a program shows."""
+    parameters = typer.main.get_command(PROGRAMS[program]).params
+    shown = [each for each in parameters if not getattr(each, "hidden", False)]
+    return {
+        flag
+        for each in shown
+        for flag in (*each.opts, *each.secondary_opts)
+        if flag.startswith("-")
+    }
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_launcher_passes_every_option_on(program: str) -> None:
+    """It refuses what begins two of its own options, wherever it stands."""
+    for flag in flags(program):
+        launched = LAUNCHER.parse_args(["-m", "module", "MODEL", flag, "1"])
+        assert launched.training_script_args == ["MODEL", flag, "1"]
 
 
 def test_files_that_the_readme_links_exist() -> None:

@@ -98,9 +98,10 @@ def test_two_ranks_make_the_same_bytes_as_one(six: Path, tmp_path: Path) -> None
     assert bytes_of(tmp_path / "out") == bytes_of(six)
 
 
-def test_a_rank_that_fails_stops_all_with_its_message(tmp_path: Path) -> None:
+def test_a_rank_that_fails_stops_all_with_its_message(six: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
+    (folder / "samples.json").write_bytes((six / "samples.json").read_bytes())
     (folder / "000002.png").mkdir()  # rank 1's first image cannot be written over a folder
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "ditas_export.cli.sample", str(exported())]

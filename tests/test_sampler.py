@@ -26,6 +26,7 @@ class TwiceAsLarge:
 
     in_channels = TINY.in_channels
     scale = 2
+    factors = None
     description = "twice as large"
 
     def __call__(self, latents: Tensor) -> Tensor:

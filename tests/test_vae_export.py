@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.cli.export import app
 from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, OnnxExportError, RunnerError
 from ditas_export.generation.decoder import OnnxVaeDecoder, VaeDecoder, open_decoder
 from ditas_export.onnx_export.vae import VaeShape, export_vae_decoder, read_vae_shape
@@ -72,7 +73,12 @@ def test_the_config_of_the_vae_counts(tmp_path: Path, changes: dict[str, Any]) -
     latents = some_latents(2, changes.get("latent_channels", 4), 8, 8)
     with OnnxVaeDecoder(path) as decoder, VaeDecoder(str(tmp_path)) as in_torch:
         assert relative_error(decoder(latents), in_torch(latents)) < 1e-5
-    assert read_vae_shape(path) == VaeShape(in_channels=latents.shape[1], scale=4)
+    factors = VaeFactors(
+        scaling_factor=changes.get("scaling_factor", 0.18215),
+        shift_factor=changes.get("shift_factor", 0.0),
+    )
+    expected = VaeShape(in_channels=latents.shape[1], scale=4, factors=factors)
+    assert read_vae_shape(path) == expected
 
 
 def test_the_form_of_the_file(vae_file: Path) -> None:
@@ -110,7 +116,7 @@ def test_past_2_gb_the_tensors_lie_beside_the_file(
 
 
 def test_the_decoder_of_a_file(vae_file: Path) -> None:
-    decoder = open_decoder(str(vae_file), in_channels=4, device="cpu")
+    decoder = open_decoder(str(vae_file), config=DiTConfig(), device="cpu")
     assert isinstance(decoder, OnnxVaeDecoder)
     with decoder:
         assert (decoder.in_channels, decoder.scale) == (4, 4)
@@ -119,7 +125,7 @@ def test_the_decoder_of_a_file(vae_file: Path) -> None:
     with pytest.raises(RunnerError, match="closed"):
         decoder(some_latents(1, 4, 8, 8))
     with pytest.raises(RunnerError, match=rf"makes 3-channel latents, the VAE {vae_file} takes 4"):
-        open_decoder(str(vae_file), in_channels=3, device="cpu")
+        open_decoder(str(vae_file), config=DiTConfig(in_channels=3), device="cpu")
 
 
 def test_a_dit_is_no_vae() -> None:

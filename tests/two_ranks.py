@@ -82,13 +82,14 @@ def resumed(ranks: Ranks, states: CalibrationStates, progress: Path) -> tuple[bo
         if name == "blocks.1.attn.qkv":
             raise Stop
 
+    progress.mkdir()
     try:
-        quantized(ranks, states, progress_file=progress, on_linear=stop)
+        quantized(ranks, states, progress=progress, on_linear=stop)
     except Stop:
         ranks.barrier()
-    left = progress.exists()
+    left = bool(list(progress.iterdir()))
     with mock.patch.object(walk, "solve_linear", wraps=walk.solve_linear) as solve:
-        quantized(ranks, states, progress_file=progress)
+        quantized(ranks, states, progress=progress)
     return left, solve.call_count
 
 
@@ -118,6 +119,20 @@ def ill_walk(ranks: Ranks, states: CalibrationStates) -> None:
     quantize_dit(model, states, settings, ranks=ranks)
 
 
+def run_out_of_memory() -> None:
+    """Stop as a process does that gets no memory."""
+    raise MemoryError("no memory")
+
+
+def stopped(ranks: Ranks, share: Callable[[Callable[[], None]], object], rank: int) -> str:
+    """What every rank hears of one that stops by another error than a refusal."""
+    try:
+        share(lambda: run_out_of_memory() if ranks.rank == rank else None)
+    except (MemoryError, DitasExportError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def refuse() -> None:
     """Refuse."""
     raise CalibrationError("no good")
@@ -131,12 +146,13 @@ def calibrate(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "reduced": reduced(ranks),
         "quantized": quantized(ranks, states),
         "resumed": resumed(ranks, states, folder / f"progress-{ranks.rank}"),
-        "left": sorted(path.name for path in folder.glob("progress*")),
         "first": ranks.first(lambda: ranks.rank),
         "ill": [
             message(lambda: ill_sampling(ranks)),
             message(lambda: ill_walk(ranks, states)),
             message(lambda: ranks.first(refuse)),
+            stopped(ranks, ranks.first, 0),
+            stopped(ranks, ranks.together, 1),
             message(lambda: walk.rank_batches(16, 16, ranks)),
         ],
     }

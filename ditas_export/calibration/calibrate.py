@@ -13,7 +13,12 @@ from typing import Any
 import torch
 
 from ditas_export import __version__
-from ditas_export.artifact_files import differences, load_tensors, save_tensors
+from ditas_export.artifact_files import (
+    differences,
+    load_tensors,
+    save_tensors,
+    sha256_of_tensors,
+)
 from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
 from ditas_export.calibration.quantized_dit import (
     QuantizedDiT,
@@ -22,18 +27,23 @@ from ditas_export.calibration.quantized_dit import (
     linear_to_parts,
 )
 from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
-from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, walk_states
+from ditas_export.calibration.states import (
+    CalibrationSettings,
+    CalibrationStates,
+    sampling_facts,
+    walk_states,
+)
 from ditas_export.calibration.walk import WalkStates, rank_batches, walk
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import LinearSite, in_features, linear_sites
+from ditas_export.dit.sites import block_sites, in_features, linear_sites, out_features
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.options import WALK_TOKENS
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.timings import Timings
 
-PROGRESS_FORMAT = "ditas-export calibration progress 4"
+BLOCK_FORMAT = "ditas-export solved block 1"
 
 BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
@@ -117,6 +127,23 @@ class QuantizationSettings:
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
 
+    def require_fits(self, config: DiTConfig) -> None:
+        """Refuse what no linear of this model can have.
+
+        Raises:
+            QuantizationError: a rank above the smaller side of a linear, or a block size that does
+                not divide its inputs.
+        """
+        rank = self.rank_for(config)
+        for site in linear_sites(config.depth):
+            rows, columns = out_features(config, site), in_features(config, site)
+            self.block_size_for(columns)
+            if rank > min(rows, columns):
+                raise QuantizationError(
+                    f"rank={rank}, but {site.name} has {rows} outputs of {columns} inputs; use "
+                    f"{min(rows, columns)} at most"
+                )
+
     def walked_states(self, calibration: CalibrationSettings, config: DiTConfig) -> int:
         """Return how many states the walk sees: those of `walk_tokens`, guidance halves counted."""
         wanted = self.walk_tokens // (calibration.rows_per_state * config.num_tokens)
@@ -153,7 +180,7 @@ def quantize_dit(
     states: CalibrationStates,
     settings: QuantizationSettings,
     *,
-    progress_file: Path | None = None,
+    progress: Path | None = None,
     ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
     timings: Timings | None = None,
@@ -164,9 +191,9 @@ def quantize_dit(
         model: float32 DiT; left untouched. The walk runs on its device.
         states: made with this model.
         settings: method, bits, block size, rank.
-        progress_file: written after every block and removed at the end; if it is there and was
-            made with the same model, states and settings, the blocks in it are not solved again.
-            Rank 0 alone reads and writes it.
+        progress: a folder that gets a file for every block; the blocks in it that were solved with
+            the same model, states and settings are not solved again. Rank 0 alone reads and writes
+            it.
         ranks: the processes that share the work.
         on_linear: called with each finished linear, in walk order.
         timings: where the time goes.
@@ -174,7 +201,7 @@ def quantize_dit(
     Raises:
         QuantizationError: a rank or block size that does not fit the model.
         CalibrationError: an output that is not finite, or more ranks than batches of states.
-        ArtifactError: the progress file cannot be written, or states of another model.
+        ArtifactError: a file of a block cannot be written, or states of another model.
     """
     config, device = model.config, model.pos_embed.device
     if config != states.identity.config:
@@ -196,8 +223,8 @@ def quantize_dit(
     }
     count = settings.walked_states(states.settings, config)
     inputs = walk_states(states, count=count)
-    key = _progress_key(states, settings)
-    known = ranks.first(lambda: _read_progress(progress_file, key, sites))
+    key = solving_key(states, settings)
+    known = ranks.first(lambda: _read_blocks(progress, key, config.depth))
     linears: dict[str, QuantizedLinear] = {}
     solved = walk(
         model,
@@ -216,10 +243,8 @@ def quantize_dit(
         linears[site.name] = linear
         if on_linear is not None:
             on_linear(site.name, linear)
-        if progress_file is not None and site.kind == "mlp.fc2" and len(linears) > len(known):
-            ranks.first(partial(_write_progress, progress_file, key, linears))
-    if progress_file is not None:
-        ranks.first(partial(progress_file.unlink, missing_ok=True))
+        if progress is not None and site.kind == "mlp.fc2" and site.name not in known:
+            ranks.first(partial(_write_block, progress, key, site.block, linears))
     quantized_weights = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     return QuantizedDiT(
         identity=states.identity,
@@ -260,40 +285,46 @@ def peak_bytes(
     return 2 * stream + max(2 * stream, 10 * moment) + 6 * batch_bytes + 2 * sample
 
 
-def _progress_key(states: CalibrationStates, settings: QuantizationSettings) -> str:
-    """Return a hash of everything that a solved linear depends on."""
+def solving_key(states: CalibrationStates, settings: QuantizationSettings) -> str:
+    """Return a hash of everything that a solved linear depends on; an upgrade mixes nothing."""
+    tensors = {"latents": states.latents, "timesteps": states.timesteps, **states.input_maxima}
     facts = {
-        "fingerprint": states.identity.fingerprint,
-        "calibration": states.settings.to_dict(),
+        **sampling_facts(states.identity, states.settings),
+        "states": sha256_of_tensors(tensors),
         "quantization": settings.to_dict(),
         "recipe": asdict(settings.recipe),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _write_progress(path: Path, key: str, linears: Mapping[str, QuantizedLinear]) -> None:
-    """Save the linears solved so far, atomically."""
+def _block_file(folder: Path, block: int) -> Path:
+    """Return the file of a block's linears."""
+    return folder / f"{block:03d}.safetensors"
+
+
+def _write_block(
+    folder: Path, key: str, block: int, linears: Mapping[str, QuantizedLinear]
+) -> None:
+    """Keep the linears of a solved block; atomic."""
     tensors, facts = {}, {}
-    for name, linear in linears.items():
-        parts, facts[name] = linear_to_parts(linear)
-        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
-    save_tensors(path, tensors, file_format=PROGRESS_FORMAT, header={"key": key, "linears": facts})
+    for site in block_sites(block):
+        parts, facts[site.name] = linear_to_parts(linears[site.name])
+        tensors.update({f"{site.name}.{part}": tensor for part, tensor in parts.items()})
+    header = {"key": key, "linears": facts}
+    save_tensors(_block_file(folder, block), tensors, file_format=BLOCK_FORMAT, header=header)
 
 
-def _read_progress(
-    path: Path | None, key: str, sites: tuple[LinearSite, ...]
-) -> dict[str, QuantizedLinear]:
-    """Return the linears of an interrupted run with the same key; none if there are none."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        tensors, header = load_tensors(path, file_format=PROGRESS_FORMAT)
-    except ArtifactError:
-        return {}  # not ours, or cut short: it is written anew
-    if header["key"] != key:
-        return {}
-    return {
-        site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
-        for site in sites
-        if site.name in header["linears"]
-    }
+def _read_blocks(folder: Path | None, key: str, depth: int) -> dict[str, QuantizedLinear]:
+    """Return the linears of the first blocks that an interrupted run with the same key solved."""
+    known: dict[str, QuantizedLinear] = {}
+    for block in range(0 if folder is None else depth):
+        assert folder is not None  # or there is no block to look for
+        try:
+            tensors, header = load_tensors(_block_file(folder, block), file_format=BLOCK_FORMAT)
+        except ArtifactError:
+            return known  # none, not ours, or damaged: it is written anew
+        if header["key"] != key:
+            return known
+        for site in block_sites(block):
+            known[site.name] = linear_from_parts(site.name, tensors, header["linears"][site.name])
+    return known

@@ -142,18 +142,24 @@ class JointMoments:
     ) -> JointMoments:
         """Average over all ranks' batches of (x_f, x̂), each (tokens, K) float32; at least one.
 
-        W is applied to the tokens where it makes them fewer numbers, else to the sums.
+        W is applied to the tokens where it makes them fewer numbers, else to the sums. What is
+        summed is counted from the first batch's means: products of large constants would leave no
+        digits of what varies about them.
         """
         narrowing = weight.shape[0] < weight.shape[1]
         sums: list[Tensor] = []
+        origins: list[Tensor] = []
         count = 0
         for x_float, x_hat in batches:
             seen = x_float @ weight.mT if narrowing else x_float
             if not sums:
+                means = ranks.broadcast([part.mean(dim=0) for part in (x_hat, seen)])
+                origins = [mean.to(x_hat.device) for mean in means]
                 shapes = (x_hat.shape[1:] * 2, (seen.shape[1], x_hat.shape[1]),
                           x_hat.shape[1:], seen.shape[1:])  # fmt: skip
                 sums = [torch.zeros(shape, dtype=torch.float64, device=x_hat.device)
                         for shape in shapes]  # fmt: skip
+            x_hat, seen = x_hat - origins[0], seen - origins[1]
             _add_upper_gram(sums[0], x_hat)
             _add_product(sums[1], seen, x_hat)
             sums[2] += x_hat.sum(dim=0)
@@ -163,11 +169,14 @@ class JointMoments:
         upper, cross, quantized_mean, seen_mean = (ranks.sum_(total).div_(tokens) for total in sums)
         quantized = upper.triu_()
         quantized += quantized.triu(diagonal=1).mT
+        quantized.addr_(quantized_mean, quantized_mean, alpha=-1)
+        cross.addr_(seen_mean, quantized_mean, alpha=-1)
+        quantized_mean, seen_mean = quantized_mean + origins[0], seen_mean + origins[1]
         if not narrowing:
             cross, seen_mean = weight.double() @ cross, weight.double() @ seen_mean
         return cls(
-            quantized=quantized.addr_(quantized_mean, quantized_mean, alpha=-1),
-            cross=cross.addr_(seen_mean, quantized_mean, alpha=-1),
+            quantized=quantized,
+            cross=cross,
             quantized_mean=quantized_mean,
             output_mean=seen_mean,
         )

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.walk import WalkStates
 from ditas_export.diffusion.guidance import blends
@@ -30,8 +31,9 @@ from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
 
-STATES_FORMAT = "ditas-export calibration states 2"
-BATCHES_FORMAT = "ditas-export sampled batches 2"
+STATES_KIND = "ditas-export calibration states"
+STATES_FORMAT = f"{STATES_KIND} 2"
+BATCH_FORMAT = "ditas-export sampled batch 1"
 
 SamplingPrecision = Literal["fp32", "bf16"]
 """Float types that the model may sample in."""
@@ -195,7 +197,7 @@ def collect_states(
     *,
     identity: ModelIdentity,
     ranks: Ranks = SINGLE,
-    progress_file: Path | None = None,
+    progress: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationStates:
     """Sample with the float model once and return what calibration needs of it, on every rank.
@@ -205,32 +207,19 @@ def collect_states(
         settings: steps, guidance, classes, seed, precision.
         identity: of the model.
         ranks: the processes that share the samples; how many makes no difference to the result.
-        progress_file: written after every batch and left at the end; batches in it that were
-            sampled with the same checkpoint, settings and number of ranks are not sampled again.
-            Every rank keeps its own, those after the first under a name with their number, which
-            they remove.
+        progress: a folder that gets a file for every batch; batches in it that were sampled with
+            the same model and settings, by however many ranks, are not sampled again.
         on_step: called with (steps done, steps in all) of this rank's batches.
 
     Raises:
         CalibrationError: an activation is not finite.
-        ArtifactError: the progress file cannot be written.
+        ArtifactError: a file of a batch cannot be written.
     """
     batches = sample_batches(len(settings.classes))
-    kept = _KeptBatches(
-        path=progress_file,
-        facts={
-            "identity": identity.to_dict(),
-            "settings": settings.to_dict(),
-            "rank": [ranks.rank, ranks.world_size],
-        },
-    )
-    if progress_file is not None and not ranks.is_first:
-        kept.path = progress_file.with_name(f"{progress_file.name}.{ranks.rank}")
+    kept = _KeptBatches(folder=progress, facts=sampling_facts(identity, settings))
     latents, maxima = ranks.together(
         lambda: _sampled(model, settings, ranks.mine(batches), kept, on_step or (lambda *_: None))
     )
-    if kept.path is not None and not ranks.is_first:
-        kept.path.unlink(missing_ok=True)
     shares = [iter(share) for share in ranks.gather(latents)]
     ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
     return CalibrationStates(
@@ -240,6 +229,15 @@ def collect_states(
         settings=settings,
         identity=identity,
     )
+
+
+def sampling_facts(identity: ModelIdentity, settings: CalibrationSettings) -> dict[str, Any]:
+    """Return all that a batch depends on, as JSON values; an upgrade mixes nothing."""
+    return {
+        "identity": identity.to_dict(),
+        "settings": settings.to_dict(),
+        "versions": {"ditas-export": __version__, "torch": torch.__version__},
+    }
 
 
 def sample_batches(samples: int) -> list[range]:
@@ -272,31 +270,64 @@ def _sampled(
         site.name: torch.zeros(settings.steps, in_features(model.config, site), device=device)
         for site in linear_sites(model.config.depth)
     }
-    latents, earlier = kept.read()
-    for name, value in earlier.items():
-        maxima[name] = value.to(device)
+    latents: list[Tensor] = []
     with recorded_maxima(model) as recorded:
-        for batch in batches[len(latents) :]:
-            seen = []
-            for step in trajectory(
-                runner,
-                classes=[settings.classes[index] for index in batch],
-                steps=settings.steps,
-                cfg_scale=settings.cfg_scale,
-                seed=settings.seed,
-                image_indices=batch,
-            ):
-                seen.append(step.latents)
-                for name, largest in recorded.items():
-                    so_far = maxima[name][step.index]
-                    torch.maximum(so_far, largest, out=so_far)
-                recorded.clear()
-                done = len(latents) * settings.steps + step.index + 1
-                on_step(done, len(batches) * settings.steps)
-            latents.append(torch.stack(seen))
-            kept.write(latents, maxima)
-    _require_finite(maxima)
+        for batch in batches:
+            part = kept.read(batch)
+            if part is None:
+                part = _sampled_batch(
+                    runner,
+                    settings,
+                    batch,
+                    recorded,
+                    lambda step: on_step(
+                        len(latents) * settings.steps + step, len(batches) * settings.steps
+                    ),
+                )
+                _require_finite(part.maxima)
+                kept.write(batch, part)
+            latents.append(part.latents)
+            for name, largest in part.maxima.items():
+                torch.maximum(maxima[name], largest.to(device), out=maxima[name])
     return latents, maxima
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Batch:
+    """What the model saw while it sampled one batch."""
+
+    latents: Tensor  # (steps, batch, C, H, W) float32
+    maxima: Mapping[str, Tensor]  # site name -> (steps, K) float32
+
+
+def _sampled_batch(
+    runner: TorchRunner,
+    settings: CalibrationSettings,
+    batch: range,
+    recorded: dict[str, Tensor],
+    on_step: Callable[[int], None],
+) -> _Batch:
+    """Sample one batch; `recorded` is filled by the hooks of `recorded_maxima`, and left empty."""
+    seen: list[Tensor] = []
+    maxima: dict[str, list[Tensor]] = {}
+    recorded.clear()
+    for step in trajectory(
+        runner,
+        classes=[settings.classes[index] for index in batch],
+        steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
+        seed=settings.seed,
+        image_indices=batch,
+    ):
+        seen.append(step.latents)
+        for name, largest in recorded.items():
+            maxima.setdefault(name, []).append(largest.float())
+        recorded.clear()
+        on_step(step.index + 1)
+    return _Batch(
+        latents=torch.stack(seen).cpu(),
+        maxima={name: torch.stack(largest) for name, largest in maxima.items()},
+    )
 
 
 def _in_bfloat16(model: DiT) -> DiT:
@@ -320,33 +351,39 @@ def has_bfloat16_products(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported()  # torch 2.8 has no public name for it
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _KeptBatches:
-    """The batches that a rank has finished, in a file."""
+    """The batches that are finished, a file each, named by its first sample."""
 
-    path: Path | None
+    folder: Path | None
     facts: Mapping[str, Any]  # all that they depend on
 
-    def write(self, latents: Sequence[Tensor], maxima: Mapping[str, Tensor]) -> None:
-        """Keep every batch's latents, and the maxima over all of them; atomic."""
-        if self.path is not None:
-            tensors = {f"maxima.{name}": value for name, value in maxima.items()}
-            tensors |= {f"latents.{index}": value for index, value in enumerate(latents)}
-            save_tensors(self.path, tensors, file_format=BATCHES_FORMAT, header=self.facts)
+    def write(self, batch: range, part: _Batch) -> None:
+        """Keep a batch; atomic."""
+        if self.folder is not None:
+            tensors = {f"maxima.{name}": value for name, value in part.maxima.items()}
+            tensors["latents"] = part.latents
+            header = {**self.facts, "samples": list(batch)}
+            save_tensors(self._file(batch), tensors, file_format=BATCH_FORMAT, header=header)
 
-    def read(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return what `write` was given by an interrupted run of the same facts; else nothing."""
-        if self.path is None or not self.path.is_file():
-            return [], {}
+    def read(self, batch: range) -> _Batch | None:
+        """Return what `write` was given by an interrupted run of the same facts, if any."""
+        if self.folder is None or not self._file(batch).is_file():
+            return None
         try:
-            tensors, header = load_tensors(self.path, file_format=BATCHES_FORMAT)
+            tensors, header = load_tensors(self._file(batch), file_format=BATCH_FORMAT)
         except ArtifactError:
-            return [], {}  # not ours: it is written anew
-        if header != self.facts:
-            return [], {}
-        count = sum(name.startswith("latents.") for name in tensors)
-        latents = [tensors.pop(f"latents.{index}") for index in range(count)]
-        return latents, {name.removeprefix("maxima."): value for name, value in tensors.items()}
+            return None  # not ours: it is written anew
+        if header != {**self.facts, "samples": list(batch)}:
+            return None
+        latents = tensors.pop("latents")
+        maxima = {name.removeprefix("maxima."): value for name, value in tensors.items()}
+        return _Batch(latents=latents, maxima=maxima)
+
+    def _file(self, batch: range) -> Path:
+        """Return the file of a batch."""
+        assert self.folder is not None  # asked for by a caller who keeps batches
+        return self.folder / f"{batch.start:05d}.safetensors"
 
 
 def _require_finite(maxima: Mapping[str, Tensor]) -> None:

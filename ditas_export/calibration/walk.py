@@ -29,6 +29,7 @@ from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.model import DiT, DiTBlock, modulate
 from ditas_export.dit.sites import LinearKind, LinearSite
 from ditas_export.errors import CalibrationError
+from ditas_export.figures import decibels
 from ditas_export.quantization.integer import inner_codes, joined_rows
 from ditas_export.quantization.ranges import activation_codes
 from ditas_export.timings import Timings
@@ -416,7 +417,6 @@ class _WalkedLinear:
         """Return the artefact's record of this linear, on the CPU."""
         if self.known is not None:
             return self.known
-        ratio = self.signal / max(self.noise, 1e-300)
         return QuantizedLinear(
             weight=self.solved.weight,
             low_rank=self.solved.low_rank,
@@ -424,7 +424,7 @@ class _WalkedLinear:
             smoothing_scale=self.solved.smoothing_scale,
             alpha=self.solved.alpha,
             step_ranges=self.step_ranges.cpu(),
-            output_snr_db=float(10 * torch.log10(torch.tensor(ratio, dtype=torch.float64))),
+            output_snr_db=decibels(self.signal, self.noise),
         )
 
 

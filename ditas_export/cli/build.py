@@ -126,7 +126,7 @@ def build(
             return
         made = _make(model, plan, settings, trtexec=trtexec, show=not (quiet or as_json))
         if as_json:
-            typer.echo(json.dumps(dataclasses.asdict(made.metadata), indent=2))
+            typer.echo(json.dumps(dataclasses.asdict(made.metadata), indent=2, allow_nan=False))
         elif not quiet:
             from ditas_export.cli.engine_table import print_engine
 

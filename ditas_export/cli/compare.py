@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,17 +86,10 @@ def compare(
 
 def _run(options: CompareOptions, json_path: Path | None, *, show: bool) -> Comparison:
     """Do the job with progress bars, and write the JSON if asked for."""
-    from ditas_export.artifact_files import atomic_path, require_writable
     from ditas_export.evaluation.compare import compare
 
-    if json_path is not None:
-        require_writable(json_path)
     with stages(Console(stderr=True), quiet=not show) as advance:
-        comparison = compare(options, on_progress=advance)
-    if json_path is not None:
-        with atomic_path(json_path) as partial:
-            partial.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return comparison
+        return compare(options, report=json_path, on_progress=advance)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,9 @@ from ditas_export.errors import DitasExportError
 EXIT_MISMATCH = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOT_INTEGER = 3
+EXIT_FAR_FROM_FLOAT = 4
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 STAGE_NAMES = {
     "sample": "Sampling calibration states",
@@ -54,23 +58,28 @@ def stages(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int
         yield advance
 
 
+class _Terminated(KeyboardInterrupt):
+    """The process was asked to end, which is an interruption like Ctrl-C."""
+
+
 @contextmanager
 def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
-    """Turn every refusal into one line on stderr and exit code 2, Ctrl-C into 130.
+    """Turn a refusal into one line on stderr and exit code 2, Ctrl-C into 130, SIGTERM into 143.
 
-    Warnings are one line each too.
+    Either signal unwinds the stack, so that what is kept for the next run is whole. Warnings are
+    one line each too.
     """
     console = Console(stderr=True)
     try:
-        with _warnings_as_lines(console):
+        with _warnings_as_lines(console), _termination_interrupts():
             yield
     except DitasExportError as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
         console.print(message, highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print(f"interrupted. {on_interrupt}", highlight=False, soft_wrap=True)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
 
 
 @contextmanager
@@ -84,3 +93,20 @@ def _warnings_as_lines(console: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Raise `_Terminated` where SIGTERM arrives inside; signals are the main thread's alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -67,7 +67,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         "options": json_options(settings.options),
     }
     if as_json:
-        typer.echo(json.dumps(intent, indent=2))
+        typer.echo(json.dumps(intent, indent=2, allow_nan=False))
         return
     typer.echo(f"{model}{' (expanded to int8)' if intent['expands'] else ''} -> {plan}")
     for product in products:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
+from ditas_export.cli.console import EXIT_FAR_FROM_FLOAT, EXIT_MISMATCH, clean_errors, stages
 from ditas_export.cli.flags import defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
-from ditas_export.options import FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
+from ditas_export.options import DEFAULTS, FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
 
 if TYPE_CHECKING:
     from ditas_export.distributed import Ranks
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = defaults_of(ExportOptions)
 _INTEGERS = {field.name for field in fields(ExportOptions) if field.type in ("int", "int | None")}
-_option = flags_of(ExportOptions)
+_option = flags_of(ExportOptions, DEFAULTS)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -37,6 +38,29 @@ def export(
     ] = None,
     num_heads: Annotated[
         int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        _option("Classes, where the checkpoint does not say.", "num_classes"),
+    ] = None,
+    no_null_class: Annotated[
+        bool | None,
+        typer.Option(
+            "--no-null-class",
+            help="The checkpoint was trained without class dropout: every row of its label table "
+            "is a class.",
+            show_default=False,
+        ),
+    ] = None,
+    betas: Annotated[
+        str | None,
+        _option(
+            "Noise schedule of training, where the checkpoint does not say: linear, scaled_linear "
+            "or squaredcos_cap_v2.",
+            "betas",
+            metavar="NAME[,START,END[,STEPS]]",
+            shown="linear,0.0001,0.02,1000",
+        ),
     ] = None,
     classes: Annotated[
         str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
@@ -158,6 +182,13 @@ def export(
             metavar="ID|PATH",
         ),
     ] = None,
+    min_db: Annotated[
+        float | None,
+        _option(
+            "Least SNR of the final latents against float, in dB: below it the exit code is 4.",
+            "min_db",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -173,7 +204,7 @@ def export(
     """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
 
     Writes OUT.onnx and OUT.json. Exit codes: 0 done, 1 the file does not compute what was
-    calibrated, 2 bad input, 130 interrupted.
+    calibrated, 2 bad input, 4 it is further from float than --min-db, or is noise, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
@@ -186,23 +217,37 @@ def export(
             _report(result, options, as_json=as_json, quiet=quiet)
         if result.verification.matches is False:
             raise typer.Exit(EXIT_MISMATCH)
+        if result.verification.misses(options.min_db):
+            raise typer.Exit(EXIT_FAR_FROM_FLOAT)
 
 
 def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quiet: bool) -> None:
     """Print what was measured, and an error if the file is not what was calibrated."""
     if as_json:
-        typer.echo(json.dumps(result.manifest, indent=2))
+        typer.echo(json.dumps(result.manifest, indent=2, allow_nan=False))
     elif not quiet:
         from ditas_export.cli.summary import print_summary
 
         print_summary(Console(), result, options)
-    file, bound = result.verification.file, result.verification.match_bound_db
-    if file is not None and not result.verification.matches:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {options.output} agrees with the fake-quantized forward to "
-            f"{file.match_db:.1f} dB only, expected at least {bound:.0f}; do not deploy it",
-            soft_wrap=True,
-        )
+    if reason := _failure(result, options):
+        line = f"[bold red]error:[/] {escape(reason)}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def _failure(result: ExportResult, options: ExportOptions) -> str | None:
+    """Return why the file should not be used, None if nothing is known against it."""
+    verification = result.verification
+    file = verification.file
+    if file is None or verification.matches:
+        return verification.misses(options.min_db)
+    found = file.not_finite or (
+        f"it agrees with the fake-quantized forward to {file.match_db:.1f} dB only, expected at "
+        f"least {verification.match_bound_db:.0f}"
+    )
+    return (
+        f"{result.file} is not what was calibrated: {found}; do not deploy it. {options.output} "
+        f"is as it was; the solved model is kept for another form of it"
+    )
 
 
 def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> ExportOptions:
@@ -217,9 +262,10 @@ def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> Export
     for name in sorted(_INTEGERS & merged.keys()):
         if not isinstance(merged[name], int | None):
             raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
-    scale = merged.get("cfg_scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float | None):
-        raise CalibrationError(f"cfg-scale={scale!r}; give a number")
+    for name in ("cfg_scale", "min_db"):
+        value = merged.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise CalibrationError(f"{name.replace('_', '-')}={value!r}; give a number")
     if isinstance(merged.get("alpha_grid"), str):
         merged["alpha_grid"] = _numbers(merged["alpha_grid"])
     if isinstance(merged.get("alpha_grid"), list):
@@ -253,7 +299,7 @@ def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:
 
         def say(text: str) -> None:
             if show:
-                console.print(text, highlight=False, soft_wrap=True)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         return run_export(options, ranks=ranks, on_progress=advance, say=say)
 

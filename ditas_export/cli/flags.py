@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -20,9 +20,14 @@ def defaults_of(options: type) -> dict[str, Any]:
     }
 
 
-def flags_of(options: type) -> Callable[..., Any]:
-    """Return a function that makes the typer option of one field of an options dataclass."""
-    defaults = defaults_of(options)
+def flags_of(options: type, shown_defaults: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Return a function that makes the typer option of one field of an options dataclass.
+
+    Args:
+        options: the dataclass.
+        shown_defaults: what stands for None in it, by field.
+    """
+    defaults = {**defaults_of(options), **(shown_defaults or {})}
 
     def option(
         text: str, name: str, *, metavar: str | None = None, shown: str | None = None

@@ -48,6 +48,29 @@ def sample(
     num_heads: Annotated[
         int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")
     ] = None,
+    num_classes: Annotated[
+        int | None,
+        _option("Classes, where the checkpoint does not say.", "num_classes"),
+    ] = None,
+    no_null_class: Annotated[
+        bool | None,
+        typer.Option(
+            "--no-null-class",
+            help="The checkpoint was trained without class dropout: every row of its label table "
+            "is a class.",
+            show_default=False,
+        ),
+    ] = None,
+    betas: Annotated[
+        str | None,
+        _option(
+            "Noise schedule of training, where the checkpoint does not say: linear, scaled_linear "
+            "or squaredcos_cap_v2.",
+            "betas",
+            metavar="NAME[,START,END[,STEPS]]",
+            shown="linear,0.0001,0.02,1000",
+        ),
+    ] = None,
     classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
     images: Annotated[
         int | None,
@@ -147,7 +170,7 @@ def _run(options: SampleOptions, ranks: Ranks, *, show: bool) -> SampleReport:
 
         def say(text: str) -> None:
             if show:
-                console.print(text, highlight=False, soft_wrap=True)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         return generate(options, ranks=ranks, on_progress=advance, say=say)
 
@@ -156,7 +179,7 @@ def _print_report(report: SampleReport, *, as_json: bool) -> None:
     """Print what was made, for a reader or for a program."""
     if as_json:
         facts = dataclasses.asdict(report) | {"images_per_second": report.images_per_second}
-        typer.echo(json.dumps(facts, indent=2, default=str))
+        typer.echo(json.dumps(facts, indent=2, default=str, allow_nan=False))
         return
     made = f"{report.sampled} images, {report.images_per_second:.2f} per second"
     found = f" ({report.images - report.sampled} were there)" * (report.sampled < report.images)

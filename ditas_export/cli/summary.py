@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
-from ditas_export.evaluation.verify import Verification
+from ditas_export.evaluation.verify import FAR_FROM_FLOAT_DB, Verification
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
 from ditas_export.runtime.openvino_runner import INSTALL as OPENVINO_INSTALL
@@ -16,12 +19,13 @@ WORST = 5
 def print_summary(console: Console, result: ExportResult, options: ExportOptions) -> None:
     """Print accuracy, size, kernels and the worst linears."""
     manifest, verification = result.manifest, result.verification
-    size = options.output.stat().st_size
-    table = Table(title=f"{options.output}  ({size / 2**20:.2f} MiB)", show_header=False)
+    size = result.file.stat().st_size
+    table = Table(title=f"{result.file}  ({size / 2**20:.2f} MiB)", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, text in _proof(verification):
         table.add_row(name, text)
+    table.add_row("noise returned at the first step", _noise(manifest["noise_check"]))
     table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
     parts = ", ".join(
         f"{part.replace('_', ' ')} {count / 2**10:,.0f}"
@@ -43,8 +47,15 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
         table.add_row("VAE decoder", str(options.vae_path))
     seconds = ", ".join(f"{part} {value:.0f}" for part, value in manifest["seconds"].items())
     table.add_row("seconds", seconds)
-    table.add_row("manifest", str(options.manifest_path))
+    table.add_row("manifest", str(result.file.with_suffix(".json")))
     console.print(table)
+    if verification.is_far_from_float:
+        console.print(
+            f"[bold red]the final latents are {verification.mean_final_db:.1f} dB from float's: "
+            f"other pictures. Below {FAR_FROM_FLOAT_DB:.0f} dB a file is not for use[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
     if verification.file is None:
         console.print(_unproven(options), markup=False, highlight=False, soft_wrap=True)
 
@@ -59,11 +70,30 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
         if file
         else "not measured: the file was not run"
     )
+    bare = file and file.bare_session_db
+    rows = [] if not bare else [_bare(bare)]
     return [
         ("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals}){whose}"),
+        *rows,
         ("single step against float", f"{verification.single_step_db:.1f} dB{whose}"),
         ("file against fake-quantized forward", match),
     ]
+
+
+def _bare(finals: Sequence[float]) -> tuple[str, str]:
+    """Return what a session gives that is told nothing: it rounds weight-only linears' inputs."""
+    figures = ", ".join(f"{value:.1f}" for value in finals)
+    mean = sum(finals) / len(finals)
+    return "the same, a bare onnxruntime session", f"{mean:.1f} dB ({figures})"
+
+
+def _noise(check: Mapping[str, Any]) -> str:
+    """Return how nearly the float model returns noise, in red where it does not."""
+    figures = {"with class": check["class_db"], "without": check["null_class_db"]}
+    text = ", ".join(f"{name} {db:.1f} dB" for name, db in figures.items() if db is not None)
+    if check["passes"]:
+        return text
+    return f"[bold red]{text or 'no figure'}: {check['finding']}[/]"
 
 
 def _unproven(options: ExportOptions) -> str:

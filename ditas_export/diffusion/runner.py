@@ -13,7 +13,18 @@ from ditas_export.dit.model import DiTConfig
 
 
 class Runner(Protocol):
-    """A DiT that can be run, whatever runs it; a context manager."""
+    """A DiT that can be run, whatever runs it; a context manager.
+
+    What every runner promises, and `runtime/checked_runner.py` keeps:
+
+    - Threads may call one runner at the same time, and get what they would get alone. Backends
+      whose memory would be shared take them one after another.
+    - Inputs are held against the model first: shapes, labels, time steps. What lies on a GPU is
+      not read back for that.
+    - The output is finite, and in memory that later calls do not write to.
+    - Everything else is a RunnerError: inputs that do not fit, an output that is not finite, a
+      fault of the backend, a call after the end.
+    """
 
     @property
     def config(self) -> DiTConfig:
@@ -31,15 +42,18 @@ class Runner(Protocol):
         ...
 
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and the learned variance.
+        """Return ε and any learned variance.
 
         Args:
             latents: (N, C, H, W) float32.
             timesteps: (N,) int64, steps of the full schedule, from 0.
-            class_labels: (N,) int64; `num_classes` is the null class.
+            class_labels: (N,) int64, rows of the label table.
 
         Returns:
-            (N, 2C, H, W) float32, on the latents' device.
+            (N, 2C or C, H, W) float32, on the latents' device.
+
+        Raises:
+            RunnerError: see above.
         """
         ...
 

@@ -30,7 +30,7 @@ from ditas_export.diffusion.guidance import (
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import DIT_PROCESS, Process
-from ditas_export.errors import RunnerError
+from ditas_export.errors import NonFiniteError, RunnerError
 
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 """Schedulers to choose from."""
@@ -61,7 +61,7 @@ def sample(
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
     sampler: SamplerName = "ddpm",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     on_step: OnStep | None = None,
@@ -76,7 +76,7 @@ def sample(
             batch of the plain size.
         cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one.
         sampler: `ddpm` (published), `ddim` or `dpm++`.
-        seed: with an image's index, what its noise depends on.
+        seed: with an image's index, what its noise depends on; one for all images, or one each.
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
         device: where latents lie from step to step, the runner's for speed. Noise is drawn on the
             CPU in any case; class labels stay there.
@@ -113,13 +113,14 @@ def trajectory(
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels = "3",
     sampler: SamplerName = "ddpm",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Step]:
     """Yield the steps that `sample` takes, one by one; the arguments are its.
 
     Raises:
+        NonFiniteError: NaN or infinity in a step; names the step, the images and the remedy.
         RunnerError: at once, before the first step: no class, a class out of range, a setting that
             no sampler has, guidance of a model that has nothing to guide with, or a count of
             indices that differs from the count of classes.
@@ -133,12 +134,19 @@ def trajectory(
     channels = guided_channel_count(config.in_channels, cfg_channels)
     guided = blends(cfg_scale)
     learned = sampler == "ddpm" and config.process.variance == "learned_range"
-    generators = [image_generator(seed, index) for index in indices]
+    seeds = [seed] * len(classes) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(classes):
+        raise RunnerError(f"{len(seeds)} seeds for {len(classes)} classes; give one each")
+    generators = [image_generator(*pair) for pair in zip(seeds, indices, strict=True)]
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
     def predict(latents: Tensor, timestep: int) -> Tensor:
         inputs = model_inputs(latents, timestep, labels, cfg_scale=cfg_scale, config=config)
-        output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        try:
+            output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+        except NonFiniteError as error:
+            rows = {row % len(classes) for row in error.rows}
+            raise _not_finite([indices[row] for row in sorted(rows)], timestep, error) from error
         return guide(output, cfg_scale=cfg_scale, channels=channels) if guided else output
 
     def walk() -> Iterator[Step]:
@@ -147,6 +155,10 @@ def trajectory(
             output = predict(latents, int(timestep))
             fed = output if learned else output[:, : latents.shape[1]]
             moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
+            finite = moved.flatten(1).isfinite().all(dim=1)
+            if not bool(finite.all()):
+                odd = [indices[row] for row in (~finite).nonzero().flatten().tolist()]
+                raise _not_finite(odd, int(timestep), f"the latents are not finite; {REMEDY}")
             yield Step(
                 index=index,
                 timestep=int(timestep),
@@ -158,6 +170,21 @@ def trajectory(
             latents = moved
 
     return walk()
+
+
+REMEDY = (
+    "a float16 file overflows: use bf16 or fp32; else check the checkpoint, or take fewer steps or "
+    "another sampler"
+)
+"""What to do about NaN in a trajectory."""
+
+
+def _not_finite(images: Sequence[int], timestep: int, reason: object) -> NonFiniteError:
+    """Return the error of a step that is not finite, naming the time step and the images."""
+    named = ", ".join(map(str, images[:8])) + (" …" if len(images) > 8 else "")
+    error = NonFiniteError(f"time step {timestep}, image {named}: {reason}")
+    error.rows = tuple(images)
+    return error
 
 
 def make_scheduler(sampler: SamplerName, steps: int, process: Process = DIT_PROCESS) -> Any:

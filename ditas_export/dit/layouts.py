@@ -35,6 +35,7 @@ class Layout:
     patch_weight: str
     label_table: str
     fc1_weight: str
+    final_weight: str
     slots: Callable[[int], list[Slot]]
 
 
@@ -80,6 +81,13 @@ def _diffusers_slots(depth: int) -> list[Slot]:
     return slots
 
 
+_COPIED = {
+    "y_embedder.embedding_table.weight",
+    *(f"{ours}.{kind}" for ours in _EMBEDDERS.values() for kind in ("weight", "bias")),
+}
+"""Parameters that every block has a copy of in diffusers' layout."""
+
+
 def _pairs(names: Mapping[str, str], theirs: str, ours: str) -> list[Slot]:
     """Return the slots of weight and bias of some modules."""
     return [
@@ -94,6 +102,7 @@ OFFICIAL = Layout(
     patch_weight="x_embedder.proj.weight",
     label_table="y_embedder.embedding_table.weight",
     fc1_weight="blocks.0.mlp.fc1.weight",
+    final_weight="final_layer.linear.weight",
     slots=_official_slots,
 )
 
@@ -102,6 +111,7 @@ DIFFUSERS = Layout(
     patch_weight="pos_embed.proj.weight",
     label_table="transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
     fc1_weight="transformer_blocks.0.ff.net.0.proj.weight",
+    final_weight="proj_out_2.weight",
     slots=_diffusers_slots,
 )
 
@@ -115,7 +125,8 @@ class Geometry:
     hidden_size: int
     depth: int
     mlp_ratio: float
-    num_classes: int
+    label_rows: int  # 0 where there is no label table
+    learn_sigma: bool  # whether the output has twice the channels of the input
 
 
 def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str) -> Geometry:
@@ -124,7 +135,9 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
     Raises:
         CheckpointError: a tensor that tells is missing, or has the wrong number of dimensions.
     """
-    ranks = {layout.patch_weight: 4, layout.label_table: 2, layout.fc1_weight: 2}
+    ranks = {layout.patch_weight: 4, layout.fc1_weight: 2, layout.final_weight: 2}
+    if layout.label_table in tensors or layout is not OFFICIAL:
+        ranks[layout.label_table] = 2
     if odd := [
         f"{rank}-D {name}"
         for name, rank in ranks.items()
@@ -136,13 +149,16 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
         )
     hidden_size, in_channels, patch_size, _ = tensors[layout.patch_weight].shape
     in_blocks = (name for name in tensors if name.startswith(layout.block_prefix))
+    pixels = tensors[layout.final_weight].shape[0]
+    labels = tensors.get(layout.label_table)
     return Geometry(
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=len({name.removeprefix(layout.block_prefix).split(".")[0] for name in in_blocks}),
         mlp_ratio=tensors[layout.fc1_weight].shape[0] / hidden_size,
-        num_classes=tensors[layout.label_table].shape[0] - 1,
+        label_rows=0 if labels is None else labels.shape[0],
+        learn_sigma=pixels != patch_size**2 * in_channels,
     )
 
 
@@ -151,7 +167,9 @@ def assemble(
 ) -> dict[str, Tensor]:
     """Return our state dict in float32, after checking every tensor of the file.
 
-    A float32 tensor that fills a parameter of its own is passed on as it is, mapped or not.
+    A float32 tensor that fills a parameter of its own is passed on as it is, mapped or not. What a
+    file may lack is computed: the sin-cos position table, and for a model without classes a label
+    table of one row of zeros, which adds nothing.
 
     Raises:
         CheckpointError: one line that names missing, unexpected, misshapen, non-float and
@@ -159,7 +177,18 @@ def assemble(
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
-    slots = layout.slots(config.depth)
+    computed = {
+        "pos_embed": position_embedding(config.hidden_size, config.input_size // config.patch_size)[
+            None
+        ],
+    }
+    if layout is OFFICIAL and config.label_rows == 1:
+        computed[OFFICIAL.label_table] = torch.zeros(1, config.hidden_size)
+    slots = [
+        slot
+        for slot in layout.slots(config.depth)
+        if slot.name not in computed or slot.file_name in tensors
+    ]
     _check(tensors, slots, shapes, where=where)
     sources: dict[str, list[Tensor]] = {}
     for slot in slots:
@@ -168,10 +197,7 @@ def assemble(
             copies.append(tensors[slot.file_name].float())
     state = {name: torch.cat(parts) if len(parts) > 1 else parts[0]
              for name, parts in sources.items()}  # fmt: skip
-    if "pos_embed" not in state:
-        grid_size = config.input_size // config.patch_size
-        state["pos_embed"] = position_embedding(config.hidden_size, grid_size)[None]
-    return state
+    return computed | state
 
 
 def _check(
@@ -192,16 +218,17 @@ def _check(
         for name, shape in expected.items()
         if name in tensors and name not in fitting
     ]
-    floats = {name: tensor for name, tensor in fitting.items() if tensor.is_floating_point()}
+    finite = {name: _is_finite(tensor) for name, tensor in fitting.items()}
+    sound = {name: tensor for name, tensor in fitting.items() if finite[name]}
+    unlike = _unlike_first(sound, present)
+    _refuse_own_embedders(unlike, present, where)
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "misshapen": misshapen,
-        "not of a float type": [name for name in fitting if name not in floats],
-        "with NaN or infinity": [
-            name for name, tensor in floats.items() if not tensor.isfinite().all()
-        ],
-        "unlike block 0's copy": _unlike_first(floats, present),
+        "not of a float type": [name for name, known in finite.items() if known is None],
+        "with NaN or infinity": [name for name, known in finite.items() if known is False],
+        "unlike block 0's copy": unlike,
     }
     if found := [
         f"{len(names)} {fault} ({abbreviated(names)})" for fault, names in faults.items() if names
@@ -218,13 +245,49 @@ def _slot_shape(slot: Slot, shape: torch.Size) -> torch.Size:
     return shape if slot.third is None else torch.Size((shape[0] // 3, *shape[1:]))
 
 
+def _is_finite(tensor: Tensor) -> bool | None:
+    """Return whether all values are finite in float32; None where they are no floats there."""
+    if not tensor.is_floating_point():
+        return None
+    try:
+        return bool(tensor.float().isfinite().all())
+    except (RuntimeError, NotImplementedError):  # types that torch stores and does not convert
+        return None
+
+
 def _unlike_first(tensors: Mapping[str, Tensor], slots: Iterable[Slot]) -> list[str]:
     """Return the file names of copies of one parameter that differ from its first."""
     first: dict[str, Tensor] = {}
     odd = []
     for slot in slots:
         if slot.third is None and slot.file_name in tensors:
-            tensor = tensors[slot.file_name]
+            tensor = tensors[slot.file_name].float()
             if not torch.equal(first.setdefault(slot.name, tensor), tensor):
                 odd.append(slot.file_name)
     return odd
+
+
+def _refuse_own_embedders(unlike: Iterable[str], slots: Iterable[Slot], where: str) -> None:
+    """Tell a model whose blocks were trained with embedders of their own from a damaged copy."""
+    copies: dict[str, int] = {}
+    for slot in slots:
+        if slot.name in _COPIED:
+            copies[_block_of(slot.file_name)] = 0
+    for name in unlike:
+        copies[_block_of(name)] += 1
+    others = list(copies.values())[1:]
+    if others and min(others) >= _OWN_COPIES:
+        raise CheckpointError(
+            f"{where}: the time and label embedders of all {len(copies)} blocks differ, as after "
+            f"fine-tuning in diffusers, where each block has a copy of its own; a DiT has one pair "
+            f"for all blocks, and such a model is not followed (yet). Tie the copies in training"
+        )
+
+
+def _block_of(name: str) -> str:
+    """Return the part of a name in diffusers' layout that tells the block."""
+    return ".".join(name.split(".")[:2])
+
+
+_OWN_COPIES = 3
+"""Of the five embedder tensors of a block, how many differ at least where all were trained."""

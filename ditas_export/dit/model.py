@@ -182,21 +182,33 @@ def timestep_features(timesteps: Tensor, *, frequency_shift: int = 0) -> Tensor:
 
 
 def position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Return the fixed 2-D sin-cos position embedding.
-
-    The first half of the features encodes the column, the second the row, each as sines then
-    cosines, computed in float64.
+    """Return the fixed 2-D sin-cos position embedding of a square grid.
 
     Returns:
-        (grid_size², hidden_size) float32, tokens in row-major order.
+        (grid_size², hidden_size) float32; see `sincos_table`.
+    """
+    return sincos_table(hidden_size, grid_size, grid_size).float()
+
+
+def sincos_table(hidden_size: int, rows: int, columns: int) -> Tensor:
+    """Return the 2-D sin-cos position table of a grid.
+
+    The first half of the features encodes the column, the second the row, each as sines then
+    cosines.
+
+    Returns:
+        (rows · columns, hidden_size) float64, tokens in row-major order.
     """
     quarter = hidden_size // 4
     frequencies = MAX_PERIOD ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies[None]
-    one_axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (grid, D/2)
-    columns = one_axis[None, :, :].expand(grid_size, -1, -1)
-    rows = one_axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(grid_size**2, hidden_size).float()
+
+    def one_axis(count: int) -> Tensor:
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies[None]
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (count, D/2)
+
+    of_columns = one_axis(columns)[None, :, :].expand(rows, -1, -1)
+    of_rows = one_axis(rows)[:, None, :].expand(-1, columns, -1)
+    return torch.cat([of_columns, of_rows], dim=-1).reshape(rows * columns, hidden_size)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class VaeFactors:
         if not self.scaling_factor > 0:
             raise CheckpointError(f"scaling_factor={self.scaling_factor}; expected more than 0")
 
+    def __str__(self) -> str:
+        """Return both, for messages."""
+        return f"scaling factor {self.scaling_factor:g} and shift {self.shift_factor:g}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:

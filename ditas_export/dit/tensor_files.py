@@ -1,68 +1,131 @@
-"""Tensors out of files: safetensors and PyTorch pickles, memory-mapped, never running code."""
+"""What a checkpoint file holds, by its content whatever its name, never running code.
+
+safetensors, PyTorch's zip archives and its older streams, and the index of a file in shards.
+Tensors are mapped from the file.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import re
-import warnings
-import zipfile
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ditas_export.dit.pickles import PickleContent, read_legacy_pickle, read_zip_pickle
 from ditas_export.errors import CheckpointError
 
-SAFETENSORS_SUFFIX = ".safetensors"
-PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-INDEX_SUFFIX = ".index.json"
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)
-"""What torch's reader raises on damaged files, as seen on truncated and random bytes."""
+_HEAD_BYTES = 512
+_LONGEST_HEADER = 100_000_000
+"""Bytes that a safetensors header may have."""
+
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"BZh": "a bzip2 archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+"""First bytes of what is often taken for a checkpoint."""
+
+_TAR_PLACE = slice(257, 262)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorFile:
     """What a checkpoint file holds."""
 
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    part: str = ""  # "ema" or "model" of a training checkpoint
+    content: Mapping[str, Any]  # tensors, or parts that hold them
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of safetensors
+    not_made: tuple[str, ...] = ()  # names of what a pickle would have called
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Read one checkpoint file, chosen by its suffix; `.index.json` reads the shards it lists.
+    """Read one checkpoint file; a JSON index reads the shards that it lists, beside it.
 
     Raises:
-        CheckpointError: no such file, another kind of file, a damaged one, or a pickle with code.
+        CheckpointError: no such file, another kind of file, or a damaged one.
     """
-    if path.name.endswith(INDEX_SUFFIX):
+    head = _head(path)
+    if head.lstrip()[:1] == b"{":
         return _read_shards(path)
-    if path.suffix == SAFETENSORS_SUFFIX:
+    return _read_weights(path, head)
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise CheckpointError for a file that is a pointer, a web page, an archive or empty."""
+    _refuse_known(path, _head(path))
+
+
+def _head(path: Path) -> bytes:
+    """Return a file's first bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
+
+
+def _read_weights(path: Path, head: bytes) -> TensorFile:
+    """Read a file of tensors by what its first bytes say."""
+    if head.startswith(b"PK\x03\x04"):
+        return _of_pickle(path, read_zip_pickle(path))
+    if _is_safetensors(head) or path.suffix in SAFETENSORS_SUFFIXES:
+        _refuse_known(path, head)
         return _read_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _read_pickle(path)
-    kinds = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
+    if head.startswith(b"\x80"):
+        return _of_pickle(path, read_legacy_pickle(path))
+    _refuse_known(path, head)
     raise CheckpointError(
-        f"{path} is no checkpoint by its name: expected a file ending in {kinds}, or a folder "
-        f"written by diffusers"
+        f"{path} is no checkpoint: expected a safetensors file, one written by torch.save, or a "
+        f"folder written by diffusers"
     )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Return whether a file starts as safetensors do: the header's length, then JSON."""
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return bool(2 <= length <= _LONGEST_HEADER)
+
+
+def _refuse_known(path: Path, head: bytes) -> None:
+    """Name what is no checkpoint for what it is."""
+    if not head:
+        raise CheckpointError(f"{path} is empty; get it again")
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", head)
+        of = f" of {int(size[1]):,} bytes" if size else ""
+        raise CheckpointError(
+            f"{path} is a git-LFS pointer to a file{of}, not the file: run `git lfs pull` where it "
+            f"was cloned, or download it"
+        )
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        raise CheckpointError(
+            f"{path} is a web page (HTML or XML), not a checkpoint: a log-in or an error was "
+            f"saved in its place; download it again"
+        )
+    kind = next((kind for magic, kind in _OTHER_KINDS.items() if head.startswith(magic)), None)
+    if head[_TAR_PLACE] == b"ustar":
+        kind = "a tar archive"
+    if kind is not None:
+        what = "unpack it and pass the checkpoint" if "archive" in kind else "convert it"
+        raise CheckpointError(
+            f"{path} is {kind}; expected safetensors or what torch.save writes: {what}"
+        )
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -70,11 +133,23 @@ def _read_safetensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return TensorFile(tensors=tensors, metadata=file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+            return TensorFile(content=tensors, metadata=file.metadata() or {})
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors file, or was damaged or cut short ({error})"
+            f"{path} is no safetensors file, or was damaged or cut short "
+            f"({str(error).partition(chr(10))[0]}); get it again"
         ) from error
+
+
+def _of_pickle(path: Path, read: PickleContent) -> TensorFile:
+    """Refuse a pickle that holds no tensors by name."""
+    if isinstance(read.content, dict):
+        return TensorFile(content=read.content, not_made=read.not_made)
+    kind = getattr(read.content, "name", None) or type(read.content).__name__
+    raise CheckpointError(
+        f"{path} holds a {kind}, expected a state dict: write the model's state_dict() by "
+        f"torch.save, best as safetensors"
+    )
 
 
 def _read_shards(path: Path) -> TensorFile:
@@ -82,10 +157,13 @@ def _read_shards(path: Path) -> TensorFile:
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{path} lists no shards: it has no 'weight_map'")
+    if odd := [name for name in names.values() if not isinstance(name, str)]:
+        raise CheckpointError(f"{path} lists {str(odd[0])[:40]!r} as a shard; expected file names")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(names.values())):
-        tensors.update(read_tensor_file(path.parent / Path(name).name).tensors)
-    return TensorFile(tensors=tensors)
+        shard = path.parent / Path(name).name
+        tensors.update(_read_weights(shard, _head(shard)).content)
+    return TensorFile(content=tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,61 +174,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no readable JSON file: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _read_pickle(path: Path) -> TensorFile:
-    """Map a `torch.save` file; training checkpoints keep their options in a Namespace."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of ends in an error, or is harmless
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except _UNREADABLE as error:
-        raise CheckpointError(_why_unreadable(path, error)) from error
-    return _state_dict(path, content)
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return one line for what torch says in many."""
-    if code := re.search(r"(?:GLOBAL|global) (\w+(?:\.\w+)+)", str(error)):
-        return (
-            f"{path} is a pickle that asks to run code ({code[1]}); it was not run. Expected "
-            f"tensors only: save the state dict alone, best as safetensors"
-        )
-    if isinstance(error, OSError):
-        return f"cannot read {path}: {error.strerror or error}"
-    return f"{path} is no PyTorch checkpoint: damaged, cut short, or not written by torch.save"
-
-
-def _state_dict(path: Path, content: object) -> TensorFile:
-    """Return the state dict inside a pickle: the averaged weights, the raw ones, or all of it."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    for part in ("ema", "model"):
-        if isinstance(content.get(part), dict):
-            return TensorFile(tensors=_only_tensors(path, content[part]), part=part)
-    return TensorFile(tensors=_only_tensors(path, content))
-
-
-def _only_tensors(path: Path, state: Mapping[object, object]) -> dict[str, Tensor]:
-    """Refuse a state dict that holds anything but named tensors."""
-    tensors = {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if odd := [str(name) for name in state if name not in tensors]:
-        raise CheckpointError(
-            f"{path} is no state dict: {abbreviated(odd)} hold no tensor; expected 'ema', 'model' "
-            f"or the parameters themselves"
-        )
-    return tensors
 
 
 def abbreviated(names: list[str], *, shown: int = 3) -> str:

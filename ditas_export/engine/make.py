@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-from ditas_export.artifact_files import atomic_path, sha256_of_file
+from ditas_export.artifact_files import atomic_path, sha256_of_file, sole_process
 from ditas_export.engine.build import BuiltEngine
 from ditas_export.engine.layers import engine_layers
-from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.metadata import KIND, EngineMetadata, Gpu, is_plan_file, metadata_path
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import Product
 from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
 from ditas_export.errors import EngineError
+from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import require_external_data, sha256_of_onnx
 from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.manifest import require_own_manifest
 
 Build = Callable[[Path, Path], BuiltEngine]
 """Builds an ONNX file into a plan: `build_engine` or `run_tool`, all but the paths bound."""
@@ -61,12 +63,21 @@ def make_engine(
     Raises:
         EngineError: the product refuses, or an int8 file is asked for as int4.
         OnnxExportError: no file of this package, nothing in it to expand, or ONNX Runtime's form.
-        ArtifactError: a file cannot be written.
+        ArtifactError: a file cannot be written, something else has its name, or another process
+            is writing it.
     """
     config = read_config(onnx_path)
     require_external_data(onnx_path)
     require_form_for_tensorrt(onnx_path)
-    with _in_layout(onnx_path, layout) as graph, atomic_path(plan_path) as partial:
+    job_files(onnx_path, plan_path, options).check()
+    onnx_sha256 = sha256_of_onnx(onnx_path)
+    require_own_manifest(onnx_path, onnx_sha256)
+    earlier = sha256_of_file(plan_path) if plan_path.exists() else None
+    with (
+        sole_process(plan_path.with_name(f".{plan_path.name}.lock"), what=plan_path),
+        _in_layout(onnx_path, layout) as graph,
+        atomic_path(plan_path) as partial,
+    ):
         form = read_form(graph)
         built = build(graph, partial)
         report, unknown = None, None
@@ -74,26 +85,42 @@ def make_engine(
             report = layer_report(engine_layers(built.log), config, form)
         except EngineError as error:
             unknown = str(error) if expected_kernels(config, form) else None
+        plan_sha256 = sha256_of_file(partial)
         metadata = EngineMetadata(
             product=product.name,
             version=built.version,
-            plan_sha256=sha256_of_file(partial),
+            plan_sha256=plan_sha256,
             plan_bytes=built.size_bytes,
             onnx_name=onnx_path.name,
-            onnx_sha256=sha256_of_onnx(onnx_path),
+            onnx_sha256=onnx_sha256,
             config=config.to_dict(),
             form=form,
             options=json_options(options),
             gpu=current_gpu(),
             layers=None if report is None else report.to_dict(),
+            replaces_sha256=earlier if earlier != plan_sha256 else None,
         )
         metadata.save(metadata_path(plan_path))
     return MadeEngine(metadata=metadata, report=report, unknown=unknown)
 
 
+def job_files(onnx_path: Path, plan_path: Path, options: BuildOptions) -> JobFiles:
+    """Return the files of a build. The timing cache is both read and written, whatever is in it."""
+    outputs = [
+        Output(path=plan_path, what="engine", is_ours=is_plan_file),
+        Output(path=metadata_path(plan_path), what="engine's metadata", is_ours=json_kind(KIND)),
+    ]
+    if options.timing_cache is not None:
+        cache = options.timing_cache
+        outputs.append(Output(path=cache, what="timing cache", is_ours=lambda _: True))
+    return JobFiles(inputs={"MODEL.onnx": onnx_path}, outputs=tuple(outputs))
+
+
 def json_options(options: BuildOptions) -> dict[str, Any]:
     """Return options as JSON values; a timing cache by its name."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=_name))
+    values: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.asdict(options), default=_name, allow_nan=False)
+    )
     return values
 
 

@@ -17,7 +17,8 @@ from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import CheckpointError, EngineError
 from ditas_export.file_signs import describe_impostor, why_unreadable
 
-FORMAT = "ditas-export engine 1"
+KIND = "ditas-export engine"
+FORMAT = f"{KIND} 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class EngineMetadata:
     options: dict[str, Any]  # of the build
     gpu: Gpu | None  # the one at hand when it was built, if any
     layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
+    replaces_sha256: str | None = None  # of the plan that lay there before, if any
 
     def __post_init__(self) -> None:
         """Refuse a product that this package does not know."""
@@ -67,7 +69,9 @@ class EngineMetadata:
         """Write indented JSON; atomic."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         with atomic_path(path) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def load(cls, path: Path) -> EngineMetadata:
@@ -83,6 +87,18 @@ class EngineMetadata:
             raise EngineError(
                 f"{path} does not describe an engine ({why}); build it with ditas-build"
             ) from error
+
+
+def is_plan_file(path: Path) -> bool:
+    """Return whether a file is a plan with its metadata beside it, or the one that they replace.
+
+    The metadata are written first; a process that is killed then leaves the earlier plan.
+    """
+    try:
+        metadata = EngineMetadata.load(metadata_path(path))
+        return sha256_of_file(path) in (metadata.plan_sha256, metadata.replaces_sha256)
+    except (EngineError, OSError):
+        return False
 
 
 def metadata_path(plan: Path) -> Path:

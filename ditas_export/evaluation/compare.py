@@ -8,6 +8,7 @@ order of the network whose output has an SNR below `linear_db`, over the inputs 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditas_export.artifact_files import differences, require_writable
+from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import VerificationError
@@ -29,18 +30,22 @@ from ditas_export.evaluation.linear_outputs import (
     linear_outputs,
     output_bytes,
 )
-from ditas_export.evaluation.metrics import Difference, finite_or_none
+from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import (
+    is_inputs_file,
     onnx_runner,
     onnx_runner_with_outputs,
     plan_runner,
     run_both,
     save_inputs,
 )
+from ditas_export.figures import finite_or_none
 from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
+from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.export import read_config, read_identity
 from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.runtime.open_runner import onnxruntime_takes
 
 Differences = Mapping[str, Difference]
@@ -48,6 +53,9 @@ Differences = Mapping[str, Difference]
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a stage, what of it is done, and the whole."""
+
+KIND = "ditas-export comparison"
+FORMAT = f"{KIND} 1"
 
 HELD_BYTES = 2**29
 """Outputs of linears of one model that are held at once, unless those of one step take more."""
@@ -133,11 +141,17 @@ class Comparison:
         }
 
 
-def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -> Comparison:
+def compare(
+    options: CompareOptions,
+    *,
+    report: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Comparison:
     """Compare a model with the float model at every time step of a trajectory.
 
     Args:
         options: the two files, what is sampled, and the thresholds.
+        report: a JSON to write all findings to.
         on_progress: called with a stage, what of it is done, and the whole.
 
     Raises:
@@ -147,13 +161,14 @@ def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -
             run.
         EngineError: an engine that cannot run here.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
-        ArtifactError: the inputs cannot be written.
+        ArtifactError: the inputs or the report cannot be written, or something else is there.
     """
+    job_files(options, report).check()
     advance = on_progress or (lambda _stage, _done, _total: None)
     config = _common_config(options)
     _require_onnxruntime_files(options)
-    if options.gen_inputs is not None:
-        require_writable(options.gen_inputs)
+    for path in (options.reference, *([] if _is_plan(options.model) else [options.model])):
+        require_own_manifest(path)
     is_plan = _is_plan(options.model)
     # An engine that cannot run here is refused before anything is sampled.
     model = plan_runner(options.model) if is_plan else onnx_runner(options.model)
@@ -175,7 +190,28 @@ def compare(options: CompareOptions, *, on_progress: OnProgress | None = None) -
         StepComparison(timestep=entry.timestep, outputs=of_outputs, linears=of_linears)
         for entry, of_outputs, of_linears in zip(inputs, outputs, linears, strict=True)
     )
-    return Comparison(steps=steps, options=options)
+    comparison = Comparison(steps=steps, options=options)
+    if report is not None:
+        text = json.dumps({"format": FORMAT, **comparison.to_dict()}, indent=2, allow_nan=False)
+        with atomic_path(report) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    return comparison
+
+
+def job_files(options: CompareOptions, report: Path | None = None) -> JobFiles:
+    """Return the files of a comparison."""
+    outputs = [
+        (options.gen_inputs, "inputs for Polygraphy", is_inputs_file),
+        (report, "comparison", json_kind(KIND)),
+    ]
+    return JobFiles(
+        inputs={"FP32.onnx": options.reference, "MODEL": options.model},
+        outputs=tuple(
+            Output(path=path, what=what, is_ours=kind)
+            for path, what, kind in outputs
+            if path is not None
+        ),
+    )
 
 
 def _is_plan(model: Path) -> bool:

@@ -11,8 +11,7 @@ from ditas_export.diffusion.sampling import Step, trajectory
 from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.options import CFG_SCALE
-from ditas_export.runtime.exported_file import Feed
-from ditas_export.runtime.inputs import require_inputs
+from ditas_export.runtime.inputs import Feed, feed_of
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 
@@ -64,7 +63,7 @@ def trajectory_inputs(
             seed=options.seed,
         ):
             given = inputs_at(step, cfg_scale, config)
-            feed = require_inputs(config, given.latents, given.timesteps, given.class_labels)
+            feed = feed_of(given.latents, given.timesteps, given.class_labels)
             gathered.append(StepInputs(timestep=step.timestep, feed=feed))
             if on_step is not None:
                 on_step(len(gathered), options.steps)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditas_export.figures import decibels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
@@ -54,11 +56,7 @@ class Difference:
     @property
     def snr_db(self) -> float:
         """10 · log10(Σ reference² / Σ error²); infinity if equal, −infinity if not finite."""
-        if self.noise == 0:
-            return math.inf
-        if not (self.signal > 0 and math.isfinite(self.noise)):
-            return -math.inf
-        return 10 * math.log10(self.signal / self.noise)
+        return decibels(self.signal, self.noise)
 
     @property
     def mean_abs(self) -> float:
@@ -67,8 +65,10 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """Σ |error| / Σ |reference|; infinity where the reference is all zeros."""
-        return self.error_sum / self.reference_sum if self.reference_sum else math.inf
+        """Σ |error| / Σ |reference|; of zeros, 0 without an error and infinity with one."""
+        if self.reference_sum:
+            return self.error_sum / self.reference_sum
+        return math.inf if self.error_sum else 0.0
 
 
 def snr_db(reference: Tensor, output: Tensor) -> float:
@@ -79,8 +79,3 @@ def snr_db(reference: Tensor, output: Tensor) -> float:
         output: the same shape.
     """
     return Difference.between(reference, output).snr_db
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return a figure as JSON takes it, of 6 digits; None if infinite or not a number."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None

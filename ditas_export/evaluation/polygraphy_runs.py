@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_
 from ditas_export.engine.products import PRODUCTS, RTX
 from ditas_export.errors import RunnerError
 from ditas_export.evaluation.linear_outputs import with_outputs
-from ditas_export.runtime.exported_file import Feed
+from ditas_export.onnx_export.skeleton import INPUT_NAMES
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
     CPU,
@@ -104,6 +106,17 @@ def save_inputs(path: Path, feeds: Sequence[Feed]) -> None:
     """
     with _one_line_errors(), atomic_path(path) as partial:
         save_json(list(feeds), str(partial))
+
+
+def is_inputs_file(path: Path) -> bool:
+    """Return whether `save_inputs` wrote a file: a list of feeds of a DiT."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    names = set(INPUT_NAMES)
+    feeds = found if isinstance(found, list) else []
+    return bool(feeds) and all(isinstance(feed, dict) and set(feed) == names for feed in feeds)
 
 
 @contextmanager

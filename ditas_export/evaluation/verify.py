@@ -11,8 +11,9 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
+from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.inputs import inputs_at
+from ditas_export.evaluation.kept_parts import KeptParts, Part
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.figures import finite_or_none
 from ditas_export.runtime.onnxruntime_runner import (
-    ACCURATE_WEIGHT_ONLY,
+    BARE_SESSION,
     OnnxRuntimeRunner,
     matmul_kernels,
 )
@@ -45,6 +49,10 @@ coarsely in bfloat16: 38 to 46 dB were seen there with a trained model of 5 bloc
 random ones. Codes in another order give 1 dB in it, row scales 18, a smoothing left out 20. A lost
 bias (34) or low-rank branch (38) hides in the rounding: the same model's float32 file shows those.
 """
+
+FAR_FROM_FLOAT_DB = 20.0
+"""Mean SNR of the final latents against float below which a file is called far from it: a tenth of
+the amplitude is wrong."""
 
 PROBES = 5
 """Steps of a trajectory at which single-step outputs are compared."""
@@ -69,6 +77,8 @@ class FileFindings:
     final_db: tuple[float, ...]  # against float, final latents, per seed
     kernels: Mapping[str, int]  # onnxruntime kernel -> linears; empty in another runtime
     runtime: str
+    not_finite: str | None = None  # where it put out NaN or infinity, and the remedy
+    bare_session_db: tuple[float, ...] | None = None  # final_db of an `InferenceSession` as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +111,42 @@ class Verification:
         """Mean over seeds of the final latents' SNR against float."""
         return sum(self.final_db) / len(self.final_db)
 
+    @property
+    def is_far_from_float(self) -> bool:
+        """Whether the final latents are so far from float's that other pictures come out."""
+        return not self.mean_final_db >= FAR_FROM_FLOAT_DB
+
+    def misses(self, min_db: float | None) -> str | None:
+        """Return why the result is no success, None if it is one.
+
+        Args:
+            min_db: least mean SNR of the final latents against float that was asked for.
+        """
+        found = self.mean_final_db
+        if math.isnan(found) or found < 0:
+            return f"the final latents are {found:.1f} dB from float's, which is noise"
+        if min_db is not None and found < min_db:
+            return f"the final latents are {found:.1f} dB from float's, less than --min-db {min_db}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON values."""
         file = self.file
         return {
             "matches_fake_quantized_forward": self.matches,
-            "match_db": file and _finite(file.match_db),
+            "match_db": file and finite_or_none(file.match_db),
             "match_bound_db": self.match_bound_db,
-            "single_step_snr_db": file and _finite(file.single_step_db),
-            "final_latents_snr_db": file and [_finite(value) for value in file.final_db],
-            "final_latents_snr_db_mean": file and _finite(self.mean_final_db),
-            "fake_quantized_single_step_snr_db": _finite(self.fake_quant_single_step_db),
+            "single_step_snr_db": file and finite_or_none(file.single_step_db),
+            "final_latents_snr_db": file and [finite_or_none(value) for value in file.final_db],
+            "final_latents_snr_db_mean": file and finite_or_none(self.mean_final_db),
+            "fake_quantized_single_step_snr_db": finite_or_none(self.fake_quant_single_step_db),
             "fake_quantized_final_latents_snr_db": [
-                _finite(value) for value in self.fake_quant_final_db
+                finite_or_none(value) for value in self.fake_quant_final_db
             ],
+            "not_finite": file and file.not_finite,
+            "bare_session_final_latents_snr_db": file
+            and file.bare_session_db
+            and [finite_or_none(value) for value in file.bare_session_db],
             "kernels": file and dict(file.kernels),
             "runtime": file and file.runtime,
             "seeds": list(self.settings.seeds),
@@ -124,17 +156,14 @@ class Verification:
         }
 
 
-def _finite(decibels: float) -> float | None:
-    """Return a ratio as JSON takes it: None where the outputs are equal or not finite."""
-    return round(decibels, 3) if math.isfinite(decibels) else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
     """What one backend gave."""
 
     probes: list[Tensor]  # outputs at the probed inputs
     finals: list[Tensor]  # final latents, one per seed
+    runtime: str
+    not_finite: str | None = None  # why there are no numbers
 
 
 def verify_file(
@@ -143,43 +172,55 @@ def verify_file(
     path: Path,
     settings: VerificationSettings,
     *,
+    weight_only: bool = False,
     device: str | torch.device = "cpu",
+    kept: KeptParts = KeptParts(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Sample with the float model, the fake-quantized model and the file, if it runs; compare.
 
-    The two models stay on `device`; the file runs on the CPU.
+    The two models stay on `device`; the file runs on the CPU. What is kept of an interrupted
+    verification is not run again; where all is, the file need not be there.
 
     Args:
         float_model: float32.
         fake_quantized: what the file must compute, in the file's float type.
         path: the exported ONNX file.
         settings: seeds, classes, steps, guidance.
+        weight_only: whether the file has weight-only linears, whose float inputs an ONNX Runtime
+            session rounds to 8 bits unless it is told not to, as our runners tell it. Such a file
+            runs in a session as it is, too.
         device: where the models compute.
+        kept: where every seed of every model is kept, of these settings and models alone.
         on_step: called with (sampling steps done, in all).
 
     Raises:
         RunnerError: the runtime is missing, or refuses the file.
+        ArtifactError: what is to be kept cannot be written.
     """
     dtype = fake_quantized.pos_embed.dtype
     open_file = _file_opener(dtype)
-    done, total = 0, (3 if open_file else 2) * len(settings.seeds) * settings.steps
+    bare = weight_only and dtype != torch.bfloat16
+    models = 2 + (open_file is not None) + bare
+    done, total = 0, models * len(settings.seeds) * settings.steps
 
-    def count() -> None:
+    def count(steps: int) -> None:
         nonlocal done
-        done += 1
+        done += steps
         if on_step is not None:
             on_step(done, total)
 
-    inputs: list[ModelInputs] = []
-    with TorchRunner(float_model, device=device) as runner:
-        reference = _run(runner, settings, inputs, count, gather=True)
-    with TorchRunner(fake_quantized, device=device) as runner:
-        expected = _run(runner, settings, inputs, count)
+    runs = _Runs(settings=settings, kept=kept, count=count)
+    reference = runs.of("float", lambda: TorchRunner(float_model, device=device))
+    expected = runs.of("fake", lambda: TorchRunner(fake_quantized, device=device))
+    file = None
+    if open_file is not None:
+        file = _findings(path, open_file, runs, reference, expected)
+        if bare:
+            found = runs.of("bare", lambda: OnnxRuntimeRunner(path, session_entries=BARE_SESSION))
+            file = replace(file, bare_session_db=_per_seed(reference, found))
     return Verification(
-        file=_findings(path, open_file, settings, inputs, count, reference, expected)
-        if open_file
-        else None,
+        file=file,
         match_bound_db=MATCH_BOUND_DB[dtype],
         fake_quant_single_step_db=_single_step(reference, expected),
         fake_quant_final_db=_per_seed(reference, expected),
@@ -190,36 +231,46 @@ def verify_file(
 def _file_opener(dtype: torch.dtype) -> Callable[[Path], FileRunner] | None:
     """Return what opens a file of a float type; None where nothing installed runs it."""
     if dtype != torch.bfloat16:
-        return partial(OnnxRuntimeRunner, session_entries=ACCURATE_WEIGHT_ONLY)
+        return OnnxRuntimeRunner
     return OpenVINORunner if importlib.util.find_spec("openvino") else None
 
 
 def _findings(
     path: Path,
     open_file: Callable[[Path], FileRunner],
-    settings: VerificationSettings,
-    inputs: list[ModelInputs],
-    count: Callable[[], None],
+    runs: _Runs,
     reference: _Run,
     expected: _Run,
 ) -> FileFindings:
     """Run the file and hold it against the float and the fake-quantized run."""
-    with open_file(path) as runner:
-        found = _run(runner, settings, inputs, count)
-        is_onnxruntime = isinstance(runner, OnnxRuntimeRunner)
-        description = runner.description
+    found = runs.of("file", lambda: open_file(path))
+    is_onnxruntime = open_file is not OpenVINORunner
+    broken = found.not_finite or expected.not_finite
+    kernels = runs.kept.take(
+        "kernels",
+        lambda: Part(facts=_counted_kernels(path) if is_onnxruntime else {}),
+    )
     pairs = zip(expected.probes, found.probes, strict=True)
+    match_db = -math.inf if broken else min(snr_db(wanted, got) for wanted, got in pairs)
     return FileFindings(
-        match_db=min(snr_db(wanted, got) for wanted, got in pairs),
+        match_db=match_db,
         single_step_db=_single_step(reference, found),
         final_db=_per_seed(reference, found),
-        kernels=Counter(matmul_kernels(path).values()) if is_onnxruntime else {},
-        runtime=description,
+        kernels=kernels.facts,
+        runtime=found.runtime,
+        not_finite=broken,
     )
+
+
+def _counted_kernels(path: Path) -> dict[str, int]:
+    """Return ONNX Runtime's kernels of a file's products, in order of name, and how many each."""
+    return dict(sorted(Counter(matmul_kernels(path).values()).items()))
 
 
 def _single_step(reference: _Run, other: _Run) -> float:
     """Return the SNR over all probed steps."""
+    if other.not_finite:
+        return -math.inf
     return snr_db(torch.cat(reference.probes), torch.cat(other.probes))
 
 
@@ -230,29 +281,91 @@ def _per_seed(reference: _Run, other: _Run) -> tuple[float, ...]:
     )
 
 
-def _run(
-    runner: Runner,
-    settings: VerificationSettings,
-    inputs: list[ModelInputs],
-    count: Callable[[], None],
-    *,
-    gather: bool = False,
-) -> _Run:
-    """Sample every seed; then answer at the probed inputs, which the float run gathers."""
-    finals = []
-    every = max(1, settings.steps // PROBES)
-    for seed in settings.seeds:
-        for step in trajectory(
-            runner,
+@dataclass(slots=True, kw_only=True)
+class _Runs:
+    """Runs one backend after the other; the first gathers the inputs at which all are probed."""
+
+    settings: VerificationSettings
+    kept: KeptParts
+    count: Callable[[int], None]
+    inputs: list[ModelInputs] = field(default_factory=list)
+
+    def of(self, name: str, open_runner: Callable[[], Runner]) -> _Run:
+        """Sample every seed, then answer at the probed inputs; open the backend if need be."""
+        parts: list[Part] = []
+        with ExitStack() as stack:
+            runner = cache(lambda: stack.enter_context(open_runner()))
+            for seed in self.settings.seeds:
+                if found := self.kept.find(f"{name}-{seed}"):
+                    self.count(self.settings.steps)
+                part = found or self.kept.take(
+                    f"{name}-{seed}", partial(self._sampled, runner, seed)
+                )
+                parts.append(part)
+                self.inputs = self.inputs or _probed_inputs(part)
+            probed = self.kept.take(f"{name}-probes", partial(self._probed, runner))
+        outputs = [probed.tensors[str(index)] for index in range(len(self.inputs))]
+        facts = [part.facts for part in (*parts, probed)]
+        return _Run(
+            probes=outputs,
+            finals=[part.tensors["final"] for part in parts],
+            runtime=probed.facts["runtime"],
+            not_finite=next((fact["not_finite"] for fact in facts if "not_finite" in fact), None),
+        )
+
+    def _sampled(self, runner: Callable[[], Runner], seed: int) -> Part:
+        """Sample one seed; with its final latents goes what the very first run is probed at."""
+        settings, probes = self.settings, []
+        every = max(1, settings.steps // PROBES)
+        facts: dict[str, Any] = {}
+        steps = trajectory(
+            runner(),
             classes=settings.classes,
             steps=settings.steps,
             cfg_scale=settings.cfg_scale,
             seed=seed,
-        ):
-            if gather and seed == settings.seeds[0] and step.index % every == 0:
-                inputs.append(inputs_at(step, settings.cfg_scale, runner.config))
-            last = step.next_latents
-            count()
-        finals.append(last)
-    probes = [runner(probe.latents, probe.timesteps, probe.class_labels) for probe in inputs]
-    return _Run(probes=probes, finals=finals)
+        )
+        try:
+            for step in steps:
+                if not self.inputs and step.index % every == 0:
+                    probes.append(inputs_at(step, settings.cfg_scale, runner().config))
+                last = step.next_latents
+                self.count(1)
+        except NonFiniteError as error:
+            if not self.inputs:
+                raise  # the float model itself
+            last = torch.full_like(self.inputs[0].latents[: len(settings.classes)], torch.nan)
+            facts["not_finite"] = str(error)
+        gathered = {
+            name: torch.stack([getattr(probe, name) for probe in probes])
+            for name in (_PROBE_PARTS if probes else ())
+        }
+        return Part(tensors={"final": last, **gathered}, facts=facts)
+
+    def _probed(self, runner: Callable[[], Runner]) -> Part:
+        """Answer at the probed inputs."""
+        facts: dict[str, Any] = {"runtime": runner().description}
+        answers = {}
+        for index, probe in enumerate(self.inputs):
+            try:
+                answer = runner()(probe.latents, probe.timesteps, probe.class_labels)
+            except NonFiniteError as error:
+                answer = torch.full((1,), torch.nan)
+                facts.setdefault("not_finite", str(error))
+            answers[str(index)] = answer
+        return Part(tensors=answers, facts=facts)
+
+
+_PROBE_PARTS = ("latents", "timesteps", "class_labels")
+"""What a probe is made of."""
+
+
+def _probed_inputs(part: Part) -> list[ModelInputs]:
+    """Return the inputs that were gathered with a seed; none where it is not the first."""
+    if _PROBE_PARTS[0] not in part.tensors:
+        return []
+    stacked = (part.tensors[name] for name in _PROBE_PARTS)
+    return [
+        ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
+        for latents, timesteps, labels in zip(*stacked, strict=True)
+    ]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files
@@ -24,7 +26,7 @@ from ditas_export.onnx_export.vae import (
     VaeShape,
     load_latent_decoder,
     read_vae_shape,
-    require_same_channels,
+    require_fitting_vae,
 )
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
@@ -44,6 +46,11 @@ class Decoder(Protocol):
     @property
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
+        ...
+
+    @property
+    def factors(self) -> VaeFactors | None:
+        """How its latents are scaled; None where its file does not say."""
         ...
 
     @property
@@ -95,6 +102,11 @@ class _ImageByImage(Closing):
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
         return self._shape.scale
+
+    @property
+    def factors(self) -> VaeFactors | None:
+        """How its latents are scaled; None where its file does not say."""
+        return self._shape.factors
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return pixels, (N, 3, H, W) float32 in [-1, 1], on the latents' device.
@@ -197,18 +209,19 @@ class OnnxVaeDecoder(_ImageByImage):
 
 
 def open_decoder(
-    vae: str | None, *, in_channels: int, device: str, threads: int | None = None
+    vae: str | None, *, config: DiTConfig, device: str, threads: int | None = None
 ) -> Decoder | None:
     """Return the decoder of a model's latents, None where none is wanted.
 
     Args:
         vae: a `vae_decoder.onnx` by its suffix, in any case, what `VaeDecoder` takes, or "none".
-        in_channels: channels of the model's latents.
+        config: of the model.
         device: where it runs.
         threads: of a file in ONNX Runtime; PyTorch's are the process's.
 
     Raises:
-        RunnerError: the VAE cannot be opened, or takes latents of another number of channels.
+        RunnerError: the VAE cannot be opened, takes latents of another number of channels, or
+            scales them otherwise than the model records.
         OnnxExportError: a file that holds no VAE.
     """
     if vae is None or vae == NO_VAE:
@@ -217,5 +230,7 @@ def open_decoder(
     decoder: Decoder = (
         OnnxVaeDecoder(Path(vae), device, threads=threads) if in_onnx else VaeDecoder(vae, device)
     )
-    require_same_channels(vae, made=in_channels, taken=decoder.in_channels)
+    require_fitting_vae(
+        f"the VAE {vae}", in_channels=decoder.in_channels, factors=decoder.factors, config=config
+    )
     return decoder

@@ -7,14 +7,23 @@ share the folder need not talk about images.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ditas_export.artifact_files import atomic_path, differences
+from ditas_export.artifact_files import (
+    atomic_path,
+    differences,
+    partial_path,
+    require_writable,
+    sole_process,
+)
 from ditas_export.errors import ArtifactError
 from ditas_export.generation.pixels import (
     as_rgb,
@@ -26,6 +35,7 @@ from ditas_export.generation.pixels import (
 from ditas_export.generation.sampler import SampledBatch
 
 FORMAT = "ditas-export samples 1"
+LOCK_NAME = ".lock"
 FACTS_NAME = "samples.json"
 GRID_NAME = "grid.png"
 NPZ_NAME = "samples.npz"
@@ -47,22 +57,61 @@ class ImageFolder:
         self.count = count
         self.pictures = pictures
 
-    def prepare(self, facts: Mapping[str, Any]) -> None:
-        """Create the folder, or take up one that an earlier run of the same job left.
-
-        Args:
-            facts: what the bytes of the images depend on, as JSON values.
+    def check(self) -> None:
+        """Refuse a folder that holds anything but samples; nothing is touched.
 
         Raises:
-            ArtifactError: the folder cannot be written, or holds samples of another job.
+            ArtifactError: no folder, or one with files of others and no `samples.json`.
         """
-        stated = json.loads(json.dumps({"format": FORMAT, **facts}))
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise ArtifactError(
+                f"cannot make the folder {self.path}: a file is there; pick another"
+            )
+        if (self.path / FACTS_NAME).exists():
+            require_writable(self.path / FACTS_NAME)
+            require_writable(self.path / GRID_NAME)
+            return
+        known = {LOCK_NAME, partial_path(self.path / FACTS_NAME).name}
+        if strangers := sorted({entry.name for entry in self.path.iterdir()} - known):
+            raise ArtifactError(
+                f"{self.path} holds {strangers[0]} and no {FACTS_NAME}, so it is no folder of "
+                f"samples; pick another, or delete it"
+            )
+
+    def has_name(self, name: str) -> bool:
+        """Return whether a name in the folder is that of an image, the grid or the facts."""
+        return (
+            name in (FACTS_NAME, GRID_NAME) or re.fullmatch(r"\d{6,}\.(png|npy)", name) is not None
+        )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, if it is not there, and hold it for this job.
+
+        Raises:
+            ArtifactError: it cannot be made, or another process writes to it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtifactError(
                 f"cannot make the folder {self.path}: {error.strerror}; pick another"
             ) from error
+        with sole_process(self.path / LOCK_NAME, what=self.path):
+            yield
+
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        """Say in a new folder what it will hold, or take up one of the same job.
+
+        Args:
+            facts: what the bytes of the images depend on, as JSON values.
+
+        Raises:
+            ArtifactError: the folder holds samples of another job.
+        """
+        stated = json.loads(json.dumps({"format": FORMAT, **facts}, allow_nan=False))
         facts_path = self.path / FACTS_NAME
         if not facts_path.is_file():
             with atomic_path(facts_path) as partial:

@@ -15,15 +15,23 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import VaeFactors
+from ditas_export.errors import ArtifactError, RunnerError
 from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
+from ditas_export.generation.pixels import is_npz_file
 from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
+from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
 from ditas_export.runtime.open_runner import OpenedModel, open_runner
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 """What published DiTs of 4 latent channels were trained with, on the hub."""
+
+DEFAULT_FACTORS = VaeFactors(scaling_factor=0.18215)
+"""How its latents are scaled."""
 
 OnProgress = Callable[[int, int, float], None]
 """Called with steps done, steps to do, and images per second so far, of this rank."""
@@ -67,6 +75,7 @@ def generate(
         DitasExportError: bad input, found before the long work starts.
     """
     with ExitStack() as stack:
+        ranks.first(lambda: _check_files(options))
         opened = ranks.together(lambda: _open(options))
         runner = stack.enter_context(opened.runner)
         decoder = ranks.together(lambda: _decoder(options, opened))
@@ -76,14 +85,17 @@ def generate(
             lambda: Sampler(runner, _settings(options, opened), decoder=decoder)
         )
         say(f"model: {opened.source}\nruntime: {runner.description}")
+        for note in opened.notes:
+            say(f"  {note}")
         if decoder is not None:
             say(f"VAE: {decoder.description}")
         count = len(sampler.settings.classes)
         pictures = decoder is not None or runner.config.in_channels in PICTURE_CHANNELS
         folder = ImageFolder(options.output, count=count, pictures=pictures)
-        npz = options.npz or options.output / NPZ_NAME
+        npz = _npz(options)
         facts = _facts(options, opened, sampler)
-        ranks.first(lambda: _prepare(folder, npz, facts))
+        ranks.first(lambda: stack.enter_context(folder.held()))
+        ranks.first(lambda: folder.prepare(facts))
         sampled, seconds = _sample_missing(sampler, folder, ranks, on_progress)
         ranks.barrier()
         ranks.first(lambda: folder.finish(npz))
@@ -97,6 +109,33 @@ def generate(
         )
 
 
+def _npz(options: SampleOptions) -> Path:
+    """Return where the images are stacked."""
+    return options.npz or options.output / NPZ_NAME
+
+
+def _check_files(options: SampleOptions) -> None:
+    """Refuse outputs that must not or cannot be written, before the model is opened.
+
+    Raises:
+        ArtifactError: see `ImageFolder.check` and `JobFiles.check`.
+    """
+    folder, npz = ImageFolder(options.output, count=0, pictures=True), _npz(options)
+    folder.check()
+    inside = npz.parent.resolve() == options.output.resolve()
+    if same_file(npz, options.output) or (inside and folder.has_name(npz.name)):
+        raise ArtifactError(f"{npz} has the name of another output; name another")
+    if inside and not options.output.exists():
+        return  # made with the folder
+    if inside and npz.name == NPZ_NAME:
+        require_writable(npz)  # the folder's own
+        return
+    JobFiles(
+        inputs=existing(model=options.model, vae=options.vae),
+        outputs=(Output(path=npz, what="stack of samples", is_ours=is_npz_file),),
+    ).check()
+
+
 def _open(options: SampleOptions) -> OpenedModel:
     """Open the model on this rank's device."""
     return open_runner(
@@ -104,7 +143,7 @@ def _open(options: SampleOptions) -> OpenedModel:
         runtime=options.runtime,
         device=_device(options),
         threads=_threads(options),
-        num_heads=options.num_heads,
+        hints=options.hints,
     )
 
 
@@ -124,16 +163,31 @@ def _threads(options: SampleOptions) -> int | None:
 
 def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
     """Return the decoder of the model's latents: as asked, or the one that fits."""
-    channels = opened.runner.config.in_channels
-    vae = options.vae
-    if vae is None:
-        beside = Path(options.model).with_name(VAE_FILE)
-        vae = str(beside) if beside.is_file() else DEFAULT_VAE
-        if channels in PICTURE_CHANNELS:
-            vae = NO_VAE
-    return open_decoder(
-        vae, in_channels=channels, device=_device(options), threads=_threads(options)
-    )
+    config = opened.runner.config
+    vae = options.vae or _vae_of(options.model, opened, config)
+    return open_decoder(vae, config=config, device=_device(options), threads=_threads(options))
+
+
+def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:
+    """Return the VAE of a model: its pipeline's, the file beside it, or the published models'.
+
+    Raises:
+        RunnerError: there is none, and the published models' is not the one that is recorded.
+    """
+    recorded = config.process.vae
+    if opened.vae is not None:
+        return opened.vae
+    if recorded is None and config.in_channels in PICTURE_CHANNELS:
+        return NO_VAE
+    beside = Path(model).with_name(VAE_FILE)
+    if beside.is_file():
+        return str(beside)
+    if recorded not in (None, DEFAULT_FACTORS):
+        raise RunnerError(
+            f"{model} was trained on latents of {recorded}, which the default VAE {DEFAULT_VAE} "
+            f"({DEFAULT_FACTORS}) does not decode; pass --vae, or put its {VAE_FILE} beside it"
+        )
+    return DEFAULT_VAE
 
 
 def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
@@ -153,12 +207,6 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
         seed=options.seed,
         batch=options.batch,
     )
-
-
-def _prepare(folder: ImageFolder, npz: Path, facts: dict[str, Any]) -> None:
-    """Check both outputs before any work."""
-    folder.prepare(facts)
-    require_writable(npz)
 
 
 def _facts(options: SampleOptions, opened: OpenedModel, sampler: Sampler) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ditas_export.errors import RunnerError
+from ditas_export.options import CheckpointHints
 from ditas_export.runtime.options import Runtime
 
 SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
@@ -32,6 +33,9 @@ class SampleOptions:
     model: str
     output: Path
     num_heads: int | None = None
+    num_classes: int | None = None
+    no_null_class: bool = False
+    betas: str | None = None
     classes: str = "random"
     images: int | None = None
     steps: int = 50
@@ -57,3 +61,13 @@ class SampleOptions:
                 raise RunnerError(f"{name}={value!r}; choose one of {', '.join(choices)}")
         if self.threads is not None and self.threads < 1:
             raise RunnerError(f"threads={self.threads}; use at least one")
+
+    @property
+    def hints(self) -> CheckpointHints:
+        """What is said of a checkpoint that does not say it itself."""
+        return CheckpointHints(
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            no_null_class=self.no_null_class,
+            betas=self.betas,
+        )

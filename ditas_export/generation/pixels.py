@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path
 
+NPZ_COMMENT = b"ditas-export samples"
+"""The archive's comment, by which a file is known as made here."""
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """(…, H, W, 1 or 3) uint8: grey or RGB."""
 
@@ -109,6 +112,16 @@ def write_npz(
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         archive.open(entry, "w", force_zip64=True) as file,
     ):
+        archive.comment = NPZ_COMMENT
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
             file.write(np.ascontiguousarray(array).tobytes())
+
+
+def is_npz_file(path: Path) -> bool:
+    """Return whether `write_npz` wrote a file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == NPZ_COMMENT
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -28,6 +28,7 @@ from ditas_export.errors import CancelledError, RunnerError
 from ditas_export.generation.decoder import Decoder
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
+from ditas_export.onnx_export.vae import require_fitting_vae
 
 PICTURE_CHANNELS = (1, 3)
 """Channels of a model that makes pixels itself: grey or RGB."""
@@ -35,14 +36,19 @@ PICTURE_CHANNELS = (1, 3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """What is sampled; the defaults are the published ones."""
+    """What is sampled; the defaults are the published ones.
+
+    With `seeds`, an image is what the first image of its seed would be: it does not depend on its
+    place in the set.
+    """
 
     classes: tuple[int, ...]  # one per image
     steps: int = 50
     sampler: SamplerName = "ddpm"
     cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
     cfg_channels: CfgChannels = "3"
-    seed: int = 0
+    seed: int = 0  # of all images, each with noise of its own
+    seeds: tuple[int, ...] | None = None  # one per image, in the place of `seed`
     batch: int = 8
 
     def __post_init__(self) -> None:
@@ -55,6 +61,10 @@ class SamplingSettings:
             raise RunnerError(f"batch={self.batch}; a batch has at least one image")
         if not self.classes:
             raise RunnerError("no class to sample; name at least one")
+        if self.seeds is not None and len(self.seeds) != len(self.classes):
+            raise RunnerError(
+                f"{len(self.seeds)} seeds for {len(self.classes)} images; give one each"
+            )
         guided_channel_count(1, self.cfg_channels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +75,7 @@ class SamplingSettings:
             "sampler": self.sampler,
             "cfg_scale": self.cfg_scale,
             "cfg_channels": self.cfg_channels,
-            "seed": self.seed,
+            "seed": self.seed if self.seeds is None else list(self.seeds),
             "batch": self.batch,
         }
 
@@ -89,21 +99,23 @@ class Sampler:
 
     Raises:
         RunnerError: a class that the model does not have, steps that the sampler does not take,
-            guidance of a model that has nothing to guide with, or a decoder of other latents.
+            guidance of a model that has nothing to guide with, or a decoder of other latents, or
+            of latents scaled otherwise.
     """
 
     def __init__(
         self, runner: Runner, settings: SamplingSettings, *, decoder: Decoder | None = None
     ) -> None:
         config = runner.config
-        channels = config.in_channels
         require_labels(settings.classes, config)
         make_scheduler(settings.sampler, settings.steps, config.process)
         self._cfg_scale = resolved_cfg_scale(settings.cfg_scale, default=CFG_SCALE, config=config)
-        if decoder is not None and decoder.in_channels != channels:
-            raise RunnerError(
-                f"the model makes {channels}-channel latents, {decoder.description} takes "
-                f"{decoder.in_channels}; pass the VAE that the model was trained with"
+        if decoder is not None:
+            require_fitting_vae(
+                decoder.description,
+                in_channels=decoder.in_channels,
+                factors=decoder.factors,
+                config=config,
             )
         self.runner = runner
         self.settings = replace(settings, cfg_scale=self._cfg_scale)
@@ -140,7 +152,10 @@ class Sampler:
         """
         settings, wanted = self.settings, self.indices(batch)
         rows = range(wanted.start, wanted.start + self._rows)
-        last = len(settings.classes) - 1
+        filled = [min(index, len(settings.classes) - 1) for index in rows]
+        seed: int | list[int] = settings.seed
+        if settings.seeds is not None:
+            seed = [settings.seeds[index] for index in filled]
 
         def after_step(index: int, timestep: int, latents: Tensor) -> None:
             if on_step is not None:
@@ -150,13 +165,13 @@ class Sampler:
 
         latents = sample(
             self.runner,
-            classes=[settings.classes[min(index, last)] for index in rows],
+            classes=[settings.classes[index] for index in filled],
             steps=settings.steps,
             cfg_scale=self._cfg_scale,
             cfg_channels=settings.cfg_channels,
             sampler=settings.sampler,
-            seed=settings.seed,
-            image_indices=rows,
+            seed=seed,
+            image_indices=rows if settings.seeds is None else [0] * len(rows),
             device=self.runner.device,
             on_step=after_step,
         )[: len(wanted)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from ditas_export import __version__
-from ditas_export.artifact_files import atomic_path, require_writable
+from ditas_export.artifact_files import require_writable, staging_folder
 from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.identity import ModelIdentity, identity_of
@@ -22,6 +21,7 @@ from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.file_signs import why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
+from ditas_export.onnx_export.external_data import data_name, install
 from ditas_export.onnx_export.lowering import (
     Layout,
     lower_float_linear,
@@ -56,7 +56,7 @@ def export_onnx(
 ) -> None:
     """Write a quantized DiT as standard QDQ ONNX, checked against the rules of the runtimes.
 
-    Past 2 GB the tensors go to `<path>.data`. Either file is there whole or not at all.
+    Past 2 GB the tensors go to `<path>.<digest>.data`. Either file is there whole or not at all.
 
     Args:
         folded: what to write, in its own float type; latents and output are float32 all the same.
@@ -127,7 +127,7 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
 
     Args:
         model: in the float type to write; left untouched.
-        path: the file; past 2 GB the tensors go to `<path>.data`.
+        path: the file; past 2 GB the tensors go to `<path>.<digest>.data`.
         identity: of the float32 model, where the caller has it; else that of `model` in float32.
 
     Raises:
@@ -199,22 +199,16 @@ def write_model(model: ir.Model, path: Path) -> None:
         ArtifactError: the file cannot be written.
     """
     _order_initializers(model.graph)
-    data_name = (
-        f"{path.name}.data" if sum(bytes_by_part(model).values()) > LARGEST_INLINE_BYTES else None
-    )
-    with (
-        atomic_path(path) as partial,
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
-    ):
-        staged = Path(folder) / path.name
-        ir.save(model, staged, external_data=data_name)
+    is_large = sum(bytes_by_part(model).values()) > LARGEST_INLINE_BYTES
+    data = data_name(model, path.name) if is_large else None
+    with staging_folder(path) as folder:
+        staged = folder / path.name
+        ir.save(model, staged, external_data=data)
         try:
             onnx.checker.check_model(str(staged), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise OnnxExportError(f"the exported graph is no valid ONNX: {error}") from error
-        if data_name:
-            (Path(folder) / data_name).replace(path.parent / data_name)
-        staged.replace(partial)
+        install(staged, path)
 
 
 def _order_initializers(graph: ir.Graph) -> None:
@@ -287,6 +281,25 @@ def read_form(path: Path) -> dict[str, Any]:
             f"ditas-export"
         )
     return form
+
+
+def is_quantized_file(path: Path) -> bool:
+    """Return whether `export_onnx` wrote a file."""
+    return "weight_bits" in _form_or_none(path)
+
+
+def is_float_file(path: Path) -> bool:
+    """Return whether `export_reference` wrote a file."""
+    form = _form_or_none(path)
+    return bool(form) and "weight_bits" not in form
+
+
+def _form_or_none(path: Path) -> dict[str, Any]:
+    """Return how a file was written; nothing of one that this package did not write."""
+    try:
+        return read_form(path)
+    except OnnxExportError:
+        return {}
 
 
 def _metadata_entry(path: Path, key: str) -> str:

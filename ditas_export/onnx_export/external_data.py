@@ -3,23 +3,28 @@
 One rule for all that read them. The location that is written in the model is a name beside it or
 below: neither absolute nor climbing. What is there may be a link, as in a hub's snapshots, and the
 link may lead anywhere, as long as it ends at a plain file.
+
+A file that this package writes keeps its data in `<name>.<digest>.data`, the digest that of the
+tensors: files of other tensors have data of another name, so that a pair can be replaced by another
+without a moment at which a file's data are not its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 import onnx_ir as ir
 
-from ditas_export.artifact_files import sha256_of_file
-from ditas_export.errors import OnnxExportError
+from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
+from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 
@@ -60,12 +65,21 @@ def external_files(path: Path) -> list[Path]:
         OnnxExportError: no readable ONNX file; or external data that are not there, are cut short,
             are no plain file, or lie where the file may not ask for them.
     """
-    wanted = _wanted_bytes(path, _references(path))
-    wanted.pop(path.name, None)
-    files = {path.parent / location: size for location, size in sorted(wanted.items())}
+    files = _data_of(path)
     for file, size in files.items():
         _require_bytes(path, file, size)
     return list(files)
+
+
+def _data_of(path: Path) -> dict[Path, int]:
+    """Return where an ONNX file's tensors lie, there or not, and the bytes each file must have.
+
+    Raises:
+        OnnxExportError: no readable ONNX file, or one that asks for what it may not.
+    """
+    wanted = _wanted_bytes(path, _references(path))
+    wanted.pop(path.name, None)
+    return {path.parent / location: size for location, size in sorted(wanted.items())}
 
 
 def load_mapped(path: Path) -> ir.Model:
@@ -83,7 +97,7 @@ def load_mapped(path: Path) -> ir.Model:
     return ir.from_proto(model)
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_files(path: Path) -> Iterator[Path]:
     """Yield an ONNX file whose data are plain files beside it, as runtimes ask for.
 
@@ -101,6 +115,91 @@ def plain_files(path: Path) -> Iterator[Path]:
         copy = Path(copies) / path.name
         ir.save(load_mapped(path), copy, external_data=f"{path.name}.data")
         yield copy
+
+
+def data_name(model: ir.Model, name: str) -> str:
+    """Return the name of the data of a model that is written as `name`, by its tensors."""
+    digest = hashlib.sha256()
+    for key, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None  # an initializer holds a tensor
+        digest.update(f"{key} {tensor.shape} {tensor.dtype};".encode())
+        digest.update(tensor.tobytes())
+    return f"{name}.{digest.hexdigest()[:16]}.data"
+
+
+def install(staged: Path, path: Path) -> None:
+    """Move an ONNX file with its data to where they belong, over an earlier one with its own.
+
+    The data go first and the earlier file's last, so that there is no moment at which `path` lacks
+    its own. What a killed process moved, or did not remove any more, makes no difference.
+
+    Args:
+        staged: the file, its data beside it; both named as they will be.
+        path: its final place, on the same file system.
+
+    Raises:
+        OnnxExportError: no readable ONNX file.
+        ArtifactError: another file has the name of the data.
+        OSError: a file cannot be moved.
+    """
+    earlier = set()
+    if path.exists():
+        with contextlib.suppress(OnnxExportError):
+            earlier = {file.name for file in _data_of(path)}
+    for data in _data_of(staged):
+        target = path.parent / data.name
+        if not data.exists() and target.exists():
+            continue  # a killed process had moved it
+        if target.exists() and sha256_of_file(target) != sha256_of_file(data):
+            raise ArtifactError(f"{target} is there already; delete it, or name another output")
+        settle(data, target)
+    settle(staged, path)
+    # By name, whatever the earlier file said: a stranger's may name anything.
+    mine = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data")
+    of_earlier_versions = {f"{path.name}.data"} & earlier
+    left = {
+        file
+        for file in path.parent.iterdir()
+        if mine.fullmatch(file.name) or file.name in of_earlier_versions
+    }
+    for file in sorted(left - set(_data_of(path))):
+        file.unlink(missing_ok=True)
+
+
+def rename_pair(path: Path, name: str) -> Path:
+    """Give a file and its data, all in one folder, names that begin with another one.
+
+    May be run again where it was interrupted.
+
+    Args:
+        path: the file; its data have names that begin with its own.
+        name: what the file is called afterwards.
+
+    Returns:
+        The renamed file; its bytes change where it has data.
+
+    Raises:
+        OnnxExportError: no readable ONNX file.
+        ArtifactError: the file cannot be written.
+        OSError: a file cannot be moved.
+    """
+    renamed = path.with_name(name)
+    if path.exists() and not _data_of(path):
+        return path.rename(renamed)
+    if not renamed.exists():
+        model = onnx.load(str(path), load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = name + entry.value.removeprefix(path.name)
+        with atomic_path(renamed) as partial:
+            partial.write_bytes(model.SerializeToString())
+    for data in _data_of(renamed):
+        if not data.exists():
+            data.with_name(path.name + data.name.removeprefix(name)).rename(data)
+    path.unlink(missing_ok=True)
+    return renamed
 
 
 def _references(path: Path) -> onnx.ModelProto:

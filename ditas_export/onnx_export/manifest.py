@@ -10,6 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from ditas_export.artifact_files import atomic_path
+from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.external_data import sha256_of_onnx
+
+MANIFEST_KIND = "ditas-export manifest"
+MANIFEST_FORMAT = f"{MANIFEST_KIND} 1"
 
 PARTS = (
     "codes",
@@ -60,6 +65,41 @@ def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_manifest(model: Path) -> dict[str, Any] | None:
+    """Return the manifest beside an exported file, out.json of out.onnx; None where there is none.
+
+    Another JSON of that name is none.
+    """
+    try:
+        found = json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_manifest = isinstance(found, dict) and str(found.get("format")).startswith(MANIFEST_KIND)
+    return found if is_manifest else None
+
+
+def require_own_manifest(model: Path, sha256: str | None = None) -> None:
+    """Refuse an exported file beside which lies the manifest of another.
+
+    Args:
+        model: the ONNX file.
+        sha256: `sha256_of_onnx(model)` where the caller has it.
+
+    Raises:
+        OnnxExportError: the manifest records another hash, or the file cannot be read.
+    """
+    manifest = read_manifest(model)
+    if manifest is None:
+        return
+    file = manifest.get("file")
+    recorded = file.get("sha256") if isinstance(file, dict) else None
+    if recorded != (sha256 or sha256_of_onnx(model)):
+        raise OnnxExportError(
+            f"{model.with_suffix('.json')} is the manifest of another file than {model}; run the "
+            f"export again, put the two that belong together side by side, or remove the manifest"
+        )
 
 
 def _part(name: str) -> str:

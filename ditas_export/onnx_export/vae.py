@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
-from ditas_export.dit.tensor_files import abbreviated, read_json
-from ditas_export.errors import OnnxExportError, RunnerError
+from ditas_export.dit.diffusers_folder import find_weights, variant_of
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import VaeFactors, checked_fields
+from ditas_export.dit.tensor_files import abbreviated, read_json, refuse_other_kinds
+from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
 from ditas_export.onnx_export.export import file_metadata, write_model
 from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, quiet_exporter, strip_metadata
 
@@ -37,21 +40,13 @@ _STATISTICS = ("latents_mean", "latents_std")
 
 _CLASS = "AutoencoderKL"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHT_FILES = tuple(
-    f"diffusion_pytorch_model{variant}{kind}"
-    for kind in (".safetensors", ".bin")
-    for variant in ("", ".fp16")
-)
-"""Weight files of diffusers, the better ones first."""
-
 _HUB_PATTERNS = tuple(
     tuple(
         f"{folder}{name}"
         for folder in ("vae/", "")
-        for name in ("config.json", *_WEIGHT_FILES)
-        if name.endswith((".json", kind))
+        for name in ("config.json", f"diffusion_pytorch_model*.{kind}*")
     )
-    for kind in (".safetensors", ".bin")
+    for kind in ("safetensors", "bin")
 )
 """What to fetch of a hub model; the second group only if the first brings no weights."""
 
@@ -62,6 +57,7 @@ class VaeShape:
 
     in_channels: int  # of the latents
     scale: int  # pixels per latent pixel, along one side
+    factors: VaeFactors | None = None  # None in files of earlier versions, which do not say
 
 
 class LatentDecoder(nn.Module):
@@ -77,12 +73,15 @@ class LatentDecoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
+        self.factors = VaeFactors(
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor or 0.0,
+        )
         self.shape = VaeShape(
             in_channels=vae.config.latent_channels,
             scale=2 ** (len(vae.config.block_out_channels) - 1),
+            factors=self.factors,
         )
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(vae.config.shift_factor or 0.0)
         for name in _STATISTICS:
             values = vae.config[name]
             self.register_buffer(name, None if values is None else _by_channel(values))
@@ -92,9 +91,9 @@ class LatentDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return pixels (N, 3, H, W) in [-1, 1]; latents are (N, C, h, w), both float32."""
         if self.latents_mean is None or self.latents_std is None:
-            z = latents / self.scaling_factor + self.shift_factor
+            z = latents / self.factors.scaling_factor + self.factors.shift_factor
         else:
-            z = latents * self.latents_std / self.scaling_factor + self.latents_mean
+            z = latents * self.latents_std / self.factors.scaling_factor + self.latents_mean
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         images: Tensor = self.decoder(z)
@@ -131,11 +130,29 @@ def load_latent_decoder(name: str) -> LatentDecoder:
     return LatentDecoder(vae).eval().requires_grad_(requires_grad=False)
 
 
-def require_same_channels(name: str, *, made: int, taken: int) -> None:
-    """Raise RunnerError if a model makes latents of other channels than the VAE `name` takes."""
-    if made != taken:
+def require_fitting_vae(
+    name: str, *, in_channels: int, factors: VaeFactors | None, config: DiTConfig
+) -> None:
+    """Refuse a VAE of other latents than a model's.
+
+    Args:
+        name: of the VAE, for messages.
+        in_channels: channels of the latents that it takes.
+        factors: its own; None where its file does not say, which passes.
+        config: of the model.
+
+    Raises:
+        RunnerError: other channels, or factors that are not the recorded ones; names both.
+    """
+    if config.in_channels != in_channels:
         raise RunnerError(
-            f"the model makes {made}-channel latents, the VAE {name} takes {taken}; pass the VAE "
+            f"the model makes {config.in_channels}-channel latents, {name} takes {in_channels}; "
+            f"pass the VAE that the model was trained with"
+        )
+    recorded = config.process.vae
+    if recorded is not None and factors is not None and recorded != factors:
+        raise RunnerError(
+            f"the model was trained on latents of {recorded}, {name} has {factors}; pass the VAE "
             f"that the model was trained with"
         )
 
@@ -144,7 +161,8 @@ def export_vae_decoder(name: str, path: Path) -> None:
     """Write a VAE's decoder as ONNX: opset 21, the default domain only.
 
     Input `latents` (N, C, h, w) float32, as the sampler leaves them; output `images`
-    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to `<path>.data`.
+    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to
+    `<path>.<digest>.data`.
 
     Args:
         name: what `load_latent_decoder` takes.
@@ -174,12 +192,21 @@ def read_vae_shape(path: Path) -> VaeShape:
         OnnxExportError: no ONNX file, or one of another origin.
     """
     try:
-        return VaeShape(**json.loads(file_metadata(path)[VAE_KEY]))
-    except (KeyError, TypeError, ValueError) as error:
+        written = json.loads(file_metadata(path)[VAE_KEY])
+        return VaeShape(**checked_fields(VaeShape, written, nested={"factors": VaeFactors}))
+    except (KeyError, TypeError, ValueError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which VAE it decodes for ({error!r}); write it with "
             f"ditas-export --vae"
         ) from error
+
+
+def is_decoder_file(path: Path) -> bool:
+    """Return whether `export_vae_decoder` wrote a file."""
+    try:
+        return VAE_KEY in file_metadata(path)
+    except OnnxExportError:
+        return False
 
 
 def _trace(decoder: LatentDecoder) -> ir.Model:
@@ -237,24 +264,22 @@ def _require_known_scaling(name: str, config: Any) -> None:
         )
 
 
-def _weight_file(folder: Path) -> Path | None:
-    """Return the first of diffusers' weight files that is there."""
-    return next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-
-
 def _load(folder: Path) -> Any:
     """Return the `AutoencoderKL` of a folder, in float32; refuse one that is not whole."""
-    weights = _weight_file(folder)
+    weights = next(iter(find_weights(folder)), None)
     if weights is None:
-        raise RunnerError(f"{folder} has a config.json but none of {', '.join(_WEIGHT_FILES)}")
+        raise RunnerError(
+            f"{folder} has a config.json but none of diffusion_pytorch_model*.safetensors or .bin"
+        )
+    refuse_other_kinds(weights)
     from diffusers import AutoencoderKL
 
     try:
         vae, report = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
             folder,
             torch_dtype=torch.float32,
-            variant="fp16" if ".fp16." in weights.name else None,
-            use_safetensors=weights.suffix == ".safetensors",
+            variant=variant_of(weights),
+            use_safetensors=".safetensors" in weights.name,
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
@@ -280,7 +305,7 @@ def _download(name: str) -> Path:
     try:
         for patterns in _HUB_PATTERNS:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-            if _weight_file(_vae_folder(folder)):
+            if find_weights(_vae_folder(folder)):
                 break
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         raise RunnerError(

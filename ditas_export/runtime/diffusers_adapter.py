@@ -14,6 +14,7 @@ from torch import Tensor
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
+from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 
@@ -80,6 +81,7 @@ class OnnxDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 def _one_runner(path: str | Path | None, runner: Runner | None) -> Runner:
     """Return the runner that was given, or one of the file."""
     if runner is None and path is not None:
+        require_own_manifest(Path(path))
         return OnnxRuntimeRunner(Path(path))
     if runner is None or path is not None:
         raise RunnerError("pass the path of an exported file, or runner=, and not both")

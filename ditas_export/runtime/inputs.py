@@ -1,4 +1,4 @@
-"""Checking what a runner is fed, once, before any backend sees it."""
+"""What a runner is fed: checked once, before any backend sees it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,12 @@ from torch import Tensor
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
 
+Feed = dict[str, np.ndarray[Any, Any]]
+"""The three inputs by name, in the types of the files' interface."""
 
-def require_inputs(
-    config: DiTConfig, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the three inputs as arrays in the types of the files' interface.
 
-    Args:
-        config: shape of the model.
-        latents: (N, C, H, W), any float type.
-        timesteps: (N,) of whole numbers.
-        class_labels: (N,) of whole numbers, rows of the label table.
-
-    Raises:
-        RunnerError: a shape or a label that does not fit the model.
-    """
-    require_fitting(config, latents, timesteps, class_labels.cpu())
+def feed_of(latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Feed:
+    """Return the three inputs as arrays in the types of the files' interface."""
     return {
         "latents": latents.detach().cpu().float().contiguous().numpy(),
         "timesteps": timesteps.detach().cpu().long().contiguous().numpy(),
@@ -36,31 +26,47 @@ def require_inputs(
 def require_fitting(
     config: DiTConfig, latents: Tensor, timesteps: Tensor, class_labels: Tensor
 ) -> None:
-    """Refuse inputs that do not fit a model; the arguments are those of `require_inputs`.
+    """Refuse inputs that do not fit a model.
 
-    Labels that lie on a GPU are not looked at: reading them would make the host wait.
+    Labels and time steps that lie on a GPU are not looked at: reading them would make the host
+    wait.
+
+    Args:
+        config: of the model.
+        latents: (N, C, H, W), any float type; one row at least.
+        timesteps: (N,) of whole numbers, steps of the full schedule, from 0.
+        class_labels: (N,) of whole numbers, rows of the label table.
 
     Raises:
-        RunnerError: a shape or a label that does not fit the model.
+        RunnerError: a shape, a type, a time step or a label that does not fit the model.
     """
     side = config.input_size
-    expected = (latents.shape[0], config.in_channels, side, side)
-    if tuple(latents.shape) != expected:
+    expected = (config.in_channels, side, side)
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != expected or not len(latents):
         raise RunnerError(
             f"latents are {tuple(latents.shape)}; the model takes "
-            f"(N, {config.in_channels}, {side}, {side})"
+            f"(N, {config.in_channels}, {side}, {side}), one row at least"
         )
-    for name, vector in (("timesteps", timesteps), ("class_labels", class_labels)):
-        if tuple(vector.shape) != (latents.shape[0],):
+    if not latents.is_floating_point():
+        raise RunnerError(f"latents are {latents.dtype}; the model takes floats")
+    for name, vector, count, last in (
+        ("timesteps", timesteps, config.process.train_timesteps, "of the schedule"),
+        ("class_labels", class_labels, config.label_rows, _last_label(config)),
+    ):
+        if tuple(vector.shape) != (len(latents),):
             raise RunnerError(
-                f"{name} are {tuple(vector.shape)}; with {latents.shape[0]} latents the model "
-                f"takes ({latents.shape[0]},)"
+                f"{name} are {tuple(vector.shape)}; with {len(latents)} latents the model takes "
+                f"({len(latents)},)"
             )
-    if not class_labels.is_cpu or not class_labels.numel():
-        return
-    last = config.label_rows - 1
-    if not 0 <= class_labels.amin() <= class_labels.amax() <= last:
-        raise RunnerError(
-            f"class labels run from {int(class_labels.amin())} to {int(class_labels.amax())}; the "
-            f"model knows 0 to {last}{', the last for no class' if config.null_row else ''}"
-        )
+        if vector.is_floating_point() or vector.is_complex():
+            raise RunnerError(f"{name} are {vector.dtype}; the model takes whole numbers")
+        if vector.is_cpu and not 0 <= int(vector.amin()) <= int(vector.amax()) < count:
+            raise RunnerError(
+                f"{name} run from {int(vector.amin())} to {int(vector.amax())}; the model knows 0 "
+                f"to {count - 1}, {last}"
+            )
+
+
+def _last_label(config: DiTConfig) -> str:
+    """Return what the last row of the label table is."""
+    return "the last for no class" if config.null_row else "its classes"

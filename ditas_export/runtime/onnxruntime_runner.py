@@ -20,7 +20,8 @@ from ditas_export.onnx_export.external_data import load_mapped, plain_files, sha
 from ditas_export.onnx_export.lowering import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.cache import Cache, Entry, Key
-from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
 
@@ -30,7 +31,11 @@ TENSORRT = ("TensorrtExecutionProvider", *CUDA)
 TENSORRT_RTX = (RTX_PROVIDER, *CPU)
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Session entry under which weight-only linears keep float activations; by default they do not."""
+"""Session entry under which weight-only linears keep float activations, as every runner has it; in
+a session as it is they are rounded to 8 bits."""
+
+BARE_SESSION = {"session.qdq_matmulnbits_accuracy_level": "4"}
+"""The same entry as in a session that is told nothing."""
 
 _KEEP_PACKED = {"session.save_external_prepacked_constant_initializers": "1"}
 """Session entry under which an optimized model is written with its weights packed for the kernels
@@ -66,7 +71,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         threads: of one operator; None leaves the choice to ONNX Runtime.
         providers: execution providers, in order of preference.
         device_id: GPU of the providers that have one.
-        session_entries: session configuration entries, such as `ACCURATE_WEIGHT_ONLY`.
+        session_entries: session configuration entries over `ACCURATE_WEIGHT_ONLY`.
         cache: folder that keeps the optimized model, so that the next start need not optimize;
             None optimizes at every start. For the CPU provider alone: others compile for
             themselves.
@@ -89,7 +94,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        entries = dict(session_entries or {})
+        entries = ACCURATE_WEIGHT_ONLY | dict(session_entries or {})
         self._kernels: Counter[str] | None = None
         self._entry: Entry | None = None
         if cache is not None and tuple(providers) == CPU:
@@ -97,11 +102,11 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         options = session_options(threads, entries)
         if self._entry is None:
             with plain_files(path) as plain:
-                self._session = open_session(plain, options, providers, device_id, source=path)
+                self._backend = open_session(plain, options, providers, device_id, source=path)
         else:
-            self._session = _open_prepared(self._entry, options, source=path)
+            self._backend = _open_prepared(self._entry, options, source=path)
             self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
-        self._providers = ", ".join(self._session.get_providers())
+        self._providers = ", ".join(self._backend.get_providers())
 
     @property
     def description(self) -> str:
@@ -115,9 +120,9 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         if self._entry is not None:
             self._entry.close()
 
-    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
-        """Run the session."""
-        (output,) = self._session.run(None, feed)
+    def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run the session, which takes several threads."""
+        (output,) = session.run(None, feed)
         return np.asarray(output)
 
 

@@ -21,6 +21,8 @@ from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.options import NO_HINTS, CheckpointHints
 from ditas_export.runtime.cache import Cache
 from ditas_export.runtime.cache_settings import default_cache
 from ditas_export.runtime.onnxruntime_runner import (
@@ -47,6 +49,8 @@ class OpenedModel:
     runner: Runner
     source: str
     sha256: str  # of the file, its external data included; of a checkpoint the fingerprint
+    notes: tuple[str, ...] = ()  # of a checkpoint: what was chosen, left out or guessed
+    vae: str | None = None  # of a pipeline: where its own VAE is
 
 
 def open_runner(
@@ -55,7 +59,7 @@ def open_runner(
     runtime: Runtime = "auto",
     device: str = "cpu",
     threads: int | None = None,
-    num_heads: int | None = None,
+    hints: CheckpointHints = NO_HINTS,
     cache: Path | None = None,
 ) -> OpenedModel:
     """Open a model in the backend that is asked for, or in the fastest that is installed.
@@ -70,15 +74,22 @@ def open_runner(
             `.onnx` in NVIDIA's plug-in for it.
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
-        num_heads: of a checkpoint that does not say.
+        hints: what a checkpoint does not say.
         cache: folder of what runtimes prepared and of models' hashes; None is the user's.
 
     Raises:
-        RunnerError: a backend that is missing, or that cannot run this kind of model.
+        RunnerError: a backend that is missing, or that cannot run this kind of model; or hints for
+            what is no checkpoint.
+        OnnxExportError: a file with the manifest of another beside it.
         DitasExportError: a model that cannot be read.
     """
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
+    is_artifact = _is_artifact(Path(model))
+    if hints.given and (is_artifact or has_suffix(model, (*PLAN_SUFFIXES, *ONNX_SUFFIXES))):
+        raise RunnerError(
+            f"{model} carries its own configuration; leave out {', '.join(hints.given)}"
+        )
     cache = cache or default_cache()
     hash_file = sha256_of_file if cache is None else Cache.at(cache).hash_of_file
     if has_suffix(model, PLAN_SUFFIXES):
@@ -87,8 +98,8 @@ def open_runner(
         path = Path(model)
         open_file = _file_opener(path, runtime, device, threads, cache)
         sha256 = sha256_of_onnx(path, hash_file=hash_file)
+        require_own_manifest(path, sha256)
         return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
-    is_artifact = _is_artifact(Path(model))
     if runtime not in ("auto", "torch"):
         given = f"CHECKPOINT --artifact {model}" if is_artifact else model
         raise RunnerError(
@@ -99,9 +110,14 @@ def open_runner(
         torch.set_num_threads(threads)
     if is_artifact:
         return _open_artifact(Path(model), device, hash_file)
-    loaded = load_dit(model, num_heads=num_heads)
-    runner = TorchRunner(loaded.model, device=device)
-    return OpenedModel(runner=runner, source=loaded.source, sha256=loaded.identity.fingerprint)
+    loaded = load_dit(model, hints)
+    return OpenedModel(
+        runner=TorchRunner(loaded.model, device=device),
+        source=loaded.source,
+        sha256=loaded.identity.fingerprint,
+        notes=loaded.notes,
+        vae=loaded.vae,
+    )
 
 
 def _open_plan(

@@ -6,7 +6,9 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +17,14 @@ import numpy as np
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
 from ditas_export.runtime.cache import Cache, Entry, Key
-from ditas_export.runtime.exported_file import ExportedFileRunner, Feed
+from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.inputs import Feed
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
+
+FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Setting under which weight-only linears keep float activations, as in the other backends; by
+itself OpenVINO rounds them to 8 bits."""
 
 _BLOB_NAME = "model.blob"
 """The compiled model's name in its cache entry."""
@@ -30,6 +37,14 @@ _PRODUCTS = ("FullyConnected", "MatMul")
 
 _FLOATS = {"f32", "f16", "bf16"}
 """Types as OpenVINO names them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Compiled:
+    """A compiled model, and the memory that it lives in where it was mapped from a file."""
+
+    model: Any
+    mapped: Any = None
 
 
 class OpenVINORunner(ExportedFileRunner):
@@ -62,36 +77,50 @@ class OpenVINORunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        numeric = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
+        settings: dict[str, Any] = dict(numeric)
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._version = str(_openvino().__version__)
-        self._entry = None if cache is None else _compiled(path, Cache.at(cache), precision, sha256)
-        if self._entry is None:
-            self._mapped, self._session = None, _compile(path, settings)
-        else:
-            self._mapped, self._session = _import(self._entry, settings, source=path)
-        self._products = _float_products(self._session)
+        self._entry = None if cache is None else _compiled(path, Cache.at(cache), numeric, sha256)
+        self._backend = (
+            _Compiled(model=_compile(path, settings))
+            if self._entry is None
+            else _import(self._entry, settings, source=path)
+        )
+        self._products = _float_products(self._backend.model)
+        self._idle: SimpleQueue[Any] = SimpleQueue()
 
     @property
     def description(self) -> str:
         """Backend, version, device, and the types of the float products."""
         return f"openvino {self._version.partition('-')[0]} ({', '.join(['CPU', *self._products])})"
 
+    def _run(self, session: _Compiled, feed: Feed) -> np.ndarray[Any, Any]:
+        """Run an inference request of this call alone, one that is idle or a new one.
+
+        Its output buffer is used again, so it is copied before the request is given back.
+        """
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = session.model.create_infer_request()
+        (output,) = request.infer(feed).values()
+        copied = np.array(output)
+        self._idle.put(request)
+        return copied
+
     def close(self) -> None:
-        """Free the compiled model, then let go of its file in the cache."""
+        """Let go of the compiled model and its requests, then of its file in the cache."""
         super().close()
-        self._mapped = None
+        self._idle = SimpleQueue()
         if self._entry is not None:
             self._entry.close()
 
-    def _infer(self, feed: Feed) -> np.ndarray[Any, Any]:
-        """Run the compiled model; its output buffer is used again, so it is copied."""
-        (output,) = self._session(feed).values()
-        return np.array(output)
 
-
-def _compiled(path: Path, cache: Cache, precision: str, sha256: str | None) -> Entry | None:
+def _compiled(
+    path: Path, cache: Cache, numeric: Mapping[str, str], sha256: str | None
+) -> Entry | None:
     """Return the cache's entry of a file, made now if need be; None if the cache takes nothing.
 
     How many threads compute is for whoever opens it to say.
@@ -102,14 +131,14 @@ def _compiled(path: Path, cache: Cache, precision: str, sha256: str | None) -> E
         sha256=sha256 or sha256_of_onnx(path, hash_file=cache.hash_of_file),
         facts={
             "openvino": _openvino().__version__,
-            "precision": precision,
+            "settings": dict(numeric),
             "instructions": os.environ.get(_INSTRUCTIONS, ""),
         },
         hash_source=lambda: sha256_of_onnx(path),
     )
 
     def make(folder: Path) -> None:
-        compiled = _compile(path, {"INFERENCE_PRECISION_HINT": precision})
+        compiled = _compile(path, numeric)
         (folder / _BLOB_NAME).write_bytes(compiled.export_model().getbuffer())
 
     return cache.entry(key, make)
@@ -121,15 +150,16 @@ def _compile(path: Path, settings: Mapping[str, Any]) -> Any:
         return _openvino().Core().compile_model(str(plain), "CPU", dict(settings))
 
 
-def _import(entry: Entry, settings: Mapping[str, Any], *, source: Path) -> tuple[Any, Any]:
-    """Return the memory that a kept model is mapped to, and the compiled model that lives in it."""
+def _import(entry: Entry, settings: Mapping[str, Any], *, source: Path) -> _Compiled:
+    """Return the compiled model of an entry, mapped."""
     openvino = _openvino()
     # Copy on write: OpenVINO takes no memory that cannot be written, and writes to none.
     mapped = np.memmap(entry.path / _BLOB_NAME, dtype=np.uint8, mode="c")
     tensor = openvino.Tensor(mapped, shared_memory=True)
     try:
         with _refusals(source):
-            return tensor, openvino.Core().import_model(tensor, "CPU", dict(settings))
+            model = openvino.Core().import_model(tensor, "CPU", dict(settings))
+        return _Compiled(model=model, mapped=tensor)
     except RunnerError as error:
         entry.close()
         raise RunnerError(

@@ -7,13 +7,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ditas_export.diffusion.runner import Closing
-from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.model import DiT
 from ditas_export.errors import RunnerError
 from ditas_export.fast_matmul import fast_float32_matmul
+from ditas_export.runtime.checked_runner import CheckedRunner
 
 
-class TorchRunner(Closing):
+class TorchRunner(CheckedRunner):
     """Runs a `DiT` without gradients, in the float type of its own parameters.
 
     The model is moved to `device` and put into evaluation mode, in place. Inputs may lie on any
@@ -27,13 +27,15 @@ class TorchRunner(Closing):
                 f"device {device} was asked for, but this PyTorch ({torch.__version__}) sees no "
                 f"CUDA GPU; use --device cpu, or install a CUDA build of torch"
             )
-        self.model = model.to(self.device).eval()
         self.dtype = model.pos_embed.dtype
+        super().__init__(model.config)
+        self._backend = model.to(self.device).eval()
 
     @property
-    def config(self) -> DiTConfig:
-        """Shape of the model."""
-        return self.model.config
+    def model(self) -> DiT:
+        """The model; RunnerError once the runner is closed."""
+        model: DiT = self._open_backend()
+        return model
 
     @property
     def description(self) -> str:
@@ -41,18 +43,16 @@ class TorchRunner(Closing):
         name = str(self.dtype).removeprefix("torch.")
         return f"PyTorch {torch.__version__} on {self.device}, {name}"
 
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and the learned variance, (N, 2C, H, W) float32; see `Runner`."""
+    def _infer(
+        self, backend: DiT, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+    ) -> Tensor:
+        """Run the model."""
         float32_on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
         with fast_float32_matmul() if float32_on_cpu else nullcontext():
-            output: Tensor = self.model(
+            output: Tensor = backend(
                 latents.to(self.device, self.dtype),
                 timesteps.to(self.device),
                 class_labels.to(self.device),
             )
         # A copy always: the next pass of a CUDA graph writes over what this one returned.
         return output.to(latents.device, torch.float32, copy=True)
-
-    def close(self) -> None:
-        """Hold on to nothing but the model, which the caller owns."""

@@ -1,0 +1,244 @@
+"""What diffusers wrote: which folder, which weights, and what its JSON files say.
+
+A pipeline's folder has the transformer in `transformer/`, its average in `transformer_ema/` where
+there is one, and the process and the VAE that it was trained with in `scheduler/` and `vae/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditas_export.dit.records import (
+    Fact,
+    facts_of_scheduler,
+    facts_of_vae,
+    merged,
+    scheduler_notes,
+)
+from ditas_export.dit.tensor_files import read_json
+from ditas_export.errors import CheckpointError
+
+HUB_PATTERNS = (
+    (
+        "transformer/config.json",
+        "transformer/*.safetensors*",
+        "transformer_ema/config.json",
+        "transformer_ema/*.safetensors*",
+        "config.json",
+        "diffusion_pytorch_model*.safetensors*",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "model_index.json",
+    ),
+    ("transformer/*.bin*", "transformer_ema/*.bin*", "diffusion_pytorch_model*.bin*"),
+)
+"""What to fetch of a hub model; the second group only if the first brings no weights."""
+
+_TRANSFORMERS = ("transformer_ema", "transformer")
+"""Folders of a pipeline, the better one first."""
+
+_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
+_FIXED = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+"""Settings of diffusers' class that make it a DiT."""
+
+_DEFAULTS: dict[str, int | float] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_eps": 1e-5,
+}
+"""Settings that may vary, all positive, and what diffusers takes where they are not written."""
+
+_STEM = "diffusion_pytorch_model"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_HALVES = {"fp16", "bf16", "fp8", "float16", "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusersFolder:
+    """A transformer's folder, its files found and its records read."""
+
+    folder: Path  # of the transformer
+    weights: Path  # a file, or an index of shards
+    facts: Mapping[str, Fact]  # of config.json, scheduler/ and vae/
+    norm_eps: float
+    has_vae: bool  # whether a VAE lies beside it, in the pipeline's folder
+    notes: tuple[str, ...]
+
+
+def open_folder(path: Path) -> DiffusersFolder:
+    """Find a transformer in a folder, its own or a pipeline's, and read what its files say.
+
+    Raises:
+        CheckpointError: no such folder, a class or setting of another model, no weights, or records
+            that are not followed or differ.
+    """
+    folder = transformer_folder(path)
+    settings = _settings(folder)
+    weights, notes = _weights(folder)
+    if folder != path and folder.name == "transformer_ema":
+        beside = " (transformer/ is not used)" if (path / "transformer").is_dir() else ""
+        notes.insert(0, f"took the averaged weights, {folder.name}/{beside}")
+    pipeline = _pipeline_of(path, folder)
+    facts = _facts_of_settings(settings, folder)
+    if pipeline is not None and (pipeline / "scheduler").is_dir():
+        scheduler = pipeline / "scheduler" / "scheduler_config.json"
+        facts = merged(facts, facts_of_scheduler(scheduler), where=str(path))
+        notes += scheduler_notes(scheduler)
+    vae = None if pipeline is None else pipeline / "vae" / "config.json"
+    has_vae = vae is not None and vae.is_file()
+    if vae is not None and has_vae:
+        facts = merged(facts, facts_of_vae(vae), where=str(path))
+    return DiffusersFolder(
+        folder=folder,
+        weights=weights,
+        facts=facts,
+        norm_eps=settings["norm_eps"],
+        has_vae=has_vae,
+        notes=tuple(notes),
+    )
+
+
+def transformer_folder(path: Path) -> Path:
+    """Return the transformer's folder of a pipeline, the averaged one's if there is one, or `path`.
+
+    A folder without config.json is no transformer's.
+    """
+    inner = (path / name for name in _TRANSFORMERS)
+    return next((folder for folder in inner if (folder / "config.json").is_file()), path)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Return diffusers' weight files and indices in a folder, the ones to take first first.
+
+    Averaged ones before plain ones before `non_ema`, full precision before half, safetensors before
+    pickles.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (
+            path
+            for path in folder.glob(f"{_STEM}*")
+            if path.is_file() and re.search(r"\.(safetensors|bin)(\.|$)", path.name)
+            if not _SHARD.search(path.name)
+        ),
+        key=_worse,
+    )
+
+
+def variant_of(path: Path) -> str | None:
+    """Return the variant in a weight file's name, as diffusers takes it; None where it has none."""
+    known = {"", "safetensors", "bin", "index", "json"}
+    words = [word for word in path.name.removeprefix(_STEM).split(".") if word not in known]
+    return ".".join(words) or None
+
+
+def _worse(path: Path) -> tuple[int, int, int, str]:
+    """Return what weight files are sorted by."""
+    words = set(re.split(r"[._-]", path.name.removeprefix(_STEM)))
+    average = 2 if "non" in words else 0 if "ema" in words else 1
+    return average, len(words & _HALVES), "bin" in words, path.name
+
+
+def _weights(folder: Path) -> tuple[Path, list[str]]:
+    """Return the weight file of a folder, and what is to be said of the choice."""
+    found = find_weights(folder)
+    if not found:
+        here = sorted(path.name for path in folder.iterdir())
+        raise CheckpointError(
+            f"{folder} has a config.json but none of {_STEM}*.safetensors or .bin; found "
+            f"{', '.join(here)[:200]}"
+        )
+    others = ", ".join(path.name for path in found[1:])
+    return found[0], [f"took {found[0].name}; not used: {others}"] if others else []
+
+
+def _pipeline_of(path: Path, folder: Path) -> Path | None:
+    """Return the pipeline's folder: what was passed, or what a passed transformer lies in."""
+    if folder != path:
+        return path
+    above = path.absolute().parent
+    is_part = path.absolute().name in _TRANSFORMERS and (above / "model_index.json").is_file()
+    return above if is_part else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return `config.json` with diffusers' defaults, of a class and with settings of a DiT."""
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} holds a LoRA adapter (adapter_config.json), not a model; merge it "
+                f"first, W + (alpha/r) B A for every adapted linear (in PEFT: merge_and_unload()), "
+                f"and save that"
+            )
+        raise CheckpointError(
+            f"{folder} is a folder without config.json; expected one written by diffusers, or "
+            f"the path of a checkpoint file"
+        )
+    written = read_json(path)
+    name = written.get("_class_name")
+    if name not in _CLASSES:
+        raise CheckpointError(f"{path} describes a {name}, expected {_CLASSES[0]}")
+    settings = _DEFAULTS | _FIXED | {"interpolation_scale": None, "out_channels": None} | written
+    for key, expected in _FIXED.items():
+        if settings[key] != expected:
+            raise CheckpointError(f"{path} has {key}={settings[key]!r}; a DiT has {expected!r}")
+    if settings["interpolation_scale"] not in (None, 1):
+        raise CheckpointError(
+            f"{path} has interpolation_scale={settings['interpolation_scale']!r}; a DiT's "
+            f"positions are not scaled"
+        )
+    size = settings["sample_size"]
+    if isinstance(size, list) and len(size) == 2 and size[0] != size[1]:
+        raise CheckpointError(
+            f"{path} has sample_size={size}: a grid that is not square is not followed (yet)"
+        )
+    if isinstance(size, list) and len(size) == 2:
+        settings["sample_size"] = size[0]
+    for key, default in _DEFAULTS.items():
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, type(default)) or value <= 0:
+            raise CheckpointError(
+                f"{path} has {key}={value!r}; expected a positive {type(default).__name__}"
+            )
+    return settings
+
+
+def _facts_of_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Fact]:
+    """Return what `config.json` says, under our names."""
+    channels, out = settings["in_channels"], settings["out_channels"]
+    out = channels if out is None else out
+    if out not in (channels, 2 * channels):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has out_channels={out!r}; a DiT of in_channels={channels} "
+            f"has {channels}, or {2 * channels} where the variance is learned"
+        )
+    values = {
+        "num_heads": ("num_attention_heads", settings["num_attention_heads"]),
+        "hidden_size": (
+            "num_attention_heads * attention_head_dim",
+            settings["num_attention_heads"] * settings["attention_head_dim"],
+        ),
+        "depth": ("num_layers", settings["num_layers"]),
+        "patch_size": ("patch_size", settings["patch_size"]),
+        "in_channels": ("in_channels", channels),
+        "input_size": ("sample_size", settings["sample_size"]),
+        "num_classes": ("num_embeds_ada_norm", settings["num_embeds_ada_norm"]),
+        "learn_sigma": ("out_channels", out == 2 * channels),
+    }
+    return {field: Fact(value, f"config.json {key}") for field, (key, value) in values.items()}

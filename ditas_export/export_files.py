@@ -1,0 +1,183 @@
+"""The last steps of an export: the file written, verified, and given its name with its manifest.
+
+Each is kept in the working folder as it is done, and done once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ditas_export.artifact_files import atomic_path
+from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.diffusion.classes import parse_classes
+from ditas_export.errors import ArtifactError, DitasExportError
+from ditas_export.evaluation.kept_parts import KeptParts
+from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
+from ditas_export.export_job import DTYPES, ExportJob, Solved, device_of, digest_of
+from ditas_export.export_manifest import manifest_of, versions
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.external_data import install, rename_pair, sha256_of_onnx
+from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.manifest import write_manifest
+from ditas_export.onnx_export.vae import export_vae_decoder
+from ditas_export.options import PREFERENCES, ExportOptions
+
+VERIFICATION_SEEDS = 3
+VERIFICATION_IMAGES = 4
+VERIFICATION_SEED_OFFSET = 1000
+"""Verification samples noise that calibration did not see."""
+
+
+def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
+    """Return the layout: as asked, or the one that fits the weights and the target."""
+    if options.layout is not None:
+        return options.layout
+    if quantized.weight_bits == 8:
+        return "int8"
+    return PREFERENCES[options.target].layout if quantized.activation_bits == 8 else "int4"
+
+
+def write_or_keep(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, Any]]:
+    """Write every file; where that is refused, say what is kept and how to go on.
+
+    Raises:
+        DitasExportError: as `_written` raised it, with that added.
+    """
+    try:
+        return _written(job, solved)
+    except DitasExportError as error:
+        if job.options.artifact is not None:
+            raise
+        raise type(error)(
+            f"{error}. The solved model is kept in {job.work.path}: the same command, with that "
+            f"mended, goes on from it"
+        ) from error
+
+
+def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, Any]]:
+    """Write every file that was asked for; return the proof and the manifest."""
+    options, quantized = job.options, solved.quantized
+    if options.save_artifact is not None:
+        quantized.save(options.save_artifact)
+    layout = _layout(options, quantized)
+    ranges = options.ranges or quantized.settings["ranges"]
+    settings = _verification_settings(quantized)
+    facts = {
+        "solved": solved.key,
+        "adaln": quantized.adaln_bits,
+        "form": [layout, ranges, options.target, options.float_side],
+        "verification": asdict(settings),
+        "versions": versions(),
+    }
+    folder = job.work.part("written", digest_of(facts))
+    candidate, kept_manifest = folder / options.output.name, folder / "manifest.json"
+    folded = fold_smoothing(quantized, dtype=DTYPES[options.float_side])
+    job.on_progress("export", 0, 1)
+    with job.timings.part("export"):
+        _forget_what_is_gone(options, candidate, kept_manifest)
+        if not candidate.exists() and not kept_manifest.exists():
+            export_onnx(folded, candidate, layout=layout, ranges=ranges, target=options.target)
+        _write_companions(job, folder)
+    job.on_progress("export", 1, 1)
+    with job.timings.part("verification"):
+        verification = verify_file(
+            job.loaded.model,
+            fake_quantized_dit(folded, ranges=ranges, target=options.target),
+            candidate,
+            settings,
+            weight_only=quantized.adaln_bits != 16 or quantized.activation_bits == 16,
+            device=device_of(options),
+            kept=KeptParts(folder=folder),
+            on_step=lambda done, total: job.on_progress("verify", done, total),
+        )
+    if not kept_manifest.exists():
+        if verification.matches is False:
+            candidate = rename_pair(candidate, options.rejected.name)
+        manifest = manifest_of(
+            candidate,
+            options,
+            source=job.loaded.source,
+            quantized=quantized,
+            layout=layout,
+            ranges=ranges,
+            verification=verification,
+        )
+        manifest["noise_check"] = job.noise.to_dict()
+        seconds = job.timings.seconds.items()
+        manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
+        write_manifest(kept_manifest, manifest)
+    manifest = json.loads(kept_manifest.read_text(encoding="utf-8"))
+    _install(folder / manifest["file"]["name"], options.output.parent, manifest)
+    if verification.matches is False:
+        job.work.remove("written")
+    return verification, manifest
+
+
+def _forget_what_is_gone(options: ExportOptions, candidate: Path, kept_manifest: Path) -> None:
+    """Remove a kept manifest whose file is neither beside it nor installed: written anew."""
+    if not kept_manifest.exists():
+        return
+    manifest = json.loads(kept_manifest.read_text(encoding="utf-8"))
+    name, recorded = manifest["file"]["name"], manifest["file"]["sha256"]
+    installed = options.output.with_name(name)
+    if candidate.with_name(name).exists():
+        return
+    if not installed.exists() or sha256_of_onnx(installed) != recorded:
+        kept_manifest.unlink()
+
+
+def _write_companions(job: ExportJob, folder: Path) -> None:
+    """Write the float model and the VAE's decoder, where an interrupted run has not."""
+    options, loaded = job.options, job.loaded
+    if options.reference is not None:
+        reference = options.reference
+        _once(
+            folder / "reference.json",
+            reference,
+            lambda: export_reference(loaded.model, reference, identity=loaded.identity),
+        )
+    if options.vae is not None and options.vae_path is not None:
+        name, path = options.vae, options.vae_path
+        _once(folder / "decoder.json", path, lambda: export_vae_decoder(name, path))
+
+
+def _once(marker: Path, path: Path, write: Callable[[], None]) -> None:
+    """Write an ONNX file unless `marker` says that this job has, and it is still there."""
+    if marker.exists() and path.exists():
+        recorded = json.loads(marker.read_text(encoding="utf-8"))
+        if recorded == [str(path.absolute()), sha256_of_onnx(path)]:
+            return
+    write()
+    with atomic_path(marker) as partial:
+        partial.write_text(json.dumps([str(path.absolute()), sha256_of_onnx(path)]), "utf-8")
+
+
+def _verification_settings(quantized: QuantizedDiT) -> VerificationSettings:
+    """Return what is sampled to verify: noise that calibration did not see, guided as it was."""
+    calibration = quantized.settings["calibration"]
+    config = quantized.config
+    first = calibration["seed"] + VERIFICATION_SEED_OFFSET
+    return VerificationSettings(
+        seeds=tuple(range(first, first + VERIFICATION_SEEDS)),
+        classes=parse_classes(
+            "random", num_labels=config.num_labels, count=VERIFICATION_IMAGES, seed=first
+        ),
+        cfg_scale=calibration["cfg_scale"],
+    )
+
+
+def _install(candidate: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Give a file its final name, then its manifest; a killed process may have begun."""
+    final = folder / candidate.name
+    if candidate.exists():
+        try:
+            install(candidate, final)
+        except OSError as error:
+            raise ArtifactError(f"could not write {final}: {error}") from error
+    write_manifest(final.with_suffix(".json"), manifest)

@@ -1,0 +1,68 @@
+"""What the steps of an export hand to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditas_export.calibration.noise_check import NoiseCheck
+from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.distributed import Ranks
+from ditas_export.dit.checkpoint import LoadedDiT
+from ditas_export.errors import CalibrationError
+from ditas_export.job_files import WorkFolder
+from ditas_export.options import ExportOptions, Precision
+from ditas_export.timings import Timings
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done of it, and how much there is in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExportJob:
+    """What every step of an export needs."""
+
+    options: ExportOptions
+    loaded: LoadedDiT
+    noise: NoiseCheck
+    ranks: Ranks
+    work: WorkFolder
+    timings: Timings
+    on_progress: OnProgress
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solved:
+    """A quantized model, and a hash of all that it depends on."""
+
+    quantized: QuantizedDiT
+    key: str
+
+
+def device_of(options: ExportOptions) -> torch.device:
+    """Return the device that calibration runs on."""
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError(
+            f"--device cuda, but this PyTorch ({torch.__version__}) sees no CUDA GPU; "
+            f"use --device cpu or install a CUDA build of torch"
+        )
+    return torch.device(options.device)
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """Return a hash of JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
