@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -190,7 +193,12 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> No
         except ValueError as error:  # such as a tensor that does not begin where one may
             reason = str(error).splitlines()[0]
             raise RunnerError(f"the tensors of {path} cannot be read: {reason}") from error
-        _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
+        try:
+            _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
+        except RunnerError as error:
+            if shutil.disk_usage(target.parent).free < path.stat().st_size:  # it does not say so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
     _forget_unaligned_packing(target)
 
 
