@@ -46,6 +46,8 @@ def describe_impostor(path: Path, *, expects_json: bool = False) -> str | None:
     """
     if path.is_dir():
         return "a folder; name the file itself"
+    if path.exists() and not path.is_file():  # reading might wait, or have no end
+        return "a device, a pipe or a socket; name a plain file"
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

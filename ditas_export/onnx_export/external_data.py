@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -273,7 +272,7 @@ def _require_beside(path: Path, location: str) -> None:
 
 def _require_bytes(path: Path, file: Path, wanted: int) -> None:
     """Refuse external data that are not there, are no file, or end before the last tensor does."""
-    if os.path.exists(file) and not (file.is_file() or file.is_dir()):
+    if file.exists() and not (file.is_file() or file.is_dir()):
         raise OnnxExportError(
             f"{path} keeps tensors in {file}, which is a device, a pipe or a socket; put a plain "
             f"file there, or export again"
