@@ -285,7 +285,7 @@ class Cache:
         """Give a finished entry its name, others making room; False if there is no room for it."""
         final = self.root / key.name
         with turn(self.root / _LOCKS / _WHOLE_CACHE):
-            if size > self.limit or not self._make_room(size, besides=final):
+            if not self._make_room(size, besides=final):
                 say(
                     f"what was prepared of {key.source} is used and not kept: it has "
                     f"{size / 2**30:.1f} GiB, and the cache {self.root} has no room for it; "
