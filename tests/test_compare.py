@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import (
+    DitasExportError,
     EngineError,
     OnnxExportError,
     OtherModelError,
@@ -49,6 +52,7 @@ from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import Outputs, onnx_runner, opened
 from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -62,8 +66,8 @@ def good() -> Path:
 
 
 def options(model: Path, **settings: Any) -> CompareOptions:
-    chosen = {"classes": "3,7", "steps": 3, **settings}
-    return CompareOptions(reference=exported_reference(), model=model, **chosen)
+    chosen = {"reference": exported_reference(), "classes": "3,7", "steps": 3, **settings}
+    return CompareOptions(model=model, **chosen)
 
 
 def trajectory_inputs(chosen: CompareOptions) -> list[StepInputs]:
@@ -382,9 +386,9 @@ def write_plan(
         plan_bytes=len(content),
         onnx_name="out.onnx",
         onnx_sha256="",
-        config=config.to_dict(),
-        form={},
-        options={"compute_capabilities": [], "version_compatible": False},
+        dit=config,
+        form=FileForm(float_type="fp32"),
+        options=BuildOptions(),
         gpu=None,
         layers=None,
     ).save(metadata_path(plan))
@@ -434,6 +438,59 @@ def test_polygraphys_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     )
     with pytest.raises(RunnerError, match=r"^Polygraphy: [^\n]*deserialize[^\n]*$"):
         compare(options(write_plan(tmp_path, product="rtx"), steps=2))
+
+
+def broken(path: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """Write the good file with a change that its metadata do not tell."""
+    model = onnx.load(str(good()))
+    change(model)
+    onnx.save(model, str(path))
+    return path
+
+
+def unknown_operator(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].op_type = "NoSuchOperator"
+
+
+def renamed_input(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.input[:] = ["images" if name == "latents" else name for name in node.input]
+    (value,) = [value for value in model.graph.input if value.name == "latents"]
+    value.name = "images"
+
+
+def other_rows(model: onnx.ModelProto) -> None:
+    """Takes one row, whatever is fed."""
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def renamed_output(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if "model_output" in node.output)
+    node.output[0] = model.graph.output[0].name = "eps"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (unknown_operator, RunnerError, "onnxruntime .* refuses .*NoSuchOperator"),
+        (renamed_input, RunnerError, "onnxruntime .* fail.*: .*images"),
+        (other_rows, RunnerError, "Polygraphy: .* incompatible shape"),
+        (renamed_output, VerificationError, r"gives .*'eps': .* where .* gives .*'model_output'"),
+    ],
+)
+def test_a_file_that_onnxruntime_does_not_take_is_one_line(
+    tmp_path: Path,
+    change: Callable[[onnx.ModelProto], None],
+    error: type[DitasExportError],
+    message: str,
+) -> None:
+    path = broken(tmp_path / "broken.onnx", change)
+    # Polygraphy feeds an input of another name by its shape; the reference's sampler does not.
+    pair = {"model": good(), "reference": path} if change is renamed_input else {"model": path}
+    with pytest.raises(error, match=message) as caught:
+        compare(options(**pair, steps=2, linears=False))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_runner_is_polygraphys() -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported, exported_reference, snr_db
+from quantized_fixture import (
+    TINY,
+    example_inputs,
+    exported,
+    exported_reference,
+    snr_db,
+    tiny_folded,
+)
 
+from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import OnnxExportError, RunnerError
-from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner, matmul_kernels
+from ditas_export.runtime.inputs import feed_of
+from ditas_export.runtime.onnxruntime_runner import (
+    BARE_SESSION,
+    OnnxRuntimeRunner,
+    matmul_kernels,
+)
+from ditas_export.runtime.openvino_runner import OpenVINORunner
 
 LINEARS = [site.name for site in linear_sites(TINY.depth)]
 FORMS = [
@@ -146,3 +161,32 @@ def test_without_onnxruntime(token_file: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(RunnerError, match="pip install onnxruntime"):
         OnnxRuntimeRunner(token_file)
+
+
+WEIGHT_ONLY: list[dict[str, Any]] = [
+    {"adaln_bits": 8},
+    {"adaln_bits": 4},
+    {"activation_bits": 16, "block_size": 32},
+    {"activation_bits": 16, "weight_bits": 8, "rank": 0, "layout": "int8"},
+]
+
+
+@pytest.mark.parametrize("settings", WEIGHT_ONLY, ids=str)
+def test_weight_only_linears_read_floats_in_every_runner(settings: dict[str, Any]) -> None:
+    """What is proved is what runs; a session that is told nothing rounds their inputs to 8 bits."""
+    path = exported(**settings)
+    of_model = {name: value for name, value in settings.items() if name != "layout"}
+    inputs = example_inputs(batch=3)
+    expected = fake_quantized_dit(tiny_folded(**of_model), ranges="token")(*inputs)
+    with OnnxRuntimeRunner(path, threads=1) as runner:
+        found = runner(*inputs)
+    with OnnxRuntimeRunner(path, threads=1, session_entries=BARE_SESSION) as runner:
+        bare = runner(*inputs)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    told_nothing = session.run(None, feed_of(*inputs))[0]
+    assert snr_db(expected, found) > 64  # a rounding tie of the block linears; 57 to 60 below
+    assert snr_db(expected, bare) < 62
+    assert snr_db(bare, torch.from_numpy(told_nothing)) > 100  # threads sum in another order
+    if importlib.util.find_spec("openvino"):
+        with OpenVINORunner(path, threads=1) as runner:
+            assert snr_db(expected, runner(*inputs)) > 64

@@ -26,7 +26,7 @@ from ditas_export.diffusion.sampling import (
 )
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.process import Process
-from ditas_export.errors import RunnerError
+from ditas_export.errors import NonFiniteError, RunnerError
 from ditas_export.runtime.torch_runner import TorchRunner
 
 
@@ -281,3 +281,45 @@ def test_bad_settings_are_refused_before_the_first_step(
     with pytest.raises(RunnerError, match=message):
         function(runner, **{"classes": [0], **change})
     assert not runner.batch_sizes
+
+
+class Overflowing(FakeRunner):
+    """Puts out infinity for one image, from a step on, in its row with or without class."""
+
+    def __init__(self, *, row: int, calls: int, checked: bool = False) -> None:
+        super().__init__()
+        self.row, self.calls, self.checked = row, calls, checked
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        output = super().__call__(latents, timesteps, class_labels)
+        if len(self.batch_sizes) > self.calls:
+            output[self.row, 0, 2, 3] = float("inf")
+            if self.checked:  # as our own runners do
+                error = NonFiniteError("the runner put out infinity")
+                error.rows = (self.row,)
+                raise error
+        return output
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("checked", [False, True], ids=["runner of one's own", "our runner"])
+def test_what_is_not_finite_stops_at_its_step_and_names_the_image(
+    sampler: SamplerName, checked: bool
+) -> None:
+    runner = Overflowing(row=4, calls=2, checked=checked)  # the second image's row without class
+    steps: list[int] = []
+    with pytest.raises(NonFiniteError, match=r"time step \d+, image 7: .*") as caught:
+        sample(
+            runner,
+            classes=[1, 2, 3],
+            steps=10,
+            cfg_scale=1.5,
+            sampler=sampler,
+            image_indices=[6, 7, 8],
+            on_step=lambda index, *_: steps.append(index),
+        )
+    assert steps == [0, 1]
+    assert caught.value.rows == (7,)
+    assert len(runner.batch_sizes) == 3
+    if not checked:
+        assert "use bf16 or fp32" in str(caught.value)

@@ -60,11 +60,15 @@ _DTYPES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
     "UntypedStorage": torch.uint8,
 }
 """Element types by the name of the storage's class."""
 
 _CONTAINERS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict")
+_SEQUENCES = {"torch.Size": tuple, "builtins.set": set, "builtins.frozenset": frozenset}
 _WRAPPED_TENSORS = (
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
@@ -404,8 +408,8 @@ class _Reader:
             return args[0]
         if name in _CONTAINERS:
             return dict(args[0]) if args and not isinstance(args[0], Inert) else {}
-        if name == "torch.Size" and args:
-            return tuple(args[0])
+        if name in _SEQUENCES and args and isinstance(args[0], list | tuple):
+            return _SEQUENCES[name](args[0])
         if name == "_codecs.encode" and args[1:] == ("latin1",):
             return str(args[0]).encode("latin1")  # bytes in pickles of protocol 2
         self.not_made.setdefault(name)

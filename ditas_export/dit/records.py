@@ -47,6 +47,9 @@ RECORD_PARTS = {
 }  # fmt: skip
 """Parts of a training checkpoint that say how it was trained."""
 
+NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
+"""Objects of a pickle that are read as a dict, and hold nothing else."""
+
 _INNER_PARTS = {
     "model", "params", "network", "net", "dit", "transformer", "diffusion", "scheduler",
     "noise_scheduler", "model_args", "model_kwargs", "model_params", "init_args", "kwargs",
@@ -484,8 +487,11 @@ def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _vae(_name: str, value: Any) -> Mapping[str, Any]:
-    """Factors; a name, as DiT's training takes, says none."""
-    return {"vae": VaeFactors(**value)} if isinstance(value, Mapping) else {}
+    """Factors; a name, as DiT's training takes, or an architecture says none."""
+    if not isinstance(value, Mapping) or "scaling_factor" not in value:
+        return {}
+    shift = value.get("shift_factor") or 0.0
+    return {"vae": VaeFactors(scaling_factor=value["scaling_factor"], shift_factor=shift)}
 
 
 _ENTRIES: Mapping[str, _Reader] = {

@@ -39,6 +39,7 @@ _OTHER_KINDS = {
 }
 """First bytes of what is often taken for a checkpoint."""
 
+_LONGEST_NAME = 200
 _TAR_PLACE = slice(257, 262)
 
 
@@ -82,12 +83,11 @@ def _read_weights(path: Path, head: bytes) -> TensorFile:
     """Read a file of tensors by what its first bytes say."""
     if head.startswith(b"PK\x03\x04"):
         return _of_pickle(path, read_zip_pickle(path))
-    if _is_safetensors(head) or path.suffix in SAFETENSORS_SUFFIXES:
-        _refuse_known(path, head)
-        return _read_safetensors(path)
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x80") and not _is_safetensors(head):
         return _of_pickle(path, read_legacy_pickle(path))
     _refuse_known(path, head)
+    if _is_safetensors(head) or path.suffix in SAFETENSORS_SUFFIXES:
+        return _read_safetensors(path)
     raise CheckpointError(
         f"{path} is no checkpoint: expected a safetensors file, one written by torch.save, or a "
         f"folder written by diffusers"
@@ -184,4 +184,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def abbreviated(names: list[str], *, shown: int = 3) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(map(_printable, names[:shown])) + more
+
+
+def _printable(name: str) -> str:
+    """Return a name without control characters, cut where it is longer than any parameter's."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:_LONGEST_NAME])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ditas_export.dit.layouts import OFFICIAL
 from ditas_export.dit.pickles import Inert
-from ditas_export.dit.records import RECORD_PARTS
+from ditas_export.dit.records import NAMESPACES, RECORD_PARTS
 from ditas_export.dit.tensor_files import TensorFile, abbreviated
 from ditas_export.errors import CheckpointError
 
@@ -64,6 +64,7 @@ class _Group:
     path: tuple[str, ...]
     prefix: str
     entries: Mapping[str, Any]  # tensors, and what a pickle did not make
+    is_marked: bool = False  # whether names had the marks of torch.compile and the like
 
     @property
     def is_averaged(self) -> bool:
@@ -89,8 +90,8 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
             usual one, averaged weights that cannot be told apart, or a tensor that only code makes.
     """
     notes = []
-    if file.not_made:
-        notes.append(f"of its pickle, not run and left out: {abbreviated(list(file.not_made))}")
+    if not_made := [name for name in file.not_made if name not in NAMESPACES]:
+        notes.append(f"of its pickle, not run and left out: {abbreviated(not_made)}")
     groups = list(_groups(file.content, anchors))
     groups += _averages_without_names(file.content, groups, where)
     if not groups:
@@ -104,7 +105,7 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
         notes.append(f"took the {kind} weights, {chosen.name}; not used: {', '.join(others)}")
     if chosen.prefix:
         notes.append(f"stripped {chosen.prefix!r} from every name")
-    if any(_WRAPPERS.search(name) for name in _part(file.content, chosen.path)):
+    if chosen.is_marked:
         notes.append("stripped the marks of torch.compile and the like from names")
     chosen = _with_positions(chosen, groups)
     tensors, odd = _plain_tensors(chosen, where)
@@ -134,7 +135,8 @@ def _groups(content: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[_Gro
                 for name, full in names.items()
                 if name.startswith(prefix) and not name.startswith(longer)
             }
-            yield _Group(path=path, prefix=prefix, entries=entries)
+            is_marked = any(name not in part for name in names)
+            yield _Group(path=path, prefix=prefix, entries=entries, is_marked=is_marked)
 
 
 def _parts(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

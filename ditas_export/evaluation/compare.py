@@ -161,8 +161,8 @@ def compare(
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
         OtherModelError: files that record two different models.
-        VerificationError: files of two different DiTs, or a bf16 file, which ONNX Runtime does not
-            run.
+        VerificationError: files of two different DiTs or of other outputs, or a bf16 file, which
+            ONNX Runtime does not run.
         EngineError: an engine that cannot run here.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
         ArtifactError: the inputs or the report cannot be written, or something else is there.
@@ -182,11 +182,7 @@ def compare(
             steps.append(
                 StepComparison(
                     timestep=entry.timestep,
-                    outputs={
-                        OUTPUT: Difference.between(
-                            torch.from_numpy(wanted[OUTPUT]), torch.from_numpy(found[OUTPUT])
-                        )
-                    },
+                    outputs=_output_differences(options, wanted, found),
                     linears=_compare_linears(config, wanted_names, wanted, found_names, found),
                 )
             )
@@ -327,6 +323,18 @@ def _linear(name: str, outputs: Outputs, values: Sequence[str], config: DiTConfi
     """Return a linear's output, which is in parts, where it is comparable."""
     whole = torch.from_numpy(np.concatenate([outputs[value] for value in values], axis=-1))
     return comparable_part(name, whole, config.hidden_size)
+
+
+def _output_differences(options: CompareOptions, wanted: Outputs, found: Outputs) -> Differences:
+    """Return the difference of the output at one step; refuse outputs that are not the same."""
+    shapes = [each[OUTPUT].shape if OUTPUT in each else None for each in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"{options.model} gives {OUTPUT} {shapes[1]} where {options.reference} gives "
+            f"{shapes[0]}; export it again with ditas-export"
+        )
+    pair = (torch.from_numpy(each[OUTPUT]) for each in (wanted, found))
+    return {OUTPUT: Difference.between(*pair)}
 
 
 def _joined(steps: Sequence[Differences]) -> Differences:

@@ -50,7 +50,7 @@ def opened(runner: Any) -> Iterator[Callable[[Feed], Outputs]]:
     What it gives may lie in memory that the next call writes to.
 
     Raises:
-        RunnerError: the runner cannot be opened, or does not take a feed.
+        RunnerError: the runner cannot be opened, does not take a feed, or fails on it.
     """
 
     def outputs_of(feed: Feed) -> Outputs:
@@ -106,7 +106,8 @@ def plan_runner(plan: Path) -> Any:
         )
     require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
     polygraphy_config.USE_TENSORRT_RTX = product is RTX  # read when the next line imports
-    backend = importlib.import_module("polygraphy.backend.trt")
+    with _one_line_errors():
+        backend = importlib.import_module("polygraphy.backend.trt")
     return backend.TrtRunner(backend.EngineFromBytes(plan.read_bytes()), name=str(plan))
 
 
@@ -133,14 +134,13 @@ def is_inputs_file(path: Path) -> bool:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Keep Polygraphy's log off the screen; turn its exceptions and the runtimes' into one line."""
+    """Keep Polygraphy's log off the screen; its exceptions and its backends' become one line."""
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             yield
     except DitasExportError:
         raise
-    except PolygraphyException as error:
-        raise RunnerError(f"Polygraphy: {' '.join(str(error).split())}") from error
-    except Exception as error:  # the runtimes' exceptions share no base but this
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunnerError(f"Polygraphy's runner failed: {reason}") from error
+    except Exception as error:  # onnxruntime's and TensorRT's exceptions share no base but this
+        reason = " ".join(str(error).split()) or type(error).__name__
+        who = "Polygraphy" if isinstance(error, PolygraphyException) else type(error).__name__
+        raise RunnerError(f"{who}: {reason}") from error

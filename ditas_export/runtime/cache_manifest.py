@@ -38,7 +38,7 @@ class Manifest:
 
     kind: str
     source: str  # the model, where it was when the entry was made
-    files: Mapping[str, FileFacts]
+    files: Mapping[str, FileFacts]  # none where a runtime itself fills the folder, and checks it
 
     @property
     def size(self) -> int:
@@ -66,7 +66,7 @@ class Manifest:
         numbers = [n for facts in files.values() for n in (facts.size, facts.mtime_ns, facts.inode)]
         plain_names = all(name == Path(name).name for name in files)
         of_types = all(type(text) is str for text in texts) and all(type(n) is int for n in numbers)
-        return found if files and plain_names and of_types else None
+        return found if plain_names and of_types else None
 
     @classmethod
     def of(cls, folder: Path, *, kind: str, source: Path) -> Self:
