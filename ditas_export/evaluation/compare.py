@@ -182,7 +182,7 @@ def compare(
             steps.append(
                 StepComparison(
                     timestep=entry.timestep,
-                    outputs=_output_differences(options, wanted, found),
+                    outputs=_output_differences(options, wanted_names, wanted, found_names, found),
                     linears=_compare_linears(config, wanted_names, wanted, found_names, found),
                 )
             )
@@ -325,16 +325,29 @@ def _linear(name: str, outputs: Outputs, values: Sequence[str], config: DiTConfi
     return comparable_part(name, whole, config.hidden_size)
 
 
-def _output_differences(options: CompareOptions, wanted: Outputs, found: Outputs) -> Differences:
-    """Return the difference of the output at one step; refuse outputs that are not the same."""
-    shapes = [each[OUTPUT].shape if OUTPUT in each else None for each in (wanted, found)]
+def _output_differences(
+    options: CompareOptions,
+    wanted_names: Names,
+    wanted: Outputs,
+    found_names: Names,
+    found: Outputs,
+) -> Differences:
+    """Return the differences of every output at one step; refuse outputs that are not the same."""
+    pairs = ((wanted_names, wanted), (found_names, found))
+    debug = [set(chain.from_iterable(names.values())) for names, _ in pairs]
+    shapes = [
+        {name: value.shape for name, value in outputs.items() if name not in values}
+        for values, (_, outputs) in zip(debug, pairs, strict=True)
+    ]
     if shapes[0] != shapes[1]:
         raise VerificationError(
-            f"{options.model} gives {OUTPUT} {shapes[1]} where {options.reference} gives "
-            f"{shapes[0]}; export it again with ditas-export"
+            f"{options.model} gives {shapes[1]} where {options.reference} gives {shapes[0]}; "
+            f"export it again with ditas-export"
         )
-    pair = (torch.from_numpy(each[OUTPUT]) for each in (wanted, found))
-    return {OUTPUT: Difference.between(*pair)}
+    return {
+        name: Difference.between(torch.from_numpy(wanted[name]), torch.from_numpy(found[name]))
+        for name in shapes[0]
+    }
 
 
 def _joined(steps: Sequence[Differences]) -> Differences:
