@@ -166,6 +166,21 @@ def launched_ranks(device: str = "auto") -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
+def cores_of_rank() -> int | None:
+    """Return how many of a machine's cores are for each rank that torchrun launched on it.
+
+    None for a process that has the machine to itself: runtimes then choose by themselves.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks_here == 1:
+        return None
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // ranks_here)
+
+
 def _take_gpu(local_rank: int) -> None:
     """Make the GPU of this rank the current one."""
     count = torch.cuda.device_count()

@@ -66,6 +66,8 @@ def describe_impostor(path: Path, *, expects_json: bool = False) -> str | None:
         return "a folder; name the file itself"
     if path.is_symlink() and not path.exists():
         return f"a link to {path.readlink()}, which is not there; fetch that file"
+    if path.exists() and not path.is_file():  # reading might wait, or have no end
+        return "a device, a pipe or a socket; name a plain file"
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -43,11 +45,12 @@ from ditas_export.errors import (
 from ditas_export.evaluation import compare as compare_module
 from ditas_export.evaluation import polygraphy_runs
 from ditas_export.evaluation.compare import Comparison, compare
-from ditas_export.evaluation.inputs import trajectory_inputs
-from ditas_export.evaluation.linear_outputs import linear_outputs, output_bytes
+from ditas_export.evaluation.inputs import StepInputs
+from ditas_export.evaluation.inputs import trajectory_inputs as inputs_of_runner
+from ditas_export.evaluation.linear_outputs import linear_outputs
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
-from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
+from ditas_export.evaluation.polygraphy_runs import Outputs, onnx_runner, opened
 from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -65,6 +68,11 @@ def good() -> Path:
 def options(model: Path, **settings: Any) -> CompareOptions:
     chosen = {"reference": exported_reference(), "classes": "3,7", "steps": 3, **settings}
     return CompareOptions(model=model, **chosen)
+
+
+def trajectory_inputs(chosen: CompareOptions) -> list[StepInputs]:
+    with OnnxRuntimeRunner(chosen.reference) as runner:
+        return list(inputs_of_runner(chosen, runner))
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +205,8 @@ def test_debug_outputs_are_what_the_linears_give(index: int) -> None:
         )
     model(*[torch.from_numpy(value) for value in entry.feed.values()])
     names = linear_outputs(path, TINY)
-    runner = onnx_runner_with_outputs(path, [value for parts in names.values() for value in parts])
-    ((given, _),) = run_both(runner, runner, [entry.feed])
+    with opened(onnx_runner(path, [value for parts in names.values() for value in parts])) as run:
+        given = run(entry.feed)
     for name, parts in names.items():
         assert len(parts) == (1 if not index else {"qkv": 3, "fc1": 4}.get(name[-3:], 1))
         found = torch.cat([torch.from_numpy(given[part]) for part in parts], dim=-1)
@@ -206,26 +214,17 @@ def test_debug_outputs_are_what_the_linears_give(index: int) -> None:
         assert snr_db(hooked[name], found) > (110 if not index else 40)
 
 
-def test_linears_that_do_not_fit_are_compared_step_by_step(
-    monkeypatch: pytest.MonkeyPatch, far: Comparison
-) -> None:
-    fed: list[int] = []
-    run = compare_module.run_both
-    monkeypatch.setattr(
-        compare_module, "run_both", lambda *given: fed.append(len(given[2])) or run(*given)
-    )
-    monkeypatch.setattr(compare_module, "HELD_BYTES", 1)
-    assert compare(far.options).linears == far.linears
-    assert fed == [3, 1, 1, 1]  # the outputs, then the linears
-
-
-def test_held_bytes_are_those_of_the_outputs() -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["float", "onnxruntime"])
+def test_debug_outputs_leave_the_models_own_as_it_is(index: int) -> None:
+    """Not by one bit: so one session serves for both."""
+    path, _ = forms()[index]
     (entry, *_) = trajectory_inputs(options(good()))
-    names = [name for (name,) in linear_outputs(good(), TINY).values()]
-    runner = onnx_runner_with_outputs(good(), names)
-    ((given, _),) = run_both(runner, runner, [entry.feed])
-    rows = len(entry.feed["latents"])
-    assert output_bytes(TINY, rows=rows) == sum(given[name].nbytes for name in names)
+    values = [value for parts in linear_outputs(path, TINY).values() for value in parts]
+    given = []
+    for asked in ([], values):
+        with opened(onnx_runner(path, asked)) as run:
+            given.append(run(entry.feed)["model_output"])
+    assert np.array_equal(*given)
 
 
 def test_float16_files_are_compared_too() -> None:
@@ -246,20 +245,59 @@ def test_tensors_in_a_file_of_their_own(tmp_path: Path, close: Comparison) -> No
     assert compare(options(path)).to_dict()["linears"] == close.to_dict()["linears"]
 
 
-def test_one_session_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle ONNX Runtime sessions keep their threads spinning."""
-    opened: list[weakref.ref[Any]] = []
-    open_session = polygraphy_runs.open_session
+@pytest.mark.parametrize("linears", [True, False])
+def test_both_models_are_opened_once_and_one_step_is_held(
+    monkeypatch: pytest.MonkeyPatch, linears: bool, far: Comparison
+) -> None:
+    """Whatever the number of steps; threads of the session that waits do not spin."""
+    sessions: list[str] = []
+    held: list[weakref.ref[Any]] = []
 
-    def watched(*arguments: Any) -> Any:
-        assert all(session() is None for session in opened)
-        session = open_session(*arguments)
-        opened.append(weakref.ref(session))
-        return session
+    class Watched(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: Any, asked: Any, **rest: Any) -> None:
+            sessions.append(asked.get_session_config_entry("session.intra_op.allow_spinning"))
+            super().__init__(model, asked, **rest)
 
-    monkeypatch.setattr(polygraphy_runs, "open_session", watched)
-    compare(options(good(), linears=False))
-    assert len(opened) == 2
+    infer = OnnxrtRunner.infer
+
+    def watched(self: Any, *arguments: Any, **rest: Any) -> Outputs:
+        alive = [each for each in held if each() is not None]
+        assert len(alive) <= 1, "two models' outputs of one step at most"
+        outputs: Outputs = infer(self, *arguments, **rest)
+        held.append(weakref.ref(outputs["model_output"]))
+        return outputs
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Watched)
+    monkeypatch.setattr(OnnxrtRunner, "infer", watched)
+    found = compare(dataclasses.replace(far.options, linears=linears))
+    assert found.outputs == far.outputs
+    assert found.linears == (far.linears if linears else {})
+    assert sessions == ["0", "0"]
+    assert len(held) == 2 * 3
+
+
+def test_a_runtimes_own_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no room\nand a long story")
+
+    monkeypatch.setattr(OnnxrtRunner, "infer", fail)
+    with pytest.raises(RunnerError, match=r"^[^\n]*: no room[^\n]*$"):
+        compare(options(good(), steps=2))
+
+
+def test_links_to_data_elsewhere_are_followed(tmp_path: Path, close: Comparison) -> None:
+    """As in a hub's snapshot: both files are links, and ONNX Runtime itself takes no such data."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    model = onnx.load(str(good()))
+    data = {"save_as_external_data": True, "location": "big.onnx.data", "size_threshold": 1024}
+    onnx.save(model, str(blobs / "big.onnx"), **data)
+    for number, name in enumerate(("big.onnx", "big.onnx.data")):
+        (blobs / name).rename(blobs / f"{number}")
+        (snapshot / name).symlink_to(f"../blobs/{number}")
+    found = compare(options(snapshot / "big.onnx"))
+    assert found.to_dict()["linears"] == close.to_dict()["linears"]
 
 
 def test_the_linears_can_be_left_out() -> None:
@@ -436,7 +474,7 @@ def renamed_output(model: onnx.ModelProto) -> None:
     ("change", "error", "message"),
     [
         (unknown_operator, RunnerError, "onnxruntime .* refuses .*NoSuchOperator"),
-        (renamed_input, RunnerError, "onnxruntime .* fail.*: .*images"),
+        (renamed_input, RunnerError, "Polygraphy: .* inputs were not found .*images"),
         (other_rows, RunnerError, "Polygraphy: .* incompatible shape"),
         (renamed_output, VerificationError, r"gives .*'eps': .* where .* gives .*'model_output'"),
     ],
@@ -448,10 +486,8 @@ def test_a_file_that_onnxruntime_does_not_take_is_one_line(
     message: str,
 ) -> None:
     path = broken(tmp_path / "broken.onnx", change)
-    # Polygraphy feeds an input of another name by its shape; the reference's sampler does not.
-    pair = {"model": good(), "reference": path} if change is renamed_input else {"model": path}
     with pytest.raises(error, match=message) as caught:
-        compare(options(**pair, steps=2, linears=False))
+        compare(options(path, steps=2, linears=False))
     assert "\n" not in str(caught.value)
 
 

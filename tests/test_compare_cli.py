@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from ditas_export.cli.compare import app
 from ditas_export.evaluation.inputs import trajectory_inputs
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 QUICK = ["--classes", "3,7", "--steps", "2"]
 
@@ -57,7 +58,9 @@ def test_polygraphy_reads_the_inputs(done: tuple[Result, Path]) -> None:
         reference=exported_reference(), model=exported(), classes="3,7", steps=2
     )
     written = load_json(str(done[1] / "inputs.json"))
-    for feed, entry in zip(written, trajectory_inputs(options), strict=True):
+    with OnnxRuntimeRunner(options.reference) as runner:
+        inputs = list(trajectory_inputs(options, runner))
+    for feed, entry in zip(written, inputs, strict=True):
         assert list(feed) == ["latents", "timesteps", "class_labels"]
         for name, value in entry.feed.items():
             assert feed[name].dtype == value.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
+from ditas_export.generation import decoder as decoder_module
 from ditas_export.generation.decoder import (
     Decoder,
     OnnxVaeDecoder,
@@ -21,6 +23,7 @@ from ditas_export.generation.decoder import (
     open_decoder,
 )
 from ditas_export.onnx_export.vae import export_vae_decoder
+from ditas_export.runtime.onnxruntime_runner import CPU, CUDA
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -277,3 +280,46 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_holds_no_vae(tmp_path: Path) -> None:
     with pytest.raises(OnnxExportError, match="no readable ONNX file"):
         OnnxVaeDecoder(tmp_path / "absent.onnx")
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "expected"),
+    [
+        ("cpu", None, (CPU, 0, 0)),
+        ("cpu", 3, (CPU, 0, 3)),
+        ("cuda", None, (CUDA, 0, 0)),
+        ("cuda:3", 2, (CUDA, 3, 2)),
+    ],
+)
+def test_a_file_is_decoded_on_the_device_and_the_threads_that_were_asked_for(
+    vae_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    threads: int | None,
+    expected: tuple[Any, ...],
+) -> None:
+    """Ranks on one machine have a GPU each, or a share of its cores."""
+    path, opened = tmp_path / "vae_decoder.onnx", []
+    shutil.copy(vae_file(vae_folder), path)
+    open_session = decoder_module.open_session
+
+    def watched(path: Path, options: Any, providers: Any, device_id: int = 0, **rest: Any) -> Any:
+        opened.append((providers, device_id, options.intra_op_num_threads))
+        return open_session(path, options, CPU, **rest)  # this machine may have no GPU
+
+    monkeypatch.setattr(decoder_module, "open_session", watched)
+    with OnnxVaeDecoder(path, device, threads=threads):
+        assert opened == [expected]
+
+
+def test_a_device_that_nothing_has_is_refused(vae_folder: Path) -> None:
+    with pytest.raises(RunnerError, match="device='tpu'; choose cpu, cuda or cuda:N"):
+        OnnxVaeDecoder(vae_file(vae_folder), "tpu")
+
+
+@functools.cache
+def vae_file(vae_folder: Path) -> Path:
+    path = vae_folder.with_name("vae_file.onnx")
+    export_vae_decoder(str(vae_folder), path)
+    return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 import typer
 from onnx import TensorProto, helper, numpy_helper
-from quantized_fixture import exported_reference
+from quantized_fixture import example_inputs, exported, exported_reference, snr_db
 from typer.testing import CliRunner
 
 from ditas_export.artifact_files import sha256_of_file
@@ -22,11 +25,13 @@ from ditas_export.errors import DitasExportError, OnnxExportError
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.external_data import (
     external_files,
+    load_mapped,
     require_external_data,
     sha256_of_onnx,
 )
-from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner, matmul_kernels
 from ditas_export.runtime.open_runner import open_runner
+from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.options import Runtime
 
 
@@ -193,3 +198,156 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, runtime: Runtime) 
         with pytest.raises(DitasExportError) as caught:
             open_runner(str(path), runtime=runtime)
         assert str(path) in str(caught.value)
+
+
+OUTSIDE = [
+    "/etc/hostname",
+    "../outside.data",
+    "below/../../outside.data",
+    "below/../a.data",
+    "..",
+    ".",
+    "",
+    "C:\\outside.data",
+    "C:outside.data",
+    "\\\\server\\share\\a.data",
+    "below\\..\\..\\outside.data",
+]
+"""Locations that are not a name beside the model or below, as some system reads them."""
+
+
+def in_an_initializer(tensor: TensorProto) -> onnx.GraphProto:
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    return helper.make_graph(
+        [helper.make_node("Identity", [tensor.name], ["y"])], "g", [], [y], [tensor]
+    )
+
+
+def in_a_constant(tensor: TensorProto) -> onnx.GraphProto:
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    return helper.make_graph([helper.make_node("Constant", [], ["y"], value=tensor)], "g", [], [y])
+
+
+def in_a_branch(tensor: TensorProto) -> onnx.GraphProto:
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    branch = in_an_initializer(tensor)
+    condition = numpy_helper.from_array(np.array(True), "condition")
+    chosen = helper.make_node(
+        "If", ["condition"], ["y"], then_branch=branch, else_branch=in_a_constant(tensor)
+    )
+    return helper.make_graph([chosen], "g", [], [y], [condition])
+
+
+PLACES = (in_an_initializer, in_a_constant, in_a_branch)
+
+
+def write_location(path: Path, location: str, place: Callable[..., onnx.GraphProto]) -> None:
+    tensor = numpy_helper.from_array(np.ones(4, dtype=np.float32), "a")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for entry, value in (("location", location), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=entry, value=value)
+    path.write_bytes(helper.make_model(place(tensor)).SerializeToString())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("location", OUTSIDE)
+def test_a_location_is_a_name_beside_the_model(
+    tmp_path: Path, location: str, place: Callable[..., onnx.GraphProto]
+) -> None:
+    """Whether anything is there or not; nothing is read."""
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    for data in (tmp_path / "outside.data", folder / "a.data"):
+        data.write_bytes(bytes(16))
+    path = folder / "out.onnx"
+    write_location(path, location, place)
+    for read in (sha256_of_onnx, require_external_data, load_mapped, external_files):
+        with pytest.raises(OnnxExportError) as caught:
+            read(path)
+        assert f"{path} keeps tensors in {location!r}, which is not a file" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_name_below_the_model_and_links_to_anywhere_are_read(
+    tmp_path: Path, place: Callable[..., onnx.GraphProto]
+) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    (folder / "below").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "blob").write_bytes(bytes(16))
+    (folder / "below" / "link..data").symlink_to(elsewhere / "blob")
+    (folder / "other").symlink_to(elsewhere)
+    (folder / "hard.data").hardlink_to(elsewhere / "blob")
+    path = folder / "out.onnx"
+    for location in ("below/link..data", "other/blob", "hard.data"):
+        write_location(path, location, place)
+        assert external_files(path) == [folder / location]
+        assert len(sha256_of_onnx(path)) == 64
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "link to a device", "link to nothing"])
+def test_data_end_at_a_plain_file(tmp_path: Path, kind: str) -> None:
+    """At once: a device would be read without end, a pipe waited for."""
+    path, data = tmp_path / "out.onnx", tmp_path / "a.data"
+    write_location(path, data.name, in_an_initializer)
+    if kind == "pipe":
+        os.mkfifo(data)
+    else:
+        data.symlink_to({"link to nothing": "nothing"}.get(kind, "/dev/zero"))
+    expected = "cannot be read" if kind == "link to nothing" else "is a device, a pipe or a socket"
+    for read in (sha256_of_onnx, require_external_data, load_mapped):
+        with pytest.raises(OnnxExportError, match=expected):
+            read(path)
+
+
+def test_a_model_that_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "out.onnx"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(OnnxExportError, match="no readable ONNX file: it is a device"):
+            sha256_of_onnx(path)
+
+
+def linked(large: Path, folder: Path) -> Path:
+    """Return a copy whose data are a link out of its folder: runtimes themselves refuse that."""
+    folder.mkdir()
+    path = folder / large.name
+    shutil.copy(large, path)
+    data = f"{large.name}.data"
+    (folder / data).symlink_to(large.with_name(data))
+    return path
+
+
+def test_every_reader_follows_a_link_to_data_elsewhere(large: Path, tmp_path: Path) -> None:
+    path, inputs = linked(large, tmp_path / "snapshot"), example_inputs()
+    assert sha256_of_onnx(path) == sha256_of_onnx(large)
+    with OnnxRuntimeRunner(large, threads=1) as runner:
+        expected = runner(*inputs)
+    for cache in (None, tmp_path / "cache"):
+        with OnnxRuntimeRunner(path, threads=1, cache=cache) as runner:
+            assert torch.equal(runner(*inputs), expected)
+    if importlib.util.find_spec("openvino") is not None:
+        for cache in (None, tmp_path / "cache"):
+            with OpenVINORunner(path, threads=1, cache=cache) as runner:
+                assert snr_db(expected, runner(*inputs)) > 100  # float32 sums in another order
+    assert matmul_kernels(path) == matmul_kernels(large)
+
+
+def test_what_is_expanded_from_data_elsewhere_stands_alone(tmp_path: Path) -> None:
+    source = tmp_path / "blobs" / "int4.onnx"
+    source.parent.mkdir()
+    onnx.save(
+        onnx.load(str(exported(layout="int4"))),
+        str(source),
+        save_as_external_data=True,
+        location="int4.onnx.data",
+        size_threshold=1024,
+    )
+    targets = []
+    for path in (exported(layout="int4"), linked(source, tmp_path / "snapshot")):
+        targets.append(tmp_path / f"{path.parent.name}-expanded.onnx")
+        expand(path, targets[-1])
+        assert external_files(targets[-1]) == []
+    assert targets[0].read_bytes() == targets[1].read_bytes()

@@ -77,6 +77,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("sample", "--cfg-scale"),
         ("build", "--opt-level"),
         ("compare", "--linear-db"),
+        ("cache", "verify"),
     ],
 )
 def test_help_imports_nothing_heavy(program: str, flag: str) -> None:

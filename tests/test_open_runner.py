@@ -144,7 +144,7 @@ def test_auto_takes_openvino_where_it_is_installed(hide_openvino: Callable[[], N
 def test_onnxruntime_keeps_what_it_optimized(tmp_path: Path) -> None:
     with open_runner(str(exported()), runtime="onnxruntime").runner as runner:
         assert "MatMulIntegerToFloat" in runner.description
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("entry-*"))) == 1
 
 
 def test_a_missing_extra_is_named(hide_openvino: Callable[[], None]) -> None:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.cli.sample import app
+from ditas_export.distributed import cores_of_rank
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.generation import job
 from ditas_export.generation.job import SampleReport
@@ -97,6 +100,54 @@ def test_two_ranks_make_the_same_bytes_as_one(six: Path, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert bytes_of(tmp_path / "out") == bytes_of(six)
+    assert len(list((tmp_path / "cache").glob("entry-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"), [("cpu", None, 3), ("cpu", 5, 5), ("cuda", None, None)]
+)
+def test_ranks_on_one_cpu_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: Any, asked: int | None, expected: int | None
+) -> None:
+    """Model and VAE alike; on GPUs, and where threads are asked for, nothing is shared out."""
+    given: list[int | None] = []
+
+    def opened(*_: Any, threads: int | None, **__: Any) -> Any:
+        given.append(threads)
+        return SimpleNamespace(runner=SimpleNamespace(config=None))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(job, "open_runner", opened)
+    monkeypatch.setattr(job, "open_decoder", opened)
+    options = SampleOptions(
+        model="m.onnx", output=Path("out"), device=device, threads=asked, vae="v.onnx"
+    )
+    job._decoder(options, job._open(options))
+    assert given == [expected] * 2
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [("1", None), ("2", 3), ("7", 1), ("9", 1)])
+def test_a_rank_has_one_core_at_least(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, expected: int | None
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    assert cores_of_rank() == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert cores_of_rank() is None
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DITAS_EXPORT_CACHE", str(tmp_path / "file"))
+    result = run(exported(), "--runtime", "onnxruntime", *SIX[:4], "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
+    assert len(said) == 1
+    assert "cannot be written (Not a directory)" in said[0]
 
 
 def test_a_rank_that_fails_stops_all_with_its_message(six: Path, tmp_path: Path) -> None:

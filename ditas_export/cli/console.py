@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -65,11 +66,12 @@ class _Terminated(KeyboardInterrupt):
 def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
     """Turn a refusal into one line on stderr and exit code 2, Ctrl-C into 130, SIGTERM into 143.
 
-    Either signal unwinds the stack, so that what is kept for the next run is whole.
+    Either signal unwinds the stack, so that what is kept for the next run is whole. Warnings are
+    one line each too.
     """
     console = Console(stderr=True)
     try:
-        with _termination_interrupts():
+        with _warnings_as_lines(console), _termination_interrupts():
             yield
     except DitasExportError as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
@@ -78,6 +80,19 @@ def clean_errors(*, on_interrupt: str = "") -> Iterator[None]:
     except KeyboardInterrupt as error:
         console.print(f"interrupted. {on_interrupt}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _warnings_as_lines(console: Console) -> Iterator[None]:
+    """Show warnings without the place in the code that they came from."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

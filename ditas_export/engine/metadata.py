@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,13 @@ def metadata_path(plan: Path) -> Path:
 
 
 def require_matching(
-    metadata: EngineMetadata, plan: Path, *, product: str, version: str, gpu: Gpu
+    metadata: EngineMetadata,
+    plan: Path,
+    *,
+    product: str,
+    version: str,
+    gpu: Gpu,
+    hash_file: Callable[[Path], str] = sha256_of_file,
 ) -> None:
     """Refuse a plan that the runtime at hand cannot run, with the reason.
 
@@ -149,13 +156,14 @@ def require_matching(
         product: a key of `PRODUCTS`: the runtime.
         version: of the runtime.
         gpu: the one to run on.
+        hash_file: gives the hex SHA-256 of a file, from memory where it has it.
 
     Raises:
         EngineError: another plan's metadata, another product, a version that does not run it, or a
             GPU that it was not built for.
     """
     try:
-        found = sha256_of_file(plan)
+        found = hash_file(plan)
     except OSError as error:
         why = why_unreadable(plan, error)
         raise EngineError(f"{plan} cannot be read: {why}; build it with ditas-build") from error

@@ -3,6 +3,9 @@
 Both are fed the x_t of the float trajectory, so errors do not add up over time steps. Within a step
 they do: a linear gets what its own model feeds it. The *first diverging* linear is the first in the
 order of the network whose output has an SNR below `linear_db`, over the inputs at hand.
+
+Each model is opened once: the reference samples the trajectory, and gives its linears' outputs on
+the way. What is held beside the two models is what both give at one step.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
@@ -19,47 +23,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import VerificationError
-from ditas_export.evaluation.inputs import StepInputs, feeds_of, trajectory_inputs
-from ditas_export.evaluation.linear_outputs import (
-    comparable_part,
-    linear_outputs,
-    output_bytes,
-)
+from ditas_export.evaluation.inputs import trajectory_inputs
+from ditas_export.evaluation.linear_outputs import comparable_part, linear_outputs
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import (
     Outputs,
     is_inputs_file,
     onnx_runner,
-    onnx_runner_with_outputs,
+    opened,
     plan_runner,
-    run_both,
     save_inputs,
 )
 from ditas_export.figures import finite_or_none
 from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
 from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.export import read_config, read_identity
-from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.external_data import plain_files, require_external_data
 from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.onnx_export.skeleton import OUTPUT_NAME as OUTPUT
+from ditas_export.runtime.checked_runner import CheckedRunner
+from ditas_export.runtime.inputs import Feed, feed_of
 from ditas_export.runtime.open_runner import onnxruntime_takes
 
 Differences = Mapping[str, Difference]
 """Output or linear -> how far it is from the float model's."""
+
+Names = Mapping[str, Sequence[str]]
+"""Linear -> the values that hold its output, in order."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a stage, what of it is done, and the whole."""
 
 KIND = "ditas-export comparison"
 FORMAT = f"{KIND} 1"
-
-HELD_BYTES = 2**29
-"""Outputs of linears of one model that are held at once, unless those of one step take more."""
 
 REMEDY = "Write the reference of the same model with ditas-export --reference"
 """For files of two models."""
@@ -183,28 +186,25 @@ def compare(
     _require_onnxruntime_files(options)
     for path in (options.reference, *([] if _is_plan(options.model) else [options.model])):
         require_own_manifest(path)
-    is_plan = _is_plan(options.model)
-    # An engine that cannot run here is refused before anything is sampled.
-    model = plan_runner(options.model) if is_plan else onnx_runner(options.model)
-    inputs = trajectory_inputs(
-        options, on_step=lambda done, total: advance("Sampling in float", done, total)
-    )
+    with ExitStack() as stack:
+        model, found_names = _open_model(options, config, stack)
+        reference, wanted_names = _open_reference(options, config, stack, with_linears=found_names)
+        feeds, steps = [], []
+        for entry in trajectory_inputs(options, reference):
+            wanted, found = reference.take_outputs(), model(entry.feed)
+            steps.append(
+                StepComparison(
+                    timestep=entry.timestep,
+                    outputs=_output_differences(options, wanted_names, wanted, found_names, found),
+                    linears=_compare_linears(config, wanted_names, wanted, found_names, found),
+                )
+            )
+            del wanted, found  # before the next step makes as much
+            feeds.append(entry.feed)
+            advance("Comparing", len(steps), options.steps)
     if options.gen_inputs is not None:
-        save_inputs(options.gen_inputs, feeds_of(inputs))
-    advance("Comparing outputs", 0, 1)
-    outputs = [
-        _output_differences(options, wanted, found)
-        for wanted, found in run_both(onnx_runner(options.reference), model, feeds_of(inputs))
-    ]
-    advance("Comparing outputs", 1, 1)
-    linears: Sequence[Differences] = [{} for _ in inputs]
-    if options.linears and not is_plan:
-        linears = _compare_linears(options, config, inputs, advance)
-    steps = tuple(
-        StepComparison(timestep=entry.timestep, outputs=of_outputs, linears=of_linears)
-        for entry, of_outputs, of_linears in zip(inputs, outputs, linears, strict=True)
-    )
-    comparison = Comparison(steps=steps, options=options)
+        save_inputs(options.gen_inputs, feeds)
+    comparison = Comparison(steps=tuple(steps), options=options)
     if report is not None:
         text = json.dumps({"format": FORMAT, **comparison.to_dict()}, indent=2, allow_nan=False)
         with atomic_path(report) as partial:
@@ -267,64 +267,100 @@ def _require_onnxruntime_files(options: CompareOptions) -> None:
         )
 
 
+class _Reference(CheckedRunner):
+    """The float model as what samples; of its last call all outputs can be taken."""
+
+    def __init__(self, config: DiTConfig, outputs_of: Callable[[Feed], Outputs]) -> None:
+        super().__init__(config)
+        self._backend = outputs_of
+        self._outputs: Outputs = {}
+
+    @property
+    def description(self) -> str:
+        """The runtime."""
+        return "the float reference in onnxruntime"
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def take_outputs(self) -> Outputs:
+        """Return all outputs of the last call, and keep none of them."""
+        taken, self._outputs = self._outputs, {}
+        return taken
+
+    def _infer(
+        self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+    ) -> Tensor:
+        """Run the file."""
+        self._outputs = backend(feed_of(latents, timesteps, class_labels))
+        return torch.from_numpy(self._outputs[OUTPUT])
+
+
+def _open_model(
+    options: CompareOptions, config: DiTConfig, stack: ExitStack
+) -> tuple[Callable[[Feed], Outputs], Names]:
+    """Open the model that is compared; return what feeds it, and the values of its linears."""
+    if _is_plan(options.model):
+        return stack.enter_context(opened(plan_runner(options.model))), {}
+    names = linear_outputs(options.model, config) if options.linears else {}
+    path = stack.enter_context(plain_files(options.model))
+    runner = onnx_runner(path, list(chain.from_iterable(names.values())))
+    return stack.enter_context(opened(runner)), names
+
+
+def _open_reference(
+    options: CompareOptions, config: DiTConfig, stack: ExitStack, *, with_linears: Names
+) -> tuple[_Reference, Names]:
+    """Open the float model, and return the values of its linears where the other gives its own."""
+    names = linear_outputs(options.reference, config) if with_linears else {}
+    path = stack.enter_context(plain_files(options.reference))
+    runner = onnx_runner(path, list(chain.from_iterable(names.values())))
+    return _Reference(config, stack.enter_context(opened(runner))), names
+
+
 def _compare_linears(
-    options: CompareOptions, config: DiTConfig, inputs: Sequence[StepInputs], advance: OnProgress
-) -> Sequence[Differences]:
-    """Return the differences of every block linear, step by step.
-
-    As many steps at once as `HELD_BYTES` allow: Polygraphy holds what the first model gives until
-    the second has run.
-    """
-    wanted_names = linear_outputs(options.reference, config)
-    found_names = linear_outputs(options.model, config)
-    reference, model = (
-        onnx_runner_with_outputs(path, list(chain.from_iterable(names.values())))
-        for path, names in ((options.reference, wanted_names), (options.model, found_names))
-    )
-    feeds = feeds_of(inputs)
-    at_once = max(1, HELD_BYTES // output_bytes(config, rows=len(feeds[0]["latents"])))
-    found_steps: list[Differences] = []
-    for start in range(0, len(feeds), at_once):
-        for wanted, found in run_both(reference, model, feeds[start : start + at_once]):
-            found_steps.append(
-                {
-                    name: _linear_difference(
-                        name,
-                        [wanted[value] for value in values],
-                        [found[value] for value in found_names[name]],
-                        config,
-                    )
-                    for name, values in wanted_names.items()
-                }
-            )
-        advance("Comparing linears", len(found_steps), len(feeds))
-    return found_steps
+    config: DiTConfig, wanted_names: Names, wanted: Outputs, found_names: Names, found: Outputs
+) -> Differences:
+    """Return the difference of every block linear at one step, where its outputs are comparable."""
+    return {
+        name: Difference.between(
+            _linear(name, wanted, values, config), _linear(name, found, found_names[name], config)
+        )
+        for name, values in wanted_names.items()
+    }
 
 
-def _output_differences(options: CompareOptions, wanted: Outputs, found: Outputs) -> Differences:
+def _linear(name: str, outputs: Outputs, values: Sequence[str], config: DiTConfig) -> Tensor:
+    """Return a linear's output, which is in parts, where it is comparable."""
+    whole = torch.from_numpy(np.concatenate([outputs[value] for value in values], axis=-1))
+    return comparable_part(name, whole, config.hidden_size)
+
+
+def _output_differences(
+    options: CompareOptions,
+    wanted_names: Names,
+    wanted: Outputs,
+    found_names: Names,
+    found: Outputs,
+) -> Differences:
     """Return the differences of every output at one step; refuse outputs that are not the same."""
-    shapes = [{name: value.shape for name, value in each.items()} for each in (wanted, found)]
+    pairs = ((wanted_names, wanted), (found_names, found))
+    debug = [set(chain.from_iterable(names.values())) for names, _ in pairs]
+    shapes = [
+        {name: value.shape for name, value in outputs.items() if name not in values}
+        for values, (_, outputs) in zip(debug, pairs, strict=True)
+    ]
     if shapes[0] != shapes[1]:
         raise VerificationError(
             f"{options.model} gives {shapes[1]} where {options.reference} gives {shapes[0]}; "
             f"export it again with ditas-export"
         )
-    return {name: _difference(value, found[name]) for name, value in wanted.items()}
-
-
-def _difference(wanted: Any, found: Any) -> Difference:
-    """Return the difference of two arrays."""
-    return Difference.between(torch.from_numpy(wanted), torch.from_numpy(found))
-
-
-def _linear_difference(
-    name: str, wanted: Sequence[Any], found: Sequence[Any], config: DiTConfig
-) -> Difference:
-    """Return the difference of a linear's outputs, each in parts, where they are comparable."""
-    wholes = (torch.from_numpy(np.concatenate(parts, axis=-1)) for parts in (wanted, found))
-    return Difference.between(
-        *(comparable_part(name, whole, config.hidden_size) for whole in wholes)
-    )
+    return {
+        name: Difference.between(torch.from_numpy(wanted[name]), torch.from_numpy(found[name]))
+        for name in shapes[0]
+    }
 
 
 def _joined(steps: Sequence[Differences]) -> Differences:

@@ -72,9 +72,3 @@ def comparable_part(linear: str, output: Tensor, hidden_size: int) -> Tensor:
     if linear.endswith("attn.qkv"):
         return output[..., : value_rows(hidden_size).start]
     return output
-
-
-def output_bytes(config: DiTConfig, *, rows: int) -> int:
-    """Return the bytes of all that the block linears give for a batch, in float32."""
-    features = 5 * config.hidden_size + config.mlp_hidden_size  # qkv 3, proj 1, fc2 1; fc1
-    return 4 * rows * config.num_tokens * features * config.depth

@@ -1,10 +1,10 @@
-"""Two models through Polygraphy's `Comparator`, one after the other; errors as one line."""
+"""Models through Polygraphy's runners, opened once and fed step by step; errors as one line."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from polygraphy import config as polygraphy_config  # type: ignore[import-untyped]
 from polygraphy.backend.onnxrt import OnnxrtRunner  # type: ignore[import-untyped]
-from polygraphy.comparator import Comparator  # type: ignore[import-untyped]
 from polygraphy.exception import PolygraphyException  # type: ignore[import-untyped]
 from polygraphy.json import save_json  # type: ignore[import-untyped]
 from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
@@ -40,32 +39,45 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session entry: where the external data of a model in memory lie."""
 
 
-def run_both(
-    reference: Any, model: Any, feeds: Sequence[Feed]
-) -> Iterator[tuple[Outputs, Outputs]]:
-    """Yield, feed by feed, what two Polygraphy runners give.
+IDLE_THREADS_REST = {"session.intra_op.allow_spinning": "0"}
+"""Session entry for two sessions in turn: threads of the one that waits leave the cores alone."""
 
-    The second runner opens when the first is closed: idle ONNX Runtime sessions spin.
+
+@contextmanager
+def opened(runner: Any) -> Iterator[Callable[[Feed], Outputs]]:
+    """Open a Polygraphy runner, and yield what feeds it.
+
+    What it gives may lie in memory that the next call writes to.
 
     Raises:
-        RunnerError: a runner that cannot be opened, does not take the feeds, or fails on them.
+        RunnerError: the runner cannot be opened, does not take a feed, or fails on it.
     """
+
+    def outputs_of(feed: Feed) -> Outputs:
+        with _one_line_errors():
+            return dict(runner.infer(feed).items())
+
     with _one_line_errors():
-        results = Comparator.run([reference, model], data_loader=list(feeds))
-    first, second = (iterations for _, iterations in results)
-    for wanted, found in zip(first, second, strict=True):
-        yield dict(wanted.items()), dict(found.items())
+        runner.activate()
+    try:
+        yield outputs_of
+    finally:
+        with _one_line_errors():
+            runner.deactivate()
 
 
-def onnx_runner(path: Path) -> Any:
-    """Return a Polygraphy runner of an exported file in ONNX Runtime."""
-    options = session_options(None, ACCURATE_WEIGHT_ONLY)
-    return OnnxrtRunner(lambda: open_session(path, options, CPU), name=str(path))
+def onnx_runner(path: Path, values: Sequence[str] = ()) -> Any:
+    """Return a Polygraphy runner of an exported file in ONNX Runtime, as it is verified.
 
-
-def onnx_runner_with_outputs(path: Path, values: Sequence[str]) -> Any:
-    """Return a Polygraphy runner of an exported file that gives more of its values."""
-    entries = {**ACCURATE_WEIGHT_ONLY, EXTERNAL_FOLDER: str(path.resolve().parent)}
+    Args:
+        path: the file, its external data beside it as plain files.
+        values: what it is to give beside its own outputs; they change none of these.
+    """
+    entries = {**ACCURATE_WEIGHT_ONLY, **IDLE_THREADS_REST}
+    if not values:
+        options = session_options(None, entries)
+        return OnnxrtRunner(lambda: open_session(path, options, CPU), name=str(path))
+    entries[EXTERNAL_FOLDER] = str(path.parent.resolve())
     options = session_options(None, entries)
     onnxruntime = importlib.import_module("onnxruntime")
 

@@ -20,7 +20,7 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
-from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.external_data import plain_files
 from ditas_export.onnx_export.vae import (
     LATENTS_NAME,
     VaeShape,
@@ -29,6 +29,7 @@ from ditas_export.onnx_export.vae import (
     require_fitting_vae,
 )
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
+from ditas_export.runtime.open_runner import device_index
 
 NO_VAE = "none"
 """Says that latents are to stay latents."""
@@ -173,18 +174,25 @@ class OnnxVaeDecoder(_ImageByImage):
 
     Args:
         path: the file.
-        device: "cpu", or "cuda" for the CUDA provider.
+        device: "cpu", or "cuda" or "cuda:N" for the CUDA provider on that GPU.
+        threads: of one operator; None leaves the choice to ONNX Runtime.
 
     Raises:
         RunnerError: ONNX Runtime is missing, has no such provider, or refuses the file.
         OnnxExportError: the file does not say which VAE it decodes for.
     """
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, device: str = "cpu", *, threads: int | None = None) -> None:
         super().__init__(read_vae_shape(path))
-        require_external_data(path)
-        providers = CUDA if torch.device(device).type == "cuda" else CPU
-        self._backend = open_session(path, session_options(None, {}), providers)
+        index = device_index(device)
+        with plain_files(path) as plain:
+            self._backend = open_session(
+                plain,
+                session_options(threads, {}),
+                CUDA if device.startswith("cuda") else CPU,
+                index,
+                source=path,
+            )
         self._path = path
         self._providers = ", ".join(self._backend.get_providers())
 
@@ -200,13 +208,16 @@ class OnnxVaeDecoder(_ImageByImage):
         return torch.from_numpy(np.asarray(images))
 
 
-def open_decoder(vae: str | None, *, config: DiTConfig, device: str) -> Decoder | None:
+def open_decoder(
+    vae: str | None, *, config: DiTConfig, device: str, threads: int | None = None
+) -> Decoder | None:
     """Return the decoder of a model's latents, None where none is wanted.
 
     Args:
         vae: a `vae_decoder.onnx` by its suffix, in any case, what `VaeDecoder` takes, or "none".
         config: of the model.
         device: where it runs.
+        threads: of a file in ONNX Runtime; PyTorch's are the process's.
 
     Raises:
         RunnerError: the VAE cannot be opened, takes latents of another number of channels, or
@@ -216,7 +227,9 @@ def open_decoder(vae: str | None, *, config: DiTConfig, device: str) -> Decoder 
     if vae is None or vae == NO_VAE:
         return None
     in_onnx = has_suffix(vae, ONNX_SUFFIXES)
-    decoder: Decoder = OnnxVaeDecoder(Path(vae), device) if in_onnx else VaeDecoder(vae, device)
+    decoder: Decoder = (
+        OnnxVaeDecoder(Path(vae), device, threads=threads) if in_onnx else VaeDecoder(vae, device)
+    )
     require_fitting_vae(
         f"the VAE {vae}", in_channels=decoder.in_channels, factors=decoder.factors, config=config
     )

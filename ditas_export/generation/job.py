@@ -14,7 +14,7 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, RunnerError
@@ -143,7 +143,7 @@ def _open(options: SampleOptions) -> OpenedModel:
         options.model,
         runtime=options.runtime,
         device=_device(options),
-        threads=options.threads,
+        threads=_threads(options),
         hints=options.hints,
     )
 
@@ -155,11 +155,18 @@ def _device(options: SampleOptions) -> str:
     return options.device
 
 
+def _threads(options: SampleOptions) -> int | None:
+    """Return the threads that were asked for; else ranks on one machine's CPU share its cores."""
+    if options.threads is None and options.device == "cpu":
+        return cores_of_rank()
+    return options.threads
+
+
 def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
     """Return the decoder of the model's latents: as asked, or the one that fits."""
     config = opened.runner.config
     vae = options.vae or _vae_of(options.model, opened, config)
-    return open_decoder(vae, config=config, device=_device(options))
+    return open_decoder(vae, config=config, device=_device(options), threads=_threads(options))
 
 
 def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:

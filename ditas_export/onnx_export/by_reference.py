@@ -25,9 +25,11 @@ def load_by_reference(path: Path) -> onnx.ModelProto:
 
     Raises:
         OSError: no such file.
-        ValueError: an empty or truncated file, or not protobuf.
+        ValueError: no plain file, an empty or truncated one, or not protobuf.
         google.protobuf.message.DecodeError: protobuf, but no ONNX.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("it is a device, a pipe or a socket")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         model = onnx.ModelProto()
         model.ParseFromString(_cut(data, 0, len(data), RAW_DATA, path.name))

@@ -11,7 +11,7 @@ import torch
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.export import read_form, record_form, save_model
-from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.external_data import load_mapped
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
 
@@ -30,8 +30,7 @@ def expand(source: Path, target: Path) -> None:
         ArtifactError: the target cannot be written.
     """
     form = read_form(source)
-    require_external_data(source)
-    model = ir.load(source)
+    model = load_mapped(source)
     chains = list(int4_chains(model.graph))
     if not chains:
         raise OnnxExportError(
@@ -39,6 +38,7 @@ def expand(source: Path, target: Path) -> None:
         )
     for chain in chains:
         expand_chain(model.graph, chain)
+    ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
     record_form(model, dataclasses.replace(form, layout="int8"))
     save_model(model, target)
 

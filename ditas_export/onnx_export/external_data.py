@@ -1,4 +1,8 @@
-"""An ONNX file and the files that its tensors lie in: whether they are whole, and one hash.
+"""An ONNX file and the files that its tensors lie in: which may be read, and one hash for all.
+
+One rule for all that read them. The location that is written in the model is a name beside it or
+below: neither absolute nor climbing. What is there may be a link, as in a hub's snapshots, and the
+link may lead anywhere, as long as it ends at a plain file.
 
 A file that this package writes keeps its data in `<name>.<digest>.data`, the digest that of the
 tensors: files of other tensors have data of another name, so that a pair can be replaced by another
@@ -11,7 +15,9 @@ import contextlib
 import hashlib
 import math
 import re
-from pathlib import Path
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 import onnx_ir as ir
@@ -22,25 +28,28 @@ from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 
 
-def sha256_of_onnx(path: Path) -> str:
+def sha256_of_onnx(path: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> str:
     """Return the hex SHA-256 of an ONNX file and of its external data.
 
     Without external data it is the hash of the file's bytes. Else it is the hash of the hex hashes
     of all files, the ONNX file's first, one a line, as `sha256sum` lists them without the names.
 
+    Args:
+        path: the ONNX file.
+        hash_file: gives the hex SHA-256 of one file, from memory where it has it.
+
     Raises:
         OnnxExportError: see `external_files`.
     """
     files = external_files(path)
-    digest = sha256_of_file(path)
-    external = [sha256_of_file(file) for file in files]
-    if not external:
-        return digest
-    return hashlib.sha256("".join(f"{each}\n" for each in [digest, *external]).encode()).hexdigest()
+    digests = [hash_file(file) for file in (path, *files)]
+    if not files:
+        return digests[0]
+    return hashlib.sha256("".join(f"{each}\n" for each in digests).encode()).hexdigest()
 
 
 def require_external_data(path: Path) -> None:
-    """Refuse an ONNX file whose external data are not there or cut short, before a runtime does.
+    """Refuse an ONNX file whose external data cannot be read, before a runtime does.
 
     Raises:
         OnnxExportError: see `external_files`.
@@ -52,7 +61,8 @@ def external_files(path: Path) -> list[Path]:
     """Return the files beside an ONNX file that its tensors lie in, in order of name; all whole.
 
     Raises:
-        OnnxExportError: no readable ONNX file, or external data that are not there or cut short.
+        OnnxExportError: no readable ONNX file; or external data that are not there, are cut short,
+            are no plain file, or lie where the file may not ask for them.
     """
     files = _data_of(path)
     for file, size in files.items():
@@ -64,15 +74,46 @@ def _data_of(path: Path) -> dict[Path, int]:
     """Return where an ONNX file's tensors lie, there or not, and the bytes each file must have.
 
     Raises:
-        OnnxExportError: no readable ONNX file.
+        OnnxExportError: no readable ONNX file, or one that asks for what it may not.
     """
-    try:
-        wanted = _wanted_bytes(load_by_reference(path).graph)
-    except Exception as error:  # protobuf's DecodeError has no stable home
-        reason = why_unreadable(path, error)
-        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
+    wanted = _wanted_bytes(path, _references(path))
     wanted.pop(path.name, None)
     return {path.parent / location: size for location, size in sorted(wanted.items())}
+
+
+def load_mapped(path: Path) -> ir.Model:
+    """Return an ONNX file's model; its large tensors are mapped from where they lie when read.
+
+    Raises:
+        OnnxExportError: see `external_files`.
+    """
+    external_files(path)
+    model = _references(path)
+    for tensor in _tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":  # resolved: readers of their own rules refuse links
+                entry.value = str((path.parent / entry.value).resolve())
+    return ir.from_proto(model)
+
+
+@contextlib.contextmanager
+def plain_files(path: Path) -> Iterator[Path]:
+    """Yield an ONNX file whose data are plain files beside it, as runtimes ask for.
+
+    It is the file itself, or where links lead out of its folder a copy, for a while.
+
+    Raises:
+        OnnxExportError: see `external_files`.
+        OSError: the temporary folder cannot take a copy.
+    """
+    folder = path.parent.resolve()
+    if all(folder in file.resolve().parents for file in external_files(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as copies:
+        copy = Path(copies) / path.name
+        ir.save(load_mapped(path), copy, external_data=f"{path.name}.data")
+        yield copy
 
 
 def data_name(model: ir.Model, name: str) -> str:
@@ -160,22 +201,82 @@ def rename_pair(path: Path, name: str) -> Path:
     return renamed
 
 
-def _wanted_bytes(graph: onnx.GraphProto) -> dict[str, int]:
+def _references(path: Path) -> onnx.ModelProto:
+    """Return an ONNX file's model without the bytes of its tensors, or say what the file is."""
+    try:
+        return load_by_reference(path)
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        reason = why_unreadable(path, error)
+        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that a model may refer to another file with, wherever it stands."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors of a graph and of those inside it."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors in a node's attributes."""
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _graph_tensors(graph)
+
+
+def _wanted_bytes(path: Path, model: onnx.ModelProto) -> dict[str, int]:
     """Return how long each file must be that tensors lie in, by its location."""
     wanted: dict[str, int] = {}
-    for tensor in graph.initializer:
+    for tensor in _tensors(model):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if "location" not in entries:
             continue
-        bits = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
-        length = int(entries.get("length", -(-bits // 8)))
-        end = int(entries.get("offset", 0)) + length
-        wanted[entries["location"]] = max(wanted.get(entries["location"], 0), end)
+        location = entries["location"]
+        _require_beside(path, location)
+        try:
+            bits = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+            length = int(entries.get("length", -(-bits // 8)))
+            end = int(entries.get("offset", 0)) + length
+        except (ValueError, TypeError) as error:  # no number, or a type without a size
+            raise OnnxExportError(
+                f"{path} does not say where in {location!r} its tensor {tensor.name!r} lies "
+                f"({error}); export it again"
+            ) from error
+        wanted[location] = max(wanted.get(location, 0), end)
     return wanted
+
+
+def _require_beside(path: Path, location: str) -> None:
+    """Refuse a location that is not below the model's folder by its spelling, on any system."""
+    for spelled in (PurePosixPath(location), PureWindowsPath(location)):
+        if spelled.anchor or ".." in spelled.parts or not spelled.parts or "\0" in location:
+            raise OnnxExportError(
+                f"{path} keeps tensors in {location!r}, which is not a file beside it; such a file "
+                f"could read anything, and is refused: export it again, or save it anew with its "
+                f"data beside it"
+            )
 
 
 def _require_bytes(path: Path, file: Path, wanted: int) -> None:
     """Refuse external data that are not there, are no file, or end before the last tensor does."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OnnxExportError(
+            f"{path} keeps tensors in {file}, which is a device, a pipe or a socket; put a plain "
+            f"file there, or export again"
+        )
     try:
         found = file.stat().st_size
         with file.open("rb"):

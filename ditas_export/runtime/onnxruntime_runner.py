@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,16 +17,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ditas_export import __version__
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.expand import expand_chain
-from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
+from ditas_export.onnx_export.external_data import load_mapped, plain_files, sha256_of_onnx
 from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
+from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.inputs import Feed
-from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts, optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
 from ditas_export.runtime.tensorrt_providers import (
@@ -65,6 +66,12 @@ _SLOWER_WHEN_FUSED = "SkipLayerNormFusion"
 """Its kernel on CPUs takes six times as long as the Add and the LayerNormalization it is made of
 (1.3 ms against 0.2 ms for 512 tokens of width 1152; onnxruntime 1.31.1)."""
 
+_PREPARED_FORMAT = 1
+"""Of what `_prepare` writes; raised with every change of it, so that nothing earlier is found."""
+
+_MODEL_NAME = "model.onnx"
+"""The prepared model's name in its cache entry; its tensors lie beside it."""
+
 _PRODUCTS = ("MatMul", "QLinearMatMul", "Gemm", "FusedMatMul")
 
 
@@ -100,30 +107,23 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         super().__init__(path)
         entries = ACCURATE_WEIGHT_ONLY | dict(session_entries or {})
         self._kernels: Counter[str] | None = None
+        self._entry: Entry | None = None
         if cache is not None and tuple(providers) == CPU:
-            facts = {
-                "ditas-export": __version__,
-                "onnxruntime": _onnxruntime().__version__,
-                "entries": entries | _KEEP_PACKED,
-                "machine": machine_facts(),
-            }
-            path = optimized_model(
-                sha256 or sha256_of_onnx(path),
-                cache,
-                facts,
-                lambda target: _prepare(path, target, entries),
-            )
-            self._kernels = Counter(_product_kernels(path).values())
-        folder = None
+            self._entry = _prepared(path, Cache.at(cache), entries, sha256)
         if cache is not None and providers[0] in GPU_BUILDERS:
-            facts = {"providers": list(providers), **builder_facts(device_id)}
-            folder = compiled_folder(sha256 or sha256_of_onnx(path), cache, facts)
+            self._entry = _engines(path, Cache.at(cache), providers, device_id, sha256)
+        folder = None if self._entry is None else self._entry.path
         own_options = provider_options(providers[0], self._config, folder)
         self._most_rows = BATCH.largest if own_options else None
         options = session_options(threads, entries)
-        if self._kernels is not None:
-            options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._backend = open_session(path, options, providers, device_id, own_options=own_options)
+        if self._entry is not None and tuple(providers) == CPU:
+            self._backend = _open_prepared(self._entry, options, source=path)
+            self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
+        else:
+            with plain_files(path) as plain:
+                self._backend = open_session(
+                    plain, options, providers, device_id, source=path, own_options=own_options
+                )
         self._providers = ", ".join(self._backend.get_providers())
 
     @property
@@ -131,6 +131,12 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         """Backend, version, execution providers, and the kernels of products where known."""
         kernels = "".join(f"; {count} {kind}" for kind, count in (self._kernels or {}).items())
         return f"onnxruntime {_onnxruntime().__version__} ({self._providers}{kernels})"
+
+    def close(self) -> None:
+        """Free the session, then let go of its files in the cache."""
+        super().close()
+        if self._entry is not None:
+            self._entry.close()
 
     def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
         """Run the session, which takes several threads."""
@@ -152,11 +158,61 @@ def matmul_kernels(path: Path) -> dict[str, str]:
 
     Raises:
         RunnerError: ONNX Runtime is missing or refuses the file.
+        OnnxExportError: external data that cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        _optimize(path, optimized, {})
+        with plain_files(path) as plain:
+            _optimize(plain, optimized, {}, source=path)
         return _product_kernels(optimized)
+
+
+def _prepared(
+    path: Path, cache: Cache, session_entries: Mapping[str, str], sha256: str | None
+) -> Entry | None:
+    """Return the cache's entry of a file, made now if need be; None if the cache takes nothing."""
+    key = Key(
+        kind="onnxruntime",
+        source=path,
+        sha256=sha256 or sha256_of_onnx(path, hash_file=cache.hash_of_file),
+        facts={
+            "format": _PREPARED_FORMAT,
+            "onnxruntime": _onnxruntime().__version__,
+            "entries": {**session_entries, **_KEEP_PACKED},
+        },
+        hash_source=lambda: sha256_of_onnx(path),
+    )
+    return cache.entry(key, lambda folder: _prepare(path, folder / _MODEL_NAME, session_entries))
+
+
+def _engines(
+    path: Path, cache: Cache, providers: Sequence[str], device_id: int, sha256: str | None
+) -> Entry | None:
+    """Return a folder of the cache that a provider itself fills with engines, and checks."""
+    key = Key(
+        kind="engines",
+        source=path,
+        sha256=sha256 or sha256_of_onnx(path, hash_file=cache.hash_of_file),
+        facts={
+            "onnxruntime": _onnxruntime().__version__,
+            "providers": list(providers),
+            **builder_facts(device_id),
+        },
+        hash_source=lambda: sha256_of_onnx(path),
+    )
+    return cache.entry(key, lambda _folder: None)
+
+
+def _open_prepared(entry: Entry, options: Any, *, source: Path) -> Any:
+    """Open a session of a prepared model, which is not optimized again."""
+    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return open_session(entry.path / _MODEL_NAME, options, CPU, source=source)
+    except RunnerError as error:
+        entry.close()
+        raise RunnerError(
+            f"{error}; it was prepared in {entry.path}: ditas-cache verify removes what is damaged"
+        ) from error
 
 
 def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> None:
@@ -173,22 +229,21 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> No
         expanded = Path(folder) / target.name
         try:
             _write_expanded(path, expanded)
-        except ValueError as error:  # tensors beyond the end of their file, or behind a link
+        except ValueError as error:  # such as a tensor that does not begin where one may
             reason = str(error).splitlines()[0]
             raise RunnerError(f"the tensors of {path} cannot be read: {reason}") from error
-        _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
+        try:
+            _optimize(expanded, target, {**session_entries, **_KEEP_PACKED}, source=path)
+        except RunnerError as error:
+            if shutil.disk_usage(target.parent).free < path.stat().st_size:  # it does not say so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
     _forget_unaligned_packing(target)
 
 
 def _write_expanded(path: Path, target: Path) -> None:
-    """Write a file with its INT4 chains as INT8 rows and its tensors beside it.
-
-    A link is followed, as a hub's snapshots are links: references are not read through one.
-    """
-    if not external_files(path):
-        path = path.resolve()
-    model = ir.from_proto(load_by_reference(path))
-    ir.external_data.set_base_dir(model.graph, path.parent)
+    """Write a file with its INT4 chains as INT8 rows and its tensors beside it."""
+    model = load_mapped(path)
     for chain in list(int4_chains(model.graph)):
         expand_chain(model.graph, chain)
     ir.save(model, target, external_data=f"{target.name}.data")

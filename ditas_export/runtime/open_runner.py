@@ -23,6 +23,8 @@ from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.options import NO_HINTS, CheckpointHints
+from ditas_export.runtime.cache import Cache
+from ditas_export.runtime.cache_settings import default_cache
 from ditas_export.runtime.onnxruntime_runner import (
     CPU,
     CUDA,
@@ -31,7 +33,6 @@ from ditas_export.runtime.onnxruntime_runner import (
     OnnxRuntimeRunner,
 )
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
-from ditas_export.runtime.optimized_cache import default_cache
 from ditas_export.runtime.options import Runtime
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_int8 import Int8Runner
@@ -81,7 +82,7 @@ def open_runner(
         device: cpu, cuda, or cuda:N.
         threads: of the backend; None leaves the choice to it.
         hints: what a checkpoint does not say.
-        cache: folder of what runtimes optimized or compiled; None is the user's.
+        cache: folder of what runtimes prepared and of models' hashes; None is the user's.
 
     Raises:
         RunnerError: a backend that is missing, or that cannot run this kind of model; or hints for
@@ -96,12 +97,14 @@ def open_runner(
         raise RunnerError(
             f"{model} carries its own configuration; leave out {', '.join(hints.given)}"
         )
+    cache = cache or default_cache()
+    hash_file = sha256_of_file if cache is None else Cache.at(cache).hash_of_file
     if has_suffix(model, PLAN_SUFFIXES):
-        return _open_plan(Path(model), runtime, device, threads, cache or default_cache())
+        return _open_plan(Path(model), runtime, device, threads, cache, hash_file)
     if has_suffix(model, ONNX_SUFFIXES):
         path = Path(model)
-        open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
-        sha256 = sha256_of_onnx(path)
+        open_file = _file_opener(path, runtime, device, threads, cache)
+        sha256 = sha256_of_onnx(path, hash_file=hash_file)
         require_own_manifest(path, sha256)
         slow = device.startswith("cuda") and runtime not in GPU_PROVIDERS
         return OpenedModel(
@@ -119,7 +122,7 @@ def open_runner(
     if threads is not None:
         torch.set_num_threads(threads)
     if is_artifact:
-        return _open_artifact(Path(model), device)
+        return _open_artifact(Path(model), device, hash_file)
     loaded = load_dit(model, hints)
     return OpenedModel(
         runner=TorchRunner(loaded.model, device=device),
@@ -131,7 +134,12 @@ def open_runner(
 
 
 def _open_plan(
-    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+    path: Path,
+    runtime: Runtime,
+    device: str,
+    threads: int | None,
+    cache: Path | None,
+    hash_file: Callable[[Path], str],
 ) -> OpenedModel:
     """Open an engine in the product that built it."""
     if runtime not in ("auto", "tensorrt"):
@@ -141,7 +149,7 @@ def _open_plan(
     if threads is not None:
         raise RunnerError("an engine has no threads to set; leave out --threads")
     runner = TensorRTRunner(path, device=f"cuda:{device_index(device)}", cache=cache)
-    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    return OpenedModel(runner=runner, source=str(path), sha256=hash_file(path))
 
 
 def _is_artifact(path: Path) -> bool:
@@ -155,7 +163,7 @@ def _is_artifact(path: Path) -> bool:
         return False
 
 
-def _open_artifact(path: Path, device: str) -> OpenedModel:
+def _open_artifact(path: Path, device: str, hash_file: Callable[[Path], str]) -> OpenedModel:
     """Open a quantized model in PyTorch, with the activation ranges it was made for.
 
     Its float side is float32 on a CPU and float16 on a GPU, as in the files that are exported for
@@ -171,11 +179,11 @@ def _open_artifact(path: Path, device: str) -> OpenedModel:
         if quantized.activation_bits == 8
         else TorchRunner(fake_quantized_dit(folded, ranges=ranges), device=device)
     )
-    return OpenedModel(runner=runner, source=str(path), sha256=sha256_of_file(path))
+    return OpenedModel(runner=runner, source=str(path), sha256=hash_file(path))
 
 
 def _file_opener(
-    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path
+    path: Path, runtime: Runtime, device: str, threads: int | None, cache: Path | None
 ) -> Callable[[str], Runner]:
     """Return what opens an exported file in a backend, given the file's hash."""
     if runtime == "torch":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import ModuleType
@@ -11,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ditas_export import __version__
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
+from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.inputs import Feed
-from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
@@ -24,11 +26,25 @@ FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Setting under which weight-only linears keep float activations, as in the other backends; by
 itself OpenVINO rounds them to 8 bits."""
 
+_BLOB_NAME = "model.blob"
+"""The compiled model's name in its cache entry."""
+
+_INSTRUCTIONS = "ONEDNN_MAX_CPU_ISA"
+"""Environment variable that keeps OpenVINO's kernels to fewer instructions than there are."""
+
 _PRODUCTS = ("FullyConnected", "MatMul")
 """OpenVINO's kernels of matrix products."""
 
 _FLOATS = {"f32", "f16", "bf16"}
 """Types as OpenVINO names them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Compiled:
+    """A compiled model, and the memory that it lives in where it was mapped from a file."""
+
+    model: Any
+    mapped: Any = None
 
 
 class OpenVINORunner(ExportedFileRunner):
@@ -61,25 +77,26 @@ class OpenVINORunner(ExportedFileRunner):
         sha256: str | None = None,
     ) -> None:
         super().__init__(path)
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
+        numeric = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
+        settings: dict[str, Any] = dict(numeric)
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        if cache is not None:
-            # OpenVINO looks at its version, its settings, and the file's path and time; and
-            # compiles again where what it kept is cut short.
-            facts = {"ditas-export": __version__, "runtime": "openvino", "machine": machine_facts()}
-            folder = compiled_folder(sha256 or sha256_of_onnx(path), cache, facts)
-            settings["CACHE_DIR"] = str(folder)
-        self._version, self._backend = _compile(path, settings)
-        self._products = _float_products(self._backend)
+        self._version = str(_openvino().__version__)
+        self._entry = None if cache is None else _compiled(path, Cache.at(cache), numeric, sha256)
+        self._backend = (
+            _Compiled(model=_compile(path, settings))
+            if self._entry is None
+            else _import(self._entry, settings, source=path)
+        )
+        self._products = _float_products(self._backend.model)
         self._idle: SimpleQueue[Any] = SimpleQueue()
 
     @property
     def description(self) -> str:
         """Backend, version, device, and the types of the float products."""
-        return f"openvino {self._version} ({', '.join(['CPU', *self._products])})"
+        return f"openvino {self._version.partition('-')[0]} ({', '.join(['CPU', *self._products])})"
 
-    def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
+    def _run(self, session: _Compiled, feed: Feed) -> np.ndarray[Any, Any]:
         """Run an inference request of this call alone, one that is idle or a new one.
 
         Its output buffer is used again, so it is copied before the request is given back.
@@ -87,27 +104,78 @@ class OpenVINORunner(ExportedFileRunner):
         try:
             request = self._idle.get_nowait()
         except Empty:
-            request = session.create_infer_request()
+            request = session.model.create_infer_request()
         (output,) = request.infer(feed).values()
         copied = np.array(output)
         self._idle.put(request)
         return copied
 
     def close(self) -> None:
-        """Let go of the compiled model and its requests."""
+        """Let go of the compiled model and its requests, then of its file in the cache."""
         super().close()
         self._idle = SimpleQueue()
+        if self._entry is not None:
+            self._entry.close()
 
 
-def _compile(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return OpenVINO's version and the compiled model."""
+def _compiled(
+    path: Path, cache: Cache, numeric: Mapping[str, str], sha256: str | None
+) -> Entry | None:
+    """Return the cache's entry of a file, made now if need be; None if the cache takes nothing.
+
+    How many threads compute is for whoever opens it to say.
+    """
+    key = Key(
+        kind="openvino",
+        source=path,
+        sha256=sha256 or sha256_of_onnx(path, hash_file=cache.hash_of_file),
+        facts={
+            "openvino": _openvino().__version__,
+            "settings": dict(numeric),
+            "instructions": os.environ.get(_INSTRUCTIONS, ""),
+        },
+        hash_source=lambda: sha256_of_onnx(path),
+    )
+
+    def make(folder: Path) -> None:
+        compiled = _compile(path, numeric)
+        (folder / _BLOB_NAME).write_bytes(compiled.export_model().getbuffer())
+
+    return cache.entry(key, make)
+
+
+def _compile(path: Path, settings: Mapping[str, Any]) -> Any:
+    """Return the compiled model of a file."""
+    with plain_files(path) as plain, _refusals(path):
+        return _openvino().Core().compile_model(str(plain), "CPU", dict(settings))
+
+
+def _import(entry: Entry, settings: Mapping[str, Any], *, source: Path) -> _Compiled:
+    """Return the compiled model of an entry, mapped."""
     openvino = _openvino()
+    # Copy on write: OpenVINO takes no memory that cannot be written, and writes to none.
+    mapped = np.memmap(entry.path / _BLOB_NAME, dtype=np.uint8, mode="c")
+    tensor = openvino.Tensor(mapped, shared_memory=True)
     try:
-        model = openvino.Core().compile_model(str(path), "CPU", dict(settings))
+        with _refusals(source):
+            model = openvino.Core().import_model(tensor, "CPU", dict(settings))
+        return _Compiled(model=model, mapped=tensor)
+    except RunnerError as error:
+        entry.close()
+        raise RunnerError(
+            f"{error}; it was compiled in {entry.path}: ditas-cache verify removes what is damaged"
+        ) from error
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Say in one line that OpenVINO does not take a file, and why."""
+    try:
+        yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise RunnerError(f"openvino {openvino.__version__} refuses {path}: {reason}") from error
-    return openvino.__version__.partition("-")[0], model
+        version = _openvino().__version__
+        raise RunnerError(f"openvino {version} refuses {path}: {reason}") from error
 
 
 def _float_products(model: Any) -> list[str]:

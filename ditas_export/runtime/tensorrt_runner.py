@@ -9,8 +9,6 @@ block of memory for their activations, that of the largest batch.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,10 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditas_export.artifact_files import atomic_path, require_writable
+from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.cache import Cache, Key
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.tensorrt_plan import (
@@ -48,8 +47,8 @@ OUTPUT = "model_output"
 MOST_BATCH_SIZES = 8
 """Batch sizes that stay set up; of others the one that was used longest ago makes room."""
 
-KERNELS_SUFFIX = ".kernels"
-"""Of the files in the cache folder that hold what TensorRT for RTX compiled."""
+_KERNELS_NAME = "kernels"
+"""The file in a cache entry that holds what TensorRT for RTX compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,7 +89,6 @@ class TensorRTRunner(CheckedRunner):
             the plan.
         EngineError: the product is not installed, or the plan is for another product, version or
             GPU, or is not the one that its metadata describe.
-        ArtifactError: the cache cannot be written.
     """
 
     def __init__(self, plan: Path, *, device: str = "cuda:0", cache: Path | None = None) -> None:
@@ -102,18 +100,31 @@ class TensorRTRunner(CheckedRunner):
         self._stream = CudaStream(device)
         trt = load_product(product)
         gpu, version = self._stream.gpu, trt.__version__
-        require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
+        self._cache = None if cache is None else Cache.at(cache)
+        require_matching(
+            metadata,
+            plan,
+            product=product.name,
+            version=version,
+            gpu=gpu,
+            hash_file=sha256_of_file if self._cache is None else self._cache.hash_of_file,
+        )
         super().__init__(metadata.dit, one_at_a_time=True)
         self._title = f"{product.title} {version}"
-        self._kernels = _kernels_file(cache, metadata.plan_sha256, self._title, gpu.name)
+        self._key = Key(
+            kind="kernels",
+            source=plan,
+            sha256=metadata.plan_sha256,
+            facts={"product": self._title, "gpu": [gpu.name, gpu.compute_capability]},
+            hash_source=lambda: sha256_of_file(plan),
+        )
         self._batches: OrderedDict[int, PreparedBatch] = OrderedDict()  # used last, last
         with self._stream.faults_as_errors(), self._stream.ordered():
-            kept = self._kernels.read_bytes() if self._kernels and self._kernels.exists() else b""
             loaded = load_plan(
                 trt,
                 plan.read_bytes(),
                 title=self._title,
-                kernels=kept,
+                kernels=self._kept_kernels(),
                 trusts_code=metadata.options.version_compatible,
             )
             size = block_bytes(loaded.engine)
@@ -210,11 +221,21 @@ class TensorRTRunner(CheckedRunner):
             launch=launch,
         )
 
+    def _kept_kernels(self) -> bytes:
+        """Return what TensorRT for RTX compiled in an earlier run, nothing if that is not kept."""
+        entry = self._cache and self._cache.find(self._key)
+        if not entry:
+            return b""
+        with entry:
+            return (entry.path / _KERNELS_NAME).read_bytes()
+
     def _keep_kernels(self, loaded: LoadedPlan) -> None:
-        """Write what TensorRT for RTX has compiled so far."""
-        if self._kernels is not None and loaded.kernels is not None:
-            with atomic_path(self._kernels) as partial:
-                partial.write_bytes(compiled_kernels(loaded.kernels))
+        """Keep what TensorRT for RTX has compiled so far."""
+        if self._cache is not None and loaded.kernels is not None:
+            kernels = compiled_kernels(loaded.kernels)
+            self._cache.renew(
+                self._key, lambda folder: (folder / _KERNELS_NAME).write_bytes(kernels)
+            )
 
     def close(self) -> None:
         """Free the GPU's memory, once nothing uses it."""
@@ -228,19 +249,3 @@ class TensorRTRunner(CheckedRunner):
                 self._batches.clear()
                 self._block = torch.empty(0)
                 self._backend = None
-
-
-def _kernels_file(cache: Path | None, plan_sha256: str, *environment: str) -> Path | None:
-    """Return where a plan's kernels are kept for one product, version and GPU.
-
-    Raises:
-        ArtifactError: the folder cannot be written.
-    """
-    if cache is None:
-        return None
-    key = hashlib.sha256(repr([plan_sha256, *environment]).encode()).hexdigest()
-    path = cache / f"{key[:32]}{KERNELS_SUFFIX}"
-    with contextlib.suppress(OSError):  # the next line says what is wrong
-        cache.mkdir(parents=True, exist_ok=True)
-    require_writable(path)
-    return path
