@@ -254,6 +254,8 @@ def test_the_usual_part_is_taken_and_equals_are_refused(
     loaded = loaded_from(tmp_path / "dit.pt", {"teacher": average, "model": raw})
     assert_is(loaded, raw)
     assert "took the raw weights, model; not used: teacher" in loaded.notes
+    loaded = loaded_from(tmp_path / "dit.pt", {**raw, **prefixed(average, "teacher.")})
+    assert_is(loaded, raw)
     torch.save({"teacher": average, "student": raw}, tmp_path / "two.pt")
     message = refusal(tmp_path / "two.pt", num_heads=4)
     assert "holds several models: teacher, student; write the one that is meant" in message

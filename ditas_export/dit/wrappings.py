@@ -55,6 +55,7 @@ class Weights:
     tensors: Mapping[str, Tensor]
     part: str  # of a training checkpoint; empty where the file is nothing but weights
     notes: tuple[str, ...]  # one line each: what was chosen, stripped, left out
+    betas: Mapping[str, Tensor]  # tables of a diffusion wrapper beside them, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +97,8 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
     groups += _averages_without_names(file.content, groups, where)
     if not groups:
         _refuse_adapters(_all_tensors(file.content, where), where)
-        return Weights(tensors=_all_tensors(file.content, where), part="", notes=tuple(notes))
+        tensors = _all_tensors(file.content, where)
+        return Weights(tensors=tensors, part="", notes=tuple(notes), betas={})
     chosen = _best(groups, where)
     _refuse_adapters(chosen.entries, where)
     others = [group.name for group in groups if group is not chosen]
@@ -110,9 +112,18 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
     chosen = _with_positions(chosen, groups)
     tensors, odd = _plain_tensors(chosen, where)
     aside = [*_beside(file.content, chosen, groups), *odd]
-    if aside:
+    beside = _part(file.content, chosen.path) if chosen.prefix else {}
+    betas = {
+        name: beside[name] for name in aside if name.split(".")[-1] == "betas" and name in beside
+    }
+    betas = {
+        name: tensor
+        for name, tensor in betas.items()
+        if isinstance(tensor, Tensor) and tensor.ndim == 1 and tensor.numel() > 1
+    }
+    if aside := [name for name in aside if name not in betas]:
         notes.append(f"not used: {abbreviated(aside)}")
-    return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes))
+    return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes), betas=betas)
 
 
 def _groups(content: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[_Group]:
