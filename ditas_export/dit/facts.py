@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditas_export.dit.pickles import Inert
+from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.record_entries import READERS, NotFollowedError
 from ditas_export.errors import CheckpointError

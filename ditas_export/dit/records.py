@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ditas_export.dit.facts import Fact, facts_of_values, merged
-from ditas_export.dit.pickles import Inert
+from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.process import BetaSchedule
 from ditas_export.dit.record_entries import READERS
 from ditas_export.errors import CheckpointError

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ditas_export.dit.layouts import OFFICIAL
-from ditas_export.dit.pickles import Inert
+from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.records import NAMESPACES, RECORD_PARTS
 from ditas_export.dit.tensor_files import TensorFile, abbreviated
 from ditas_export.errors import CheckpointError
@@ -96,42 +96,38 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
     groups = list(_groups(file.content, anchors))
     groups += _averages_without_names(file.content, groups, where)
     if not groups:
-        _refuse_adapters(_all_tensors(file.content, where), where)
         tensors = _all_tensors(file.content, where)
+        _refuse_adapters(tensors, where)
         return Weights(tensors=tensors, part="", notes=tuple(notes), betas={})
     chosen = _best(groups, where)
     _refuse_adapters(chosen.entries, where)
-    others = [group.name for group in groups if group is not chosen]
-    if others:
-        kind = "averaged" if chosen.is_averaged else "raw"
-        notes.append(f"took the {kind} weights, {chosen.name}; not used: {', '.join(others)}")
-    if chosen.prefix:
-        notes.append(f"stripped {chosen.prefix!r} from every name")
-    if chosen.is_marked:
-        notes.append("stripped the marks of torch.compile and the like from names")
-    chosen = _with_positions(chosen, groups)
-    tensors, odd = _plain_tensors(chosen, where)
-    aside = [*_beside(file.content, chosen, groups), *odd]
-    beside = _part(file.content, chosen.path) if chosen.prefix else {}
-    betas = {
-        name: beside[name] for name in aside if name.split(".")[-1] == "betas" and name in beside
-    }
-    betas = {
-        name: tensor
-        for name, tensor in betas.items()
-        if isinstance(tensor, Tensor) and tensor.ndim == 1 and tensor.numel() > 1
-    }
-    if aside := [name for name in aside if name not in betas]:
-        notes.append(f"not used: {abbreviated(aside)}")
+    notes += _notes(chosen, groups)
+    tensors, odd = _plain_tensors(_with_positions(chosen, groups), where)
+    beside = [*_beside(file.content, chosen, groups), *odd]
+    betas = _tables_of_betas(file.content, chosen, beside)
+    if unused := [name for name in beside if name not in betas]:
+        notes.append(f"not used: {abbreviated(unused)}")
     return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes), betas=betas)
+
+
+def _notes(chosen: _Group, groups: Sequence[_Group]) -> Iterator[str]:
+    """Yield what is to be said of the choice and of names."""
+    if others := [group.name for group in groups if group is not chosen]:
+        kind = "averaged" if chosen.is_averaged else "raw"
+        yield f"took the {kind} weights, {chosen.name}; not used: {', '.join(others)}"
+    if chosen.prefix:
+        yield f"stripped {chosen.prefix!r} from every name"
+    if chosen.is_marked:
+        yield "stripped the marks of torch.compile and the like from names"
 
 
 def _groups(content: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[_Group]:
     """Yield every group, in the order of the file."""
     for path, part in _parts(content):
-        names = {_WRAPPERS.sub("", name): name for name in part if isinstance(name, str)}
-        if len(names) < len([name for name in part if isinstance(name, str)]):
-            names = {name: name for name in part if isinstance(name, str)}
+        written = [name for name in part if isinstance(name, str)]
+        names = {_WRAPPERS.sub("", name): name for name in written}
+        if len(names) < len(written):  # two would be one
+            names = {name: name for name in written}
         prefixes = [
             name.removesuffix(anchor)
             for name in names
@@ -356,6 +352,19 @@ def _beside(content: Mapping[Any, Any], chosen: _Group, groups: Sequence[_Group]
         for name in _part(content, chosen.path):
             if not _WRAPPERS.sub("", str(name)).startswith(prefixes):
                 yield str(name)
+
+
+def _tables_of_betas(
+    content: Mapping[Any, Any], chosen: _Group, beside: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the noise schedules that a wrapper around the network keeps as buffers, by name."""
+    part = _part(content, chosen.path) if chosen.prefix else {}
+    found = {name: part.get(name) for name in beside if name.split(".")[-1] == "betas"}
+    return {
+        name: table
+        for name, table in found.items()
+        if isinstance(table, Tensor) and table.ndim == 1 and table.numel() > 1
+    }
 
 
 def _all_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
