@@ -23,7 +23,7 @@ from ditas_export.export_job import DTYPES, ExportJob, Solved, device_of, digest
 from ditas_export.export_manifest import manifest_of, versions
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import install, rename_pair, sha256_of_onnx
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.onnx_export.vae import export_vae_decoder
 from ditas_export.options import PREFERENCES, ExportOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,7 +17,7 @@ from ditas_export.dit.sites import adaln_names
 from ditas_export.evaluation.verify import Verification
 from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.external_data import sha256_of_onnx
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, bytes_by_part
 from ditas_export.options import ExportOptions
 from ditas_export.quantization.ranges import Ranges
@@ -79,7 +80,7 @@ def manifest_of(
         "far_from_float": verification.is_far_from_float,
         "not_verified_because": _why_unverified(options, verification),
         "vae_decoder": _vae_entry(options),
-        "settings": dict(quantized.settings),
+        "settings": json.loads(json.dumps(quantized.settings, sort_keys=True)),  # as a file has it
         "bytes_by_part": sizes,
         "bits_per_weight": bits_per_weight(sizes, quantized),
         "float_linears": _float_linears(quantized),

@@ -40,6 +40,8 @@ OPERATIONS = ("mkdir", "replace", "rename", "rmdir", "unlink", "remove", "fsync"
 FILLED = ("mkdir", "replace", "rename", "fsync")
 """Of these, where a full disk is noticed."""
 
+TENSORS = ".safetensors.partial"
+
 STAGES = {
     "sampling": ("pipeline", "collect_states"),
     "walk": ("pipeline", "quantize_dit"),
@@ -103,11 +105,29 @@ def instrument(root: Path, fault: Fault) -> None:
     def truncate_and_fill(handle: int, length: int) -> None:
         truncate(handle, length)
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        is_ours = path.name.endswith(".partial") and root in path.parents
-        if is_ours and fault.fills is not None and fault.fills(f"write {path.relative_to(root)}"):
+        is_plain = path.name.endswith(".partial") and not path.name.endswith(TENSORS)
+        if is_plain and is_full(path):
             path.unlink()
             path.symlink_to("/dev/full")
 
+    def is_full(path: Path) -> bool:
+        if fault.fills is None or root not in path.parents:
+            return False
+        return fault.fills(f"write {path.relative_to(root)}")
+
+    def save_half(tensors: Any, path: Path, **named: Any) -> None:
+        """Stand for a full disk where safetensors writes, which replaces the file it is given."""
+        save_file(tensors, path, **named)
+        if is_full(path):
+            os.truncate(path, path.stat().st_size // 2)
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    from safetensors import SafetensorError
+
+    from ditas_export import artifact_files
+
+    save_file = artifact_files.save_file
+    artifact_files.save_file = save_half
     os.ftruncate = truncate_and_fill
 
 
@@ -226,9 +246,11 @@ def _free_port() -> int:
 
 
 def chain(
-    job: Job, folder: Path, ranks: int, rank: int, action: str, log: Path
+    job: Job, folder: Path, ranks: int, rank: int, action: str, clean: Tree, log: Path
 ) -> tuple[int, str | None]:
     """Stop a job at one new point after the other until it comes through.
+
+    Whatever has its final name is held against the clean run after every stop.
 
     Returns:
         How many times it was stopped, and what was wrong, None for nothing.
@@ -242,8 +264,14 @@ def chain(
         if not hit:
             return len(seen), None if codes == [0] * ranks else f"ended with {codes}"
         is_full = action == "disk full" or hit[0].startswith("write ")
-        if codes[rank] not in (REFUSED if is_full else -signal.SIGKILL, 0):
+        found = tree(folder)
+        is_done = (
+            is_full and codes[rank] == 0 and clean.keys() <= found.keys()
+        )  # what was left over
+        if not is_done and codes[rank] != (REFUSED if is_full else -signal.SIGKILL):
             return len(seen), f"code {codes[rank]} at {hit[0]}"
+        if odd := [name for name, content in clean.items() if found.get(name, content) != content]:
+            return len(seen), f"different after {hit[0]}: {odd}"
 
 
 def _fault_at_new(seen: set[str], rank: int, action: str) -> Fault:
@@ -597,7 +625,7 @@ def rows_of(args: argparse.Namespace, model: str, done: set[str]) -> Iterator[di
                         if args.each and fault != "disk full":
                             found = each(jobs[name], folder, ranks, rank, fault, clean, log)
                         else:
-                            found = chain(jobs[name], folder, ranks, rank, fault, log)
+                            found = chain(jobs[name], folder, ranks, rank, fault, clean, log)
                     row["faults"], wrong = found
                     odd = differences(clean, tree(folder))
                     row["result"] = wrong or (f"different: {odd}" if odd else "equal")
