@@ -75,7 +75,8 @@ class _Group:
     @property
     def name(self) -> str:
         """Where it is, for messages."""
-        return "/".join(self.path) + (f" {self.prefix}*" if self.prefix else "") or "the file"
+        names = [f"{self.prefix}*"] if self.prefix else []
+        return " ".join(["/".join(self.path), *names] if self.path else names) or "the file"
 
 
 def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> Weights:
@@ -101,6 +102,7 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
         return Weights(tensors=tensors, part="", notes=tuple(notes), betas={})
     chosen = _best(groups, where)
     _refuse_adapters(chosen.entries, where)
+    _refuse_partial_average(chosen, groups, where)
     notes += _notes(chosen, groups)
     tensors, odd = _plain_tensors(_with_positions(chosen, groups), where)
     beside = [*_beside(file.content, chosen, groups), *odd]
@@ -318,6 +320,29 @@ def _with_positions(chosen: _Group, groups: Sequence[_Group]) -> _Group:
                 chosen, entries={**chosen.entries, "pos_embed": group.entries["pos_embed"]}
             )
     return chosen
+
+
+def _refuse_partial_average(chosen: _Group, groups: Sequence[_Group], where: str) -> None:
+    """Refuse an average that lacks some of the raw weights: what is left may look like a model."""
+    modules = {name.split(".")[0] for name in chosen.entries} - {"pos_embed"} | {"y_embedder"}
+    for raw in groups if chosen.is_averaged else ():
+        names = [name for name in raw.entries if name.split(".")[0] in modules]
+        shared = [name for name in names if name in chosen.entries]
+        lost = [name for name in names if name not in chosen.entries]
+        if (
+            lost
+            and len(shared) >= len(chosen.entries) - 1  # but for pos_embed
+            and all(_shape(raw.entries[name]) == _shape(chosen.entries[name]) for name in shared)
+        ):
+            raise CheckpointError(
+                f"{where}: the averaged weights, {chosen.name}, lack {len(lost)} tensors of "
+                f"{raw.name} ({abbreviated(lost)}); write a whole state_dict()"
+            )
+
+
+def _shape(value: Any) -> Any:
+    """Return a tensor's shape, None of anything else."""
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _plain_tensors(group: _Group, where: str) -> tuple[dict[str, Tensor], list[str]]:
