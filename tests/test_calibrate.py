@@ -32,7 +32,12 @@ from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
 from ditas_export.dit.sites import linear_sites
-from ditas_export.errors import CalibrationError, OtherModelError, QuantizationError
+from ditas_export.errors import (
+    CalibrationError,
+    NonFiniteError,
+    OtherModelError,
+    QuantizationError,
+)
 from ditas_export.runtime.torch_runner import TorchRunner
 
 SETTINGS = QuantizationSettings(rank=2, alpha_grid=(0.4, 0.5))
@@ -414,6 +419,14 @@ def test_not_finite_activations_are_named(model: DiT) -> None:
         collect_states(
             broken, CalibrationSettings(steps=2, classes=(0,)), identity=identity_of(broken)
         )
+
+
+def test_what_follows_the_last_linear_is_named_by_its_step(model: DiT) -> None:
+    broken = tiny_dit()
+    broken.final_layer.linear.bias[0] = float("inf")
+    settings = CalibrationSettings(steps=2, classes=(0, 1))
+    with pytest.raises(NonFiniteError, match=r"^step 1 of 2, time step 999, image 0, 1: "):
+        collect_states(broken, settings, identity=identity_of(broken))
 
 
 MEASURED = """

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from polygraphy.json import load_json
 from quantized_fixture import exported, exported_reference
@@ -47,6 +48,7 @@ def test_the_json(done: tuple[Result, Path]) -> None:
     assert facts["first_diverging_linear"] == "blocks.0.attn.qkv"
     assert facts["total_snr_db"] == facts["outputs"]["model_output"]["snr_db"]
     assert facts["matches"] is None
+    assert facts["not_finite_timestep"] is None
     assert facts["options"]["steps"] == 2
 
 
@@ -69,6 +71,26 @@ def test_the_exit_code_holds_the_total_against_the_threshold(done: tuple[Result,
     above = run(exported(), *QUICK, "--no-linears", "--threshold-db", total + 0.1)
     assert above.exit_code == 1
     assert "misses" in above.stdout
+
+
+def test_an_overflow_is_named(tmp_path: Path) -> None:
+    """Of a parameter, as rounding to float16 leaves it."""
+    model = onnx.load(str(exported()))
+    (bias,) = [each for each in model.graph.initializer if each.name == "final_layer.linear/bias"]
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[0] = np.inf
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    half = tmp_path / "half.onnx"
+    onnx.save(model, str(half))
+    words = [half, *QUICK, "--no-linears", "--json", tmp_path / "out.json"]
+    result = run(*words, "--threshold-db", 20)
+    assert result.exit_code == 1, result.output
+    printed = " ".join(result.stdout.split())
+    assert "puts out NaN or infinity, first at time step 999; a float16 file overflows" in printed
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert facts["not_finite_timestep"] == 999
+    assert facts["total_snr_db"] is None
+    assert facts["outputs"]["model_output"]["max_abs"] is None
 
 
 @pytest.mark.parametrize(

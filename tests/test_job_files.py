@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantized_fixture import exported, exported_reference, quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, exported, exported_reference, quantized_tiny_dit, tiny_dit
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -26,6 +26,7 @@ from ditas_export.errors import ArtifactError
 from ditas_export.evaluation.compare import job_files as compare_files
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.job_files import JobFiles, Output, same_file
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.options import ExportOptions
 from ditas_export.preflight import check_files
 
@@ -229,8 +230,9 @@ def test_requests_that_exclude_each_other(tmp_path: Path) -> None:
 
 def metadata(plan: Path, **changes: Any) -> None:
     EngineMetadata(
-        product="rtx", version="1", plan_bytes=6, onnx_name="", onnx_sha256="", config={},
-        form={}, options={}, gpu=None, layers=None, **changes,
+        product="rtx", version="1.7.1.116", plan_bytes=6, onnx_name="m.onnx",
+        onnx_sha256="0" * 64, dit=TINY, form=FileForm(float_type="fp32"), options=BuildOptions(),
+        gpu=None, layers=None, **changes,
     ).save(metadata_path(plan))  # fmt: skip
 
 

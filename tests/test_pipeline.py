@@ -16,10 +16,13 @@ from quantized_fixture import TINY, example_inputs, save_checkpoint, snr_db, tin
 from ditas_export import pipeline
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.states import CalibrationStates
+from ditas_export.diffusion import sampling
 from ditas_export.distributed import Ranks
+from ditas_export.dit.identity import identity_of
 from ditas_export.errors import (
     ArtifactError,
     CalibrationError,
+    CheckpointError,
     OnnxExportError,
     OtherModelError,
     QuantizationError,
@@ -61,11 +64,38 @@ def exported(
         reference=folder / "fp32.onnx",
     )
     seen: list[tuple[str, int, int]] = []
-    result = export(asked, on_progress=lambda *step: seen.append(step))
+    generator = sampling.image_generator
+
+    def drawn(seed: int, index: int) -> torch.Generator:
+        written = bool(seen) and seen[-1][0] in ("export", "verify")
+        DRAWN.append(("verify" if written else "calibrate", seed, index))
+        return generator(seed, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "image_generator", drawn)
+        result = export(asked, on_progress=lambda *step: seen.append(step))
     return asked, result, seen
 
 
 Exported = tuple[ExportOptions, ExportResult, list[tuple[str, int, int]]]
+
+DRAWN: list[tuple[str, int, int]] = []
+"""What for, with which seed and of which image noise was drawn for `exported`."""
+
+
+def test_verification_samples_noise_that_calibration_did_not_see(exported: Exported) -> None:
+    _, result, _ = exported
+    noise = {
+        stage: {(seed, index) for what, seed, index in DRAWN if what == stage}
+        for stage in ("calibrate", "verify")
+    }
+    assert len(noise["calibrate"]) == 2
+    assert len(noise["verify"]) == 3 * 4
+    assert not noise["calibrate"] & noise["verify"]
+    every = set().union(*noise.values())
+    streams = {sampling.image_generator(*pair).initial_seed() for pair in every}
+    assert len(streams) == 2 + 3 * 4
+    assert result.manifest["verification"]["seeds"] == sorted({seed for seed, _ in noise["verify"]})
 
 
 def test_all_outputs_are_there_and_nothing_else(exported: Exported) -> None:
@@ -334,6 +364,22 @@ def test_fast_samples_in_bfloat16_where_there_are_products(
     assert result.quantized.settings["calibration"]["precision"] == precision
     identity = result.quantized.identity
     assert CalibrationStates.load(kept, identity=identity).settings.precision == precision
+
+
+def test_ranks_with_different_checkpoints_are_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name, and on the other rank's disk another file."""
+    collect = Mock(side_effect=AssertionError("sampled"))
+    monkeypatch.setattr(pipeline, "collect_states", collect)
+    other = tiny_dit()
+    other.final_layer.linear.bias.data += 1
+    ranks = Mock(spec=Ranks, is_first=True)
+    ranks.first.side_effect = ranks.together.side_effect = lambda function: function()
+    ranks.gather.side_effect = lambda mine: [mine, identity_of(other).fingerprint]
+    with pytest.raises(CheckpointError, match="is not the same checkpoint on every rank"):
+        export(options(checkpoint, tmp_path), ranks=ranks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_ranks_sample_in_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in P
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
 LAUNCHER = torch.distributed.run.get_args_parser()
 
-RUN = ("InferenceSession", "SamplingSettings(", "onnx_export.expand")
+RUN = ("InferenceSession", "steps=50))", "seeds=(1, 1, 2)", "onnx_export.expand")
 """What the Python snippets that are run here have in them, one each."""
 
 COMPILED = {
@@ -145,9 +145,10 @@ def snippets() -> list[str]:
 
 def test_the_snippets_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first_command)
-    plain, service, expansion = map(run_snippet, RUN)
+    plain, service, listed, expansion = map(run_snippet, RUN)
     assert plain["model_output"].shape == (2, 2, 16, 16)
     assert service["batch"].pixels.shape == (2, 16, 16, 1)
+    assert listed["made"].pixels.shape == (3, 16, 16, 1)
     assert expansion["expand"] is expand
     expanded = onnxruntime.InferenceSession("out-int8.onnx")
     found = expanded.run(None, plain["inputs"])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantized_fixture import exported, quantized_tiny_dit, snr_db
+from quantized_fixture import exported, quantized_tiny_dit, save_checkpoint, snr_db, tiny_dit
 from typer.testing import CliRunner, Result
 
 from ditas_export.calibration.fold import fold_smoothing
@@ -129,6 +130,19 @@ def test_another_place_for_the_npz(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert npz.is_file()
     assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_what_is_not_finite_makes_no_picture(tmp_path: Path) -> None:
+    model = tiny_dit()
+    with torch.no_grad():
+        model.final_layer.linear.weight *= 1e38
+    save_checkpoint(tmp_path / "wild.safetensors", model)
+    result = run(tmp_path / "wild.safetensors", *SIX, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"step [12] of 3, time step \d+, image 0", error)
+    assert "check the checkpoint" in error
+    assert not {".png", ".npz"} & {file.suffix for file in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from quantized_fixture import TINY, exported, snr_db, tiny_dit
 from torch import Tensor
 
-from ditas_export.diffusion.sampling import sample
-from ditas_export.errors import CancelledError, RunnerError
+from ditas_export.diffusion.sampling import image_generator, initial_noise, sample
+from ditas_export.dit.model import DiT
+from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
 from ditas_export.generation.pixels import to_pixels
 from ditas_export.generation.sampler import Sampler, SamplingSettings
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -97,6 +99,68 @@ def test_pictures_are_made_of_latents(runner: TorchRunner) -> None:
 def test_latents_without_a_decoder_stay_latents() -> None:
     model = tiny_dit(replace(TINY, in_channels=4))
     assert Sampler(TorchRunner(model), SETTINGS).run(0).pixels is None
+
+
+class Spoiled:
+    """A runner whose output is NaN for some noise, from its second call on."""
+
+    def __init__(self, model: DiT, noise: Tensor) -> None:
+        self.model, self.noise, self.odd = TorchRunner(model), noise, torch.zeros(0)
+        self.config, self.device, self.description = model.config, torch.device("cpu"), "spoiled"
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        output = self.model(latents, timesteps, class_labels)
+        if int(timesteps[0]) == FIRST_TIMESTEP:
+            self.odd = (latents - self.noise).flatten(1).abs().amax(dim=1) == 0
+        else:
+            output[self.odd] = torch.nan
+        return output
+
+
+FIRST_TIMESTEP = 999
+
+
+def noise_of(seed: int, index: int) -> Tensor:
+    return initial_noise(TINY, [image_generator(seed, index)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "noise", "image"),
+    [
+        ({}, noise_of(5, 4), 4),  # in the second batch
+        ({}, noise_of(5, 6), 6),  # what fills the last batch is the same image
+        ({"seeds": tuple(range(20, 27))}, noise_of(24, 0), 4),
+    ],
+    ids=["one seed", "last image", "a seed each"],
+)
+def test_what_is_not_finite_is_named_by_its_place_in_the_set(
+    changes: dict[str, Any], noise: Tensor, image: int
+) -> None:
+    sampler = Sampler(Spoiled(tiny_dit(), noise), replace(SETTINGS, **changes))
+    batch = image // SETTINGS.batch
+    message = f"^step 2 of 4, time step 666, image {image}: the latents are not finite"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        sampler.run(batch)
+    assert caught.value.rows == (image,)
+    sampler.run(0)  # other batches are sound
+
+
+def test_what_fills_a_batch_fails_none() -> None:
+    """Images 7 and 8 of 7: no one asked for them."""
+    for index in (7, 8):
+        Sampler(Spoiled(tiny_dit(), noise_of(5, index)), SETTINGS).run(2)
+
+
+def test_a_picture_that_is_not_finite_is_named(runner: TorchRunner) -> None:
+    class Overflowing(TwiceAsLarge):
+        def __call__(self, latents: Tensor) -> Tensor:
+            images = super().__call__(latents)
+            images[1, 0, 3, 3] = torch.inf
+            return images
+
+    sampler = Sampler(runner, SETTINGS, decoder=Overflowing())
+    with pytest.raises(NonFiniteError, match=r"^image 4: twice as large made NaN or infinity"):
+        sampler.run(1)
 
 
 def test_cancelling_stops_after_the_step(runner: TorchRunner) -> None:

@@ -308,7 +308,9 @@ def test_what_is_not_finite_stops_at_its_step_and_names_the_image(
 ) -> None:
     runner = Overflowing(row=4, calls=2, checked=checked)  # the second image's row without class
     steps: list[int] = []
-    with pytest.raises(NonFiniteError, match=r"time step \d+, image 7: .*") as caught:
+    timestep = int(make_scheduler(sampler, 10).timesteps[2])
+    place = rf"^step 3 of 10, time step {timestep}, image 7: "
+    with pytest.raises(NonFiniteError, match=place) as caught:
         sample(
             runner,
             classes=[1, 2, 3],

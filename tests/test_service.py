@@ -50,11 +50,12 @@ class Slow(TorchRunner):
 
     def __init__(self) -> None:
         super().__init__(tiny_dit())
-        self.gate = threading.Event()
+        self.gate, self.entered = threading.Event(), threading.Event()
         self.steps = 0
 
     def _infer(self, backend: Any, *inputs: Tensor) -> Tensor:
-        assert self.gate.wait(30)
+        self.entered.set()
+        assert self.gate.wait(60)
         self.steps += 1
         return super()._infer(backend, *inputs)
 
@@ -117,8 +118,7 @@ def test_a_full_queue_says_so_and_requests_that_do_not_fit_are_refused() -> None
     batcher = service.Batcher(runner, batch=1, places=1)
     with served(batcher) as address, ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, address, label=1, steps=2)
-        while len(batcher) or not batcher._thread.is_alive():  # until the thread has taken it
-            time.sleep(0.01)
+        assert runner.entered.wait(60)  # the thread has taken it
         second = pool.submit(ask, address, label=2, steps=2)
         deadline = time.monotonic() + 20
         while not len(batcher):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import exported, quantized_tiny_dit, tiny_dit, tiny_folded
+from quantized_fixture import TINY, exported, quantized_tiny_dit, tiny_dit, tiny_folded
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -56,7 +57,7 @@ def result(found: Verification, tmp_path: Path) -> ExportResult:
         "seconds": {},
         "verification": found.to_dict(),
     }
-    quantized: Any = type("Model", (), {"linears": {}})
+    quantized: Any = type("Model", (), {"linears": {}, "config": TINY})
     return ExportResult(quantized=quantized, verification=found, manifest=manifest, file=file)
 
 
@@ -77,6 +78,14 @@ def result(found: Verification, tmp_path: Path) -> ExportResult:
             [],
             1,
             "not what was calibrated: time step 7, image 3: NaN",
+        ),
+        (
+            replace(
+                verification(math.nan), file=None, fake_quant_not_finite="time step 7: overflows"
+            ),
+            [],
+            4,
+            "the final latents are not finite: time step 7: overflows",
         ),
     ],
 )
@@ -149,6 +158,23 @@ def test_an_overflow_of_a_half_precision_file_is_named(tmp_path: Path) -> None:
     assert "time step 999, image 0, 1" in found.file.not_finite
     assert "use bf16 or fp32" in found.file.not_finite
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_an_overflow_is_named_of_a_file_that_nothing_runs(
+    tmp_path: Path, hide_openvino: Callable[[], None]
+) -> None:
+    """In bfloat16 the fake-quantized forward alone was run; its head overflows here."""
+    hide_openvino()
+    folded = tiny_folded(dtype=torch.bfloat16)
+    folded.float_parameters["final_layer.linear.bias"].fill_(torch.inf)
+    fake = fake_quantized_dit(folded, ranges="token")
+    found = verify_file(tiny_dit(), fake, tmp_path / "unread.onnx", SETTINGS)
+    assert found.file is None
+    assert found.to_dict()["final_latents_snr_db"] is None
+    assert found.to_dict()["fake_quantized_final_latents_snr_db"] == [None, None]
+    assert found.not_finite is not None
+    assert found.to_dict()["not_finite"] == found.not_finite
+    assert "step 1 of 3, time step 999, image 0, 1" in found.not_finite
 
 
 def test_a_float_model_that_is_not_finite_is_no_finding(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.walk import WalkStates
 from ditas_export.diffusion.guidance import blends
-from ditas_export.diffusion.sampling import make_scheduler, trajectory
+from ditas_export.diffusion.sampling import Step, make_scheduler, trajectory
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT
 from ditas_export.dit.process import checked_fields
 from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
-from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
+from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError, NonFiniteError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -311,14 +311,15 @@ def _sampled_batch(
     seen: list[Tensor] = []
     maxima: dict[str, list[Tensor]] = {}
     recorded.clear()
-    for step in trajectory(
+    steps = trajectory(
         runner,
         classes=[settings.classes[index] for index in batch],
         steps=settings.steps,
         cfg_scale=settings.cfg_scale,
         seed=settings.seed,
         image_indices=batch,
-    ):
+    )
+    for step in _naming_linears(steps, recorded):
         seen.append(step.latents)
         for name, largest in recorded.items():
             maxima.setdefault(name, []).append(largest.float())
@@ -384,6 +385,20 @@ class _KeptBatches:
         """Return the file of a batch."""
         assert self.folder is not None  # asked for by a caller who keeps batches
         return self.folder / f"{batch.start:05d}.safetensors"
+
+
+def _naming_linears(steps: Iterator[Step], recorded: Mapping[str, Tensor]) -> Iterator[Step]:
+    """Yield the steps; of one that is not finite name the first linear whose input is not.
+
+    Raises:
+        CalibrationError: there is one; it is where NaN or infinity comes from.
+        NonFiniteError: there is none: they come from what follows the last linear.
+    """
+    try:
+        yield from steps
+    except NonFiniteError:
+        _require_finite(recorded)
+        raise
 
 
 def _require_finite(maxima: Mapping[str, Tensor]) -> None:

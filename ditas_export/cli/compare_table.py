@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from ditas_export.diffusion.sampling import REMEDY
 from ditas_export.evaluation.compare import Comparison, Differences
 from ditas_export.evaluation.metrics import Difference
 
@@ -17,6 +19,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     if linears:
         console.print(_worst_table(comparison))
         console.print(_divergence(comparison, linears), highlight=False, soft_wrap=True)
+    if comparison.not_finite_timestep is not None:
+        console.print(
+            f"[bold red]{escape(str(options.model))} puts out NaN or infinity[/], first at time "
+            f"step {comparison.not_finite_timestep}; {REMEDY}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if comparison.matches is not None:
         word = "reaches" if comparison.matches else "[bold red]misses[/]"
         console.print(

@@ -63,6 +63,7 @@ def sample(
     sampler: SamplerName = "ddpm",
     seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
+    image_names: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -78,6 +79,7 @@ def sample(
         sampler: `ddpm` (published), `ddim` or `dpm++`.
         seed: with an image's index, what its noise depends on; one for all images, or one each.
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
+        image_names: what errors call the images, their indices if not given.
         device: where latents lie from step to step, the runner's for speed. Noise is drawn on the
             CPU in any case; class labels stay there.
         on_step: called after every step; raise from it to stop.
@@ -97,6 +99,7 @@ def sample(
         sampler=sampler,
         seed=seed,
         image_indices=image_indices,
+        image_names=image_names,
         device=device,
     )
     for step in steps_done:
@@ -115,6 +118,7 @@ def trajectory(
     sampler: SamplerName = "ddpm",
     seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
+    image_names: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Step]:
     """Yield the steps that `sample` takes, one by one; the arguments are its.
@@ -127,6 +131,7 @@ def trajectory(
     """
     config = runner.config
     indices = range(len(classes)) if image_indices is None else image_indices
+    names = indices if image_names is None else image_names
     require_labels(classes, config)
     _check_indices(indices, len(classes))
     require_guidance(cfg_scale, config)
@@ -140,25 +145,26 @@ def trajectory(
     generators = [image_generator(*pair) for pair in zip(seeds, indices, strict=True)]
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
-    def predict(latents: Tensor, timestep: int) -> Tensor:
+    def predict(latents: Tensor, timestep: int, place: str) -> Tensor:
         inputs = model_inputs(latents, timestep, labels, cfg_scale=cfg_scale, config=config)
         try:
             output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
         except NonFiniteError as error:
-            rows = {row % len(classes) for row in error.rows}
-            raise _not_finite([indices[row] for row in sorted(rows)], timestep, error) from error
+            images = [names[row % len(classes)] for row in error.rows]
+            raise _not_finite(images, place, str(error)) from error
         return guide(output, cfg_scale=cfg_scale, channels=channels) if guided else output
 
     def walk() -> Iterator[Step]:
         latents = initial_noise(config, generators).to(device)
         for index, timestep in enumerate(scheduler.timesteps):
-            output = predict(latents, int(timestep))
+            place = f"step {index + 1} of {steps}, time step {int(timestep)}"
+            output = predict(latents, int(timestep), place)
             fed = output if learned else output[:, : latents.shape[1]]
             moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
             finite = moved.flatten(1).isfinite().all(dim=1)
             if not bool(finite.all()):
-                odd = [indices[row] for row in (~finite).nonzero().flatten().tolist()]
-                raise _not_finite(odd, int(timestep), f"the latents are not finite; {REMEDY}")
+                images = [names[row] for row in (~finite).nonzero().flatten().tolist()]
+                raise _not_finite(images, place, f"the latents are not finite; {REMEDY}")
             yield Step(
                 index=index,
                 timestep=int(timestep),
@@ -179,11 +185,12 @@ REMEDY = (
 """What to do about NaN in a trajectory."""
 
 
-def _not_finite(images: Sequence[int], timestep: int, reason: object) -> NonFiniteError:
-    """Return the error of a step that is not finite, naming the time step and the images."""
-    named = ", ".join(map(str, images[:8])) + (" …" if len(images) > 8 else "")
-    error = NonFiniteError(f"time step {timestep}, image {named}: {reason}")
-    error.rows = tuple(images)
+def _not_finite(images: Sequence[int], place: str, reason: str) -> NonFiniteError:
+    """Return the error of a step that is not finite, naming its place and the images."""
+    odd = sorted(set(images))
+    named = ", ".join(map(str, odd[:8])) + (" …" if len(odd) > 8 else "")
+    error = NonFiniteError(f"{place}, image {named}: {reason}")
+    error.rows = tuple(odd)
     return error
 
 

@@ -16,7 +16,7 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
-from ditas_export.file_signs import describe_impostor, why_unreadable
+from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 from ditas_export.onnx_export.form import FileForm
 
 KIND = "ditas-export engine"
@@ -106,10 +106,19 @@ class EngineMetadata:
                 f"{path} does not describe an engine ({error}); build it with ditas-build"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = why_unreadable(path, error, expects_json=True)
+            why = _why_no_metadata(path, error)
             raise EngineError(
                 f"{path} does not describe an engine ({why}); build it with ditas-build"
             ) from error
+
+
+def _why_no_metadata(path: Path, error: Exception) -> str:
+    """Return why metadata cannot be read; of what lies alone it is said if that is no plan."""
+    plan = path.with_suffix("")
+    if path.exists() or not plan.exists():
+        return why_unreadable(path, error, expects_json=True)
+    sign = describe_impostor(plan) or describe_other_kind(plan)
+    return f"{plan} is {sign}" if sign else "it is not there; it belongs beside the plan"
 
 
 def is_plan_file(path: Path) -> bool:

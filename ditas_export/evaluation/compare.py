@@ -106,6 +106,18 @@ class Comparison:
             return None
         return self.total_db >= self.options.threshold_db
 
+    @property
+    def not_finite_timestep(self) -> int | None:
+        """The first time step at which an output is not finite, if any."""
+        return next(
+            (
+                step.timestep
+                for step in self.steps
+                if not all(found.is_finite for found in step.outputs.values())
+            ),
+            None,
+        )
+
     def first_diverging(self, linears: Differences) -> str | None:
         """Return the first linear below `linear_db`, in the order of the network, if any."""
         return next(
@@ -127,6 +139,7 @@ class Comparison:
             },
             "matches": self.matches,
             "total_snr_db": finite_or_none(self.total_db),
+            "not_finite_timestep": self.not_finite_timestep,
             "outputs": _figures(self.outputs),
             "first_diverging_linear": self.first_diverging(self.linears),
             "linears": _figures(self.linears),

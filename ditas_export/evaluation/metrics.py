@@ -59,6 +59,11 @@ class Difference:
         return decibels(self.signal, self.noise)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether both outputs are finite."""
+        return math.isfinite(self.noise)
+
+    @property
     def mean_abs(self) -> float:
         """Mean of |error|."""
         return self.error_sum / self.count

@@ -90,6 +90,7 @@ class Verification:
     fake_quant_single_step_db: float  # fake-quantized against float, over all probes
     fake_quant_final_db: tuple[float, ...]  # fake-quantized against float, per seed
     settings: VerificationSettings
+    fake_quant_not_finite: str | None = None  # where the fake-quantized forward was not, and why
 
     @property
     def matches(self) -> bool | None:
@@ -112,6 +113,11 @@ class Verification:
         return sum(self.final_db) / len(self.final_db)
 
     @property
+    def not_finite(self) -> str | None:
+        """Where the file, or without one the fake-quantized forward, put out NaN or infinity."""
+        return self.fake_quant_not_finite if self.file is None else self.file.not_finite
+
+    @property
     def is_far_from_float(self) -> bool:
         """Whether the final latents are so far from float's that other pictures come out."""
         return not self.mean_final_db >= FAR_FROM_FLOAT_DB
@@ -123,6 +129,8 @@ class Verification:
             min_db: least mean SNR of the final latents against float that was asked for.
         """
         found = self.mean_final_db
+        if self.not_finite is not None:
+            return f"the final latents are not finite: {self.not_finite}"
         if math.isnan(found) or found < 0:
             return f"the final latents are {found:.1f} dB from float's, which is noise"
         if min_db is not None and found < min_db:
@@ -130,7 +138,10 @@ class Verification:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the findings as JSON values."""
+        """Return the findings as JSON values.
+
+        A figure is null where outputs are equal, or not finite; `not_finite` says which it is.
+        """
         file = self.file
         return {
             "matches_fake_quantized_forward": self.matches,
@@ -143,7 +154,7 @@ class Verification:
             "fake_quantized_final_latents_snr_db": [
                 finite_or_none(value) for value in self.fake_quant_final_db
             ],
-            "not_finite": file and file.not_finite,
+            "not_finite": self.not_finite,
             "bare_session_final_latents_snr_db": file
             and file.bare_session_db
             and [finite_or_none(value) for value in file.bare_session_db],
@@ -224,6 +235,7 @@ def verify_file(
         match_bound_db=MATCH_BOUND_DB[dtype],
         fake_quant_single_step_db=_single_step(reference, expected),
         fake_quant_final_db=_per_seed(reference, expected),
+        fake_quant_not_finite=expected.not_finite,
         settings=settings,
     )
 

@@ -1,8 +1,9 @@
 """Images from any runner, in batches that are fixed by the image's index.
 
 Batch b holds the images b·B to (b + 1)·B − 1, and is always B rows (all images, where there are
-fewer than B): the last one is filled up with rows that are thrown away. So every batch gives the
-same bytes wherever and whenever it is run: on another rank, or after a restart.
+fewer than B): the last one is filled up with its last image over and over, which is thrown away. So
+every batch gives the same bytes wherever and whenever it is run: on another rank, or after a
+restart.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ditas_export.diffusion.sampling import (
     require_labels,
     sample,
 )
-from ditas_export.errors import CancelledError, RunnerError
+from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
 from ditas_export.generation.decoder import Decoder
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
@@ -148,11 +149,11 @@ class Sampler:
 
         Raises:
             CancelledError: `cancel` was set.
+            NonFiniteError: NaN or infinity in a step or in a picture; names the image.
             RunnerError: the runner failed.
         """
         settings, wanted = self.settings, self.indices(batch)
-        rows = range(wanted.start, wanted.start + self._rows)
-        filled = [min(index, len(settings.classes) - 1) for index in rows]
+        filled = [min(wanted.start + row, wanted[-1]) for row in range(self._rows)]
         seed: int | list[int] = settings.seed
         if settings.seeds is not None:
             seed = [settings.seeds[index] for index in filled]
@@ -171,14 +172,25 @@ class Sampler:
             cfg_channels=settings.cfg_channels,
             sampler=settings.sampler,
             seed=seed,
-            image_indices=rows if settings.seeds is None else [0] * len(rows),
+            image_indices=filled if settings.seeds is None else [0] * len(filled),
+            image_names=filled,
             device=self.runner.device,
             on_step=after_step,
         )[: len(wanted)]
-        return SampledBatch(indices=wanted, latents=latents, pixels=self._pixels(latents))
+        return SampledBatch(indices=wanted, latents=latents, pixels=self._pixels(latents, wanted))
 
-    def _pixels(self, latents: Tensor) -> np.ndarray[Any, Any] | None:
+    def _pixels(self, latents: Tensor, images: range) -> np.ndarray[Any, Any] | None:
         """Return the pictures of latents, where there is a way to make them."""
-        if self.decoder is not None:
-            return to_pixels(self.decoder(latents))
-        return to_pixels(latents) if latents.shape[1] in PICTURE_CHANNELS else None
+        if self.decoder is None:
+            return to_pixels(latents) if latents.shape[1] in PICTURE_CHANNELS else None
+        decoded = self.decoder(latents)
+        finite = decoded.flatten(1).isfinite().all(dim=1).tolist()
+        if not all(finite):
+            image = images[finite.index(False)]
+            error = NonFiniteError(
+                f"image {image}: {self.decoder.description} made NaN or infinity of finite "
+                f"latents; take the VAE that the model was trained with, in float32"
+            )
+            error.rows = (image,)
+            raise error
+        return to_pixels(decoded)

@@ -63,10 +63,7 @@ class CheckedRunner(Closing):
             backend = self._open_backend()
             with _faults_as_errors(self):
                 output = self._infer(backend, latents, timesteps, class_labels)
-                finite = output.flatten(1).isfinite().all(dim=1)
-                odd = (
-                    [] if bool(finite.all()) else finite.logical_not().nonzero().flatten().tolist()
-                )
+                odd = _rows_that_are_not_finite(output)
         if odd:
             error = NonFiniteError(
                 f"{self.description} put out NaN or infinity in rows "
