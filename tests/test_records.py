@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, random_dit
+from reference.published_ddpm import cosine_betas, linear_betas, scaled_linear_betas
 from safetensors.torch import save_file
 from test_checkpoint import INPUTS, diffusers_model, edit_json, refusal
 from torch import Tensor
@@ -234,6 +236,39 @@ def test_names_mean_what_their_code_bases_mean(train: Callable[..., Path]) -> No
     latent = config_of(train(linear_start=0.0015, linear_end=0.0195, timesteps=1000)).process
     assert latent == Process(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
     assert config_of(train(timesteps=[999, 0])).process == DIT_PROCESS
+
+
+TABLES: dict[str, tuple[np.ndarray, Process | None]] = {
+    "linear": (linear_betas(1e-4, 0.02, 1000), DIT_PROCESS),
+    "latent diffusion": (
+        scaled_linear_betas(0.0015, 0.0195, 1000),
+        Process(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195),
+    ),
+    "cosine": (
+        cosine_betas(4000),
+        Process(beta_schedule="squaredcos_cap_v2", train_timesteps=4000),
+    ),
+    "sigmoid": (1 / (1 + np.exp(-np.linspace(-6, 6, 1000))) * 0.0199 + 1e-4, None),
+    "zero SNR": (np.append(linear_betas(1e-4, 0.02, 999), 1.0), None),
+}
+
+
+@pytest.mark.parametrize(("betas", "expected"), TABLES.values(), ids=TABLES)
+def test_a_table_of_betas_beside_the_weights_is_a_record(
+    tmp_path: Path, state: State, betas: np.ndarray, expected: Process | None
+) -> None:
+    """As GaussianDiffusion and latent diffusion's modules keep it."""
+    content = {f"model.{name}": tensor for name, tensor in state.items()}
+    content["betas"] = torch.from_numpy(betas).float()
+    path = tmp_path / "dit.ckpt"
+    torch.save({"state_dict": content, "args": {"num_heads": 4}}, path)
+    if expected is not None:
+        assert config_of(path).process == expected
+        message = refusal(path, hints=CheckpointHints(betas="linear,0.001,0.01,50"))
+        assert "betas gives" in message
+        assert "--betas gives" in message
+    else:
+        assert "a noise schedule that is not followed (yet); expected linear" in refusal(path)
 
 
 # --- Hints --------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import onnx
 import pytest
 import torch
 from conftest import random_vae
-from quantized_fixture import TINY, snr_db, tiny_dit
+from quantized_fixture import TINY as TWO_BLOCKS
+from quantized_fixture import snr_db, tiny_dit
 from reference.published_ddpm import PublishedDDPM, cosine_betas
 from test_checkpoint import diffusers_model
 from torch import Tensor
@@ -39,6 +40,7 @@ from ditas_export.runtime.open_runner import open_runner
 
 STEPS, CLASSES = 4, (3, 7)
 QUICK = ["--steps", 2, "--samples", 1, "--method", "linear", "--rank", 0, "--walk-tokens", 64]
+TINY = replace(TWO_BLOCKS, depth=1)
 COSINE = replace(TINY, process=Process(beta_schedule="squaredcos_cap_v2"))
 
 
@@ -136,7 +138,7 @@ def test_a_file_moved_alone_makes_the_float_model_s_pictures(
     in_torch = pictures(exported / "cosine.pt", tmp_path / "a", "--classes", "3,7")
     in_onnx = pictures(moved["fp32.onnx"], tmp_path / "b", "--classes", "3,7")
     assert snr_db(in_torch, in_onnx) > 50
-    linear = training_checkpoint(tmp_path / "linear.pt", tiny_dit(), num_heads=4)
+    linear = training_checkpoint(tmp_path / "linear.pt", tiny_dit(TINY), num_heads=4)
     other = pictures(linear, tmp_path / "c", "--classes", "3,7")
     assert snr_db(in_torch, other) < 20, "the schedule shows"
 
@@ -250,7 +252,9 @@ def test_models_without_guidance_go_all_the_way(state: dict[str, Any], tmp_path:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of latents that are scaled as no other's, the exported file of it, and a VAE."""
     folder = tmp_path_factory.mktemp("pipeline")
-    diffusers_model(num_embeds_ada_norm=3).save_pretrained(folder / "p" / "transformer")
+    diffusers_model(num_embeds_ada_norm=3, num_layers=1).save_pretrained(
+        folder / "p" / "transformer"
+    )
     small = {
         "block_out_channels": (8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -163,6 +163,7 @@ def latent_diffusion(average: State, raw: State) -> dict[str, Any]:
 
 AVERAGES: dict[str, Callable[[State, State], dict[str, Any]]] = {
     "DiT": lambda average, raw: {"model": raw, "ema": average, "opt": {}},
+    "raw beside": lambda average, raw: {**raw, "ema": average, "epoch": torch.tensor(3)},
     "timm": lambda average, raw: {"state_dict": raw, "state_dict_ema": average},
     "model_ema": lambda average, raw: {"model": raw, "model_ema": prefixed(average, "module.")},
     "BasicSR": lambda average, raw: {"params": raw, "params_ema": average},
@@ -248,12 +249,26 @@ def test_an_average_that_is_none_is_ignored(tmp_path: Path, raw: State) -> None:
         assert_is(loaded_from(tmp_path / "dit.pt", {"model": raw, "ema": nothing}), raw)
 
 
+def test_a_partial_average_is_no_smaller_model(tmp_path: Path, average: State, raw: State) -> None:
+    """Without its last block an average has all that a DiT of one block less has."""
+    part = {name: tensor for name, tensor in average.items() if not name.startswith("blocks.1.")}
+    torch.save({"model": raw, "ema": part}, tmp_path / "dit.pt")
+    message = refusal(tmp_path / "dit.pt", num_heads=4)
+    assert "the averaged weights, ema, lack 10 tensors of model (blocks.1.attn.qkv" in message
+    assert loaded_from(tmp_path / "dit.pt", part).model.config.depth == 1
+    part = {name: tensor for name, tensor in average.items() if "y_embedder" not in name}
+    torch.save({"model": raw, "ema": part}, tmp_path / "dit.pt")
+    assert "lack 1 tensors of model (y_embedder" in refusal(tmp_path / "dit.pt", num_heads=4)
+
+
 def test_the_usual_part_is_taken_and_equals_are_refused(
     tmp_path: Path, average: State, raw: State
 ) -> None:
     loaded = loaded_from(tmp_path / "dit.pt", {"teacher": average, "model": raw})
     assert_is(loaded, raw)
     assert "took the raw weights, model; not used: teacher" in loaded.notes
+    loaded = loaded_from(tmp_path / "dit.pt", {**raw, **prefixed(average, "teacher.")})
+    assert_is(loaded, raw)
     torch.save({"teacher": average, "student": raw}, tmp_path / "two.pt")
     message = refusal(tmp_path / "two.pt", num_heads=4)
     assert "holds several models: teacher, student; write the one that is meant" in message

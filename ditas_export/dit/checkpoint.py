@@ -26,17 +26,13 @@ from ditas_export.dit.diffusers_folder import (
     open_folder,
     transformer_folder,
 )
+from ditas_export.dit.facts import Fact, merged
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, assemble, infer_geometry
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.records import (
-    Fact,
-    facts_of_hints,
-    facts_of_metadata,
-    facts_of_training,
-    merged,
-)
+from ditas_export.dit.records import facts_of_hints, facts_of_metadata, facts_of_training
 from ditas_export.dit.resolve import Source, resolve
+from ditas_export.dit.schedules import facts_of_betas
 from ditas_export.dit.tensor_files import read_tensor_file
 from ditas_export.dit.wrappings import choose_weights
 from ditas_export.errors import CheckpointError
@@ -116,6 +112,7 @@ def _load_file(
         known or {},
         facts_of_metadata(file.metadata, where=what),
         facts_of_training(file.content, where=what),
+        *(facts_of_betas(table, name=name, where=what) for name, table in weights.betas.items()),
         where=what,
     )
     config, notes = resolve(

@@ -6,19 +6,16 @@ there is one, and the process and the VAE that it was trained with in `scheduler
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditas_export.dit.records import (
-    Fact,
-    facts_of_scheduler,
-    facts_of_vae,
-    merged,
-    scheduler_notes,
-)
+from ditas_export.dit.facts import Fact, facts_of_values, merged
+from ditas_export.dit.process import VaeFactors
+from ditas_export.dit.record_entries import NOT_FOLLOWED_ENTRIES
 from ditas_export.dit.tensor_files import read_json
 from ditas_export.errors import CheckpointError
 
@@ -62,6 +59,18 @@ _DEFAULTS: dict[str, int | float] = {
 }
 """Settings that may vary, all positive, and what diffusers takes where they are not written."""
 
+_FOLLOWED_SCHEDULERS = {
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler",
+    "DDIMInverseScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "SASolverScheduler", "TCDScheduler", "LCMScheduler",
+}  # fmt: skip
+"""diffusers' schedulers over betas of discrete steps."""
+
+
 _STEM = "diffusion_pytorch_model"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _HALVES = {"fp16", "bf16", "fp8", "float16", "bfloat16"}
@@ -96,12 +105,12 @@ def open_folder(path: Path) -> DiffusersFolder:
     facts = _facts_of_settings(settings, folder)
     if pipeline is not None and (pipeline / "scheduler").is_dir():
         scheduler = pipeline / "scheduler" / "scheduler_config.json"
-        facts = merged(facts, facts_of_scheduler(scheduler), where=str(path))
-        notes += scheduler_notes(scheduler)
+        facts = merged(facts, _facts_of_scheduler(scheduler), where=str(path))
+        notes += _scheduler_notes(scheduler)
     vae = None if pipeline is None else pipeline / "vae" / "config.json"
     has_vae = vae is not None and vae.is_file()
     if vae is not None and has_vae:
-        facts = merged(facts, facts_of_vae(vae), where=str(path))
+        facts = merged(facts, _facts_of_vae(vae), where=str(path))
     return DiffusersFolder(
         folder=folder,
         weights=weights,
@@ -242,3 +251,65 @@ def _facts_of_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, F
         "learn_sigma": ("out_channels", out == 2 * channels),
     }
     return {field: Fact(value, f"config.json {key}") for field, (key, value) in values.items()}
+
+
+def _facts_of_scheduler(path: Path) -> dict[str, Fact]:
+    """Return what a pipeline's `scheduler_config.json` says; its class's defaults fill gaps.
+
+    Raises:
+        CheckpointError: a process that is not followed.
+    """
+    written = read_json(path)
+    name = str(written.get("_class_name"))
+    if name not in _FOLLOWED_SCHEDULERS:
+        raise CheckpointError(
+            f"{path} describes a {name[:60]}, whose process is not followed; expected a scheduler "
+            f"over betas of a model that predicts noise, such as DDPMScheduler or DDIMScheduler"
+        )
+    needed = ["beta_schedule", "beta_start", "beta_end", "num_train_timesteps"]
+    if name.startswith("DDPM"):
+        needed.append("variance_type")
+    if missing := [key for key in needed if written.get(key) is None]:
+        written |= _scheduler_defaults(name, missing, path)
+    values = {
+        key: value for key, value in written.items() if key in {*needed, *NOT_FOLLOWED_ENTRIES}
+    }
+    values["prediction_type"] = written.get("prediction_type", "epsilon")
+    facts = facts_of_values(values, where=str(path), path=f"{path.name} ")
+    if facts["beta_schedule"].value == "squaredcos_cap_v2":  # has no ends, whatever is written
+        facts = {key: fact for key, fact in facts.items() if key not in ("beta_start", "beta_end")}
+    return facts
+
+
+def _scheduler_notes(path: Path) -> list[str]:
+    """Return one line for each setting of a scheduler that changes pictures and is not followed."""
+    written = read_json(path)
+    kept = [key for key in ("clip_sample", "thresholding") if written.get(key)]
+    return [f"{path.name} has {key}=true, which is not followed: x0 is not clipped" for key in kept]
+
+
+def _facts_of_vae(path: Path) -> dict[str, Fact]:
+    """Return the factors in a VAE's `config.json`.
+
+    Raises:
+        CheckpointError: no factors that latents survive.
+    """
+    written = read_json(path)
+    scaling = written.get("scaling_factor")
+    if scaling is None and written.get("_class_name") != "AutoencoderKL":
+        return {}
+    factors = VaeFactors(
+        scaling_factor=0.18215 if scaling is None else scaling,  # AutoencoderKL's default
+        shift_factor=written.get("shift_factor") or 0.0,
+    )
+    return {"vae": Fact(factors, f"{path.parent.name}/{path.name}")}
+
+
+def _scheduler_defaults(name: str, keys: list[str], path: Path) -> dict[str, Any]:
+    """Return what one of diffusers' schedulers takes where nothing is written."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    if lost := [key for key in keys if key not in parameters]:
+        raise CheckpointError(f"{path} has no {', '.join(lost)}; expected all of the schedule")
+    return {key: parameters[key].default for key in keys}

@@ -1,0 +1,201 @@
+"""The names under which records say something of a model, and what reads each.
+
+A reader turns an entry into values of fields of `DiTConfig` and `Process`, and of three more:
+`named_heads`, heads of the size that a model's name tells; `image_size`, in pixels;
+`fixed_variance`, where none is learned. It raises TypeError or ValueError with what was expected,
+and `NotFollowedError` for what this package does not follow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from ditas_export.dit.presets import SIZES
+from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
+
+_NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"}
+"""Names of a prediction that is followed."""
+
+_SCHEDULES = {
+    **{name: name for name in get_args(BetaSchedule)},
+    "cosine": "squaredcos_cap_v2",
+    "squaredcos": "squaredcos_cap_v2",
+}
+
+_NOT_FOLLOWED = {
+    "predicts something else than the noise": (
+        "predict_xstart predict_x0 predict_v v_prediction path_type flow_matching rectified_flow "
+        "use_flow_matching use_flow_sigmas"
+    ),
+    "was trained with zero-terminal SNR": (
+        "rescale_betas_zero_snr zero_snr zero_terminal_snr enforce_zero_terminal_snr"
+    ),
+    "was trained with betas of its own": "trained_betas",
+    "computes something that a DiT does not": (
+        "use_rope rope qk_norm use_qknorm use_qk_norm use_swiglu"
+    ),
+}
+"""Why a record is refused, and the entries that say so where they are set."""
+
+NOT_FOLLOWED_ENTRIES = {
+    name: reason for reason, names in _NOT_FOLLOWED.items() for name in names.split()
+}
+
+_FLOW_NAMES = re.compile(r"sit(?![a-z])|.*flow", re.IGNORECASE)
+"""Models that are trained by flow matching, and have a DiT's tensors."""
+
+
+class NotFollowedError(Exception):
+    """A record of something that is not followed; the message goes on after "the model"."""
+
+
+_Reader = Callable[[str, Any], Mapping[str, Any]]
+"""From an entry's name and value to fields; raises ValueError with what was expected."""
+
+
+def _whole(field: str, *, least: int = 1) -> _Reader:
+    def read(_name: str, value: Any) -> Mapping[str, Any]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected a whole number of {least} or more")
+        return {field: value}
+
+    return read
+
+
+def _number(field: str) -> _Reader:
+    def read(_name: str, value: Any) -> Mapping[str, Any]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError("expected a number")
+        return {field: float(value)}
+
+    return read
+
+
+def _flag(field: str) -> _Reader:
+    def read(_name: str, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, bool):
+            raise TypeError("expected true or false")
+        return {field: value}
+
+    return read
+
+
+def _side(field: str) -> _Reader:
+    """One side of a square, told once or twice."""
+    one = _whole(field)
+
+    def read(name: str, value: Any) -> Mapping[str, Any]:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            if value[0] != value[1]:
+                raise NotFollowedError("has a grid that is not square")
+            value = value[0]
+        return one(name, value)
+
+    return read
+
+
+def _label_dropout(_name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError("expected a share between 0 and 1")
+    return {"null_row": value > 0}
+
+
+def _schedule(_name: str, value: Any) -> Mapping[str, Any]:
+    if value not in _SCHEDULES:
+        raise NotFollowedError(
+            f"was trained on another noise schedule than {', '.join(_SCHEDULES)}"
+        )
+    return {"beta_schedule": _SCHEDULES[value]}
+
+
+def _steps_if_whole(name: str, value: Any) -> Mapping[str, Any]:
+    """`timesteps`, which are those of the schedule, or a list of those to take."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return _whole("train_timesteps", least=2)(name, value) if is_whole else {}
+
+
+def _prediction(_name: str, value: Any) -> Mapping[str, Any]:
+    if str(value).lower() not in _NOISE:
+        raise NotFollowedError("predicts something else than the noise")
+    return {}
+
+
+def _refused(name: str, value: Any) -> Mapping[str, Any]:
+    if value:
+        raise NotFollowedError(NOT_FOLLOWED_ENTRIES[name])
+    return {}
+
+
+def _variance(_name: str, value: Any) -> Mapping[str, Any]:
+    if value not in get_args(Variance):
+        raise NotFollowedError(f"has another kind of variance than {', '.join(get_args(Variance))}")
+    return {"variance": value}
+
+
+def _sigma_small(_name: str, value: Any) -> Mapping[str, Any]:
+    return {"fixed_variance": "fixed_small" if value else "fixed_large"}
+
+
+def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
+    """The size of a name such as DiT-XL/2; other names say nothing, but for flow models'."""
+    if not isinstance(value, str):
+        return {}
+    if _FLOW_NAMES.match(value):
+        raise NotFollowedError("predicts something else than the noise (flow matching)")
+    match = re.fullmatch(r"DiT-(\w+)/(\d+)", value)
+    if match is None or match[1] not in SIZES:
+        return {}
+    size = SIZES[match[1]]
+    return {
+        "depth": size.depth,
+        "hidden_size": size.hidden_size,
+        "patch_size": int(match[2]),
+        "named_heads": size.num_heads,
+    }
+
+
+def _vae(_name: str, value: Any) -> Mapping[str, Any]:
+    """Factors; a name, as DiT's training takes, or an architecture says none."""
+    if not isinstance(value, Mapping) or "scaling_factor" not in value:
+        return {}
+    shift = value.get("shift_factor") or 0.0
+    return {"vae": VaeFactors(scaling_factor=value["scaling_factor"], shift_factor=shift)}
+
+
+_ENTRIES: Mapping[str, _Reader] = {
+    "num_heads n_heads heads num_attention_heads": _whole("num_heads"),
+    "depth num_layers n_layers": _whole("depth"),
+    "hidden_size": _whole("hidden_size"),
+    "patch_size": _side("patch_size"),
+    "in_channels": _whole("in_channels"),
+    "mlp_ratio": _number("mlp_ratio"),
+    "input_size latent_size": _side("input_size"),
+    "image_size resolution img_size": _side("image_size"),
+    "num_classes n_classes nb_classes class_num": _whole("num_classes", least=0),
+    "class_dropout_prob class_dropout class_drop_prob label_dropout label_drop_prob cfg_prob "
+    "uncond_prob p_uncond": _label_dropout,
+    "null_row": _flag("null_row"),
+    "learn_sigma": _flag("learn_sigma"),
+    "layer_norm_eps": _number("layer_norm_eps"),
+    "mlp_norm_eps": _number("mlp_norm_eps"),
+    "frequency_shift": _whole("frequency_shift", least=0),
+    "beta_schedule noise_schedule schedule_name": _schedule,
+    "beta_start linear_start": _number("beta_start"),
+    "beta_end linear_end": _number("beta_end"),
+    "train_timesteps num_train_timesteps diffusion_steps num_diffusion_timesteps "
+    "num_diffusion_steps num_timesteps": _whole("train_timesteps", least=2),
+    "timesteps": _steps_if_whole,
+    "prediction prediction_type pred_type parameterization objective model_mean_type": _prediction,
+    "variance variance_type var_type": _variance,
+    "sigma_small": _sigma_small,
+    "model model_name model_type arch": _model_name,
+    "vae": _vae,
+    " ".join(NOT_FOLLOWED_ENTRIES): _refused,
+}
+"""Names under which records say something, and what reads them."""
+
+READERS: Mapping[str, _Reader] = {
+    name: reader for names, reader in _ENTRIES.items() for name in names.split()
+}
