@@ -28,7 +28,7 @@ from ditas_export.onnx_export.external_data import (
     rename_pair,
     sha256_of_onnx,
 )
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.onnx_export.vae import export_vae_decoder
 from ditas_export.options import PREFERENCES, ExportOptions

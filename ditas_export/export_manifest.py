@@ -17,7 +17,7 @@ from ditas_export.dit.sites import adaln_names
 from ditas_export.evaluation.verify import Verification
 from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.external_data import sha256_of_onnx
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, bytes_by_part
 from ditas_export.options import ExportOptions
 from ditas_export.quantization.ranges import Ranges

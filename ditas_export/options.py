@@ -142,8 +142,8 @@ class ExportOptions:
         """Refuse values that no form of the file has.
 
         Raises:
-            OnnxExportError: an unknown value, 8-bit weights in blocks or in the 4-bit layout, ranges of
-                float activations, or a bf16 file for onnxruntime.
+            OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, ranges of float
+                activations, or a bf16 file for onnxruntime.
         """
         for name, choices in CHOICES.items():
             value = getattr(self, name)

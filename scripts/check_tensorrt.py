@@ -42,10 +42,11 @@ from ditas_export.engine.layers import Kernel, layers_from_inspector
 from ditas_export.engine.make import current_gpu, make_engine
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product, choose_product
-from ditas_export.engine.report import LayerReport, layer_report
-from ditas_export.errors import DitasExportError
+from ditas_export.engine.report import LayerReport, layer_report, with_known_of
+from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.open_runner import onnxruntime_takes
 from ditas_export.runtime.openvino_runner import OpenVINORunner
@@ -74,8 +75,8 @@ class Form:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the builder took the file, and multiplies it as it asks."""
-        return not self.problem and self.report is not None and not self.report.lost
+        """Whether the builder took the file, the plan ran, and nothing shows a lost linear."""
+        return not self.problem and not (self.report and self.report.lost)
 
 
 def main() -> None:
@@ -150,22 +151,27 @@ def check(form: Form, product: Product, config: DiTConfig, folder: Path) -> None
             )
             form.seconds = time.perf_counter() - start
             form.size_mib = made.metadata.plan_bytes / 2**20
-            form.report, form.problem = made.report, made.unknown or ""
+            form.report = made.report
             if current_gpu() is not None:
                 run_once(form, onnx, config, made.metadata.form)
         except DitasExportError as error:
             form.problem = str(error).splitlines()[0]
 
 
-def run_once(form: Form, onnx: Path, config: DiTConfig, written: dict[str, object]) -> None:
-    """Read the inspector and compare one step with the file on the CPU."""
+def run_once(form: Form, onnx: Path, config: DiTConfig, written: FileForm) -> None:
+    """Compare one step with the file on the CPU, and read the inspector."""
     inputs = example_inputs(config, batch=2)
     with OnnxRuntimeRunner(onnx) if onnxruntime_takes(onnx) else OpenVINORunner(onnx) as runner:
         expected = runner(*inputs)
     with TensorRTRunner(form.plan) as runner:
         form.snr_db = snr_db(expected, runner(*inputs))
-        layers = layers_from_inspector(runner.layer_information())
-    form.report = layer_report(layers, config, written)
+        text = runner.layer_information()
+    try:
+        inspected = layer_report(layers_from_inspector(text), config, written)
+    except EngineError as error:
+        print(f"{form.name}: {error}", file=sys.stderr)
+        return  # the log's report stays
+    form.report = with_known_of(inspected, form.report) if form.report else inspected
 
 
 def example_inputs(
@@ -184,7 +190,7 @@ def timed(
     openers: dict[str, Callable[[], Runner]] = {
         form.name: partial(TensorRTRunner, form.plan, cache=folder / "cache")
         for form in forms
-        if form.is_sound
+        if form.snr_db is not None
     }
     openers["PyTorch bfloat16"] = partial(torch_runner, model, compiled=False)
     openers["PyTorch bfloat16, compiled"] = partial(torch_runner, model, compiled=True)
@@ -192,11 +198,17 @@ def timed(
         name: {batch: [] for batch in BATCHES} for name in openers
     }
     for number in range(rounds):
-        for name, open_runner in openers.items():
-            with open_runner() as runner:
-                for batch in BATCHES:
-                    times[name][batch].append(milliseconds(runner, batch, runs))
-            del runner
+        for name, open_runner in list(openers.items()):
+            try:
+                with open_runner() as runner:
+                    for batch in BATCHES:
+                        times[name][batch].append(milliseconds(runner, batch, runs))
+                del runner
+            except DitasExportError as error:
+                print(f"{name} is not timed: {error}", file=sys.stderr)
+                del openers[name], times[name]
+                for form in forms:
+                    form.problem = str(error) if form.name == name else form.problem
             torch.cuda.empty_cache()
         print(f"round {number + 1}/{rounds}", file=sys.stderr, flush=True)
     return times
@@ -251,13 +263,16 @@ def print_builds(name: str, forms: list[Form]) -> None:
 def build_cells(form: Form) -> list[str]:
     """Return the cells of a form."""
     report = form.report
+    ran = form.problem or ("not run" if form.snr_db is None else f"{form.snr_db:.1f}")
     if report is None:
-        return [form.problem, *[""] * 8]
+        size = [f"{form.size_mib:.1f}", f"{form.seconds:.0f}"] if form.size_mib else ["", ""]
+        return ["unknown" if form.size_mib else "", *[""] * 5, *size, ran]
     linears = report.linears.values()
+    unknown = f", {len(report.unknown)} unknown" if report.unknown else ""
     per_block = sorted({block.kernels for block in report.blocks})
     fused = sum(block.has_fused_attention for block in report.blocks)
     return [
-        f"{sum(linear.kernel == Kernel.INTEGER for linear in linears)} of {len(linears)}",
+        f"{sum(linear.kernel == Kernel.INTEGER for linear in linears)} of {len(linears)}{unknown}",
         f"{sum(linear.keeps_int4 for linear in linears)} of {len(linears)}",
         str(report.kernels),
         "–".join(str(count) for count in dict.fromkeys((per_block[0], per_block[-1]))),
@@ -265,7 +280,7 @@ def build_cells(form: Form) -> list[str]:
         f"{fused} of {len(report.blocks)}",
         f"{form.size_mib:.1f}",
         f"{form.seconds:.0f}",
-        form.problem or ("not run" if form.snr_db is None else f"{form.snr_db:.1f}"),
+        ran,
     ]
 
 

@@ -21,7 +21,8 @@ from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.sites import linear_sites
 from ditas_export.onnx_export.export import export_onnx, export_reference
-from ditas_export.onnx_export.lowering import Layout, lower_linear
+from ditas_export.onnx_export.form import Layout
+from ditas_export.onnx_export.lowering import choose_form, lower_linear
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Target
 from ditas_export.quantization.integer import (
@@ -234,11 +235,19 @@ def folded_linear(
 
 
 def write_linear(
-    path: Path, linear: FoldedLinear, *, inputs: int = 1, outputs: int = 1, **settings: Any
+    path: Path,
+    linear: FoldedLinear,
+    *,
+    layout: Layout,
+    ranges: Ranges,
+    inputs: int = 1,
+    outputs: int = 1,
+    **choice: Any,
 ) -> None:
     """Write one linear alone: input `x` (N, T, K), output `y` (N, T, out), in its float type.
 
-    It reads and gives as many parts of them as `inputs` and `outputs` say.
+    It reads and gives as many parts of them as `inputs` and `outputs` say; `choice` is what
+    `choose_form` looks at beside the ranges.
     """
     dtype = _ONNX_TYPES[linear.bias.dtype]
     out_features, in_features = linear.weight.codes.shape
@@ -247,7 +256,8 @@ def write_linear(
     graph = ir.Graph([x], [], nodes=[anchor], name="linear", opset_imports={"": 21})
     place = Subgraph(anchor, "linear")
     parts = [x] if inputs == 1 else place.split(x, inputs)
-    made = lower_linear(place, parts, linear, outputs=outputs, **settings)
+    form = choose_form(linear, ranges=ranges, **choice)
+    made = lower_linear(place, parts, linear, form, layout=layout, ranges=ranges, outputs=outputs)
     y = made[0] if outputs == 1 else place.node("Concat", made, name="Whole", axis=-1)
     graph.remove(anchor)
     y.name = "y"

@@ -112,7 +112,7 @@ def test_the_constants_are_bfloat16_but_for_the_patch_embedding() -> None:
             "x_embedder.proj.bias",
         }
         assert onnx.TensorProto.BFLOAT16 in types.values()
-        assert read_form(path)["float_type"] == "bf16"
+        assert read_form(path).float_type == "bf16"
         halves = {name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT16}
         leaves = {name.rpartition("/")[2] for name in halves}
         assert leaves <= {"multipliers", "ones"}  # integers, exact in any float type
@@ -211,7 +211,7 @@ def test_the_command_proves_the_file_in_openvino(checkpoint: Path, tmp_path: Pat
     assert proof["matches_fake_quantized_forward"] is True
     assert proof["match_db"] > 30
     assert proof["kernels"] == {}
-    assert read_form(tmp_path / "out.onnx")["float_type"] == "bf16"
+    assert read_form(tmp_path / "out.onnx").float_type == "bf16"
 
 
 @needs_openvino

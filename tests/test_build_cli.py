@@ -22,11 +22,12 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.cli.build import app
 from ditas_export.engine import products
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
-from ditas_export.engine.options import BuildOptions
+from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import TENSORRT
 from ditas_export.engine.report import expected_kernels
 from ditas_export.engine.trtexec import run_tool
 from ditas_export.errors import EngineError
+from ditas_export.onnx_export.export import read_form
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,9 +98,9 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
     assert (known.product, known.plan_bytes) == ("rtx", plan.stat().st_size)
     assert known.plan_sha256 == sha256_of_file(plan)
     assert (known.onnx_name, known.onnx_sha256) == (model.name, sha256_of_file(model))
-    assert known.form["layout"] == "int4"
-    assert known.options["batch"] == {"smallest": 1, "usual": 2, "largest": 4}
-    assert known.options["compute_capabilities"] == ["8.9", "12.0"]
+    assert known.form.layout == "int4"
+    assert known.options.batch == BatchRange(smallest=1, usual=2, largest=4)
+    assert known.options.compute_capabilities == ("8.9", "12.0")
     assert known.layers is not None
     assert known.layers["lost"] == []
     assert set(known.layers["linears"]) == set(expected_kernels_of(known))
@@ -107,7 +108,6 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
-
     return dict(expected_kernels(known.dit, known.form))
 
 
@@ -128,7 +128,7 @@ def test_layout_int8_expands_and_json_prints_the_metadata(tmp_path: Path) -> Non
 @needs_rtx
 def test_a_lost_linear_is_exit_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The float model under the name of a quantized one: the builder multiplies all in float.
-    asked = {"activation_bits": 8, "adaln_bits": 16, "layout": "int8"}
+    asked = read_form(exported(layout="int8"))
     monkeypatch.setattr("ditas_export.engine.make.read_form", lambda path: asked)
     arguments = (exported_reference(), "-o", tmp_path / "out.plan", "--quiet")
     code, out, err = run(*arguments)
@@ -188,7 +188,7 @@ def test_the_command_lines(tmp_path: Path) -> None:
     code, out, _ = run(exported(), "-o", plan, "--dry-run", "--trtexec")
     assert code == 0
     tensorrt, rtx = map(shlex.split, out.splitlines())
-    words = ["--stronglyTyped", "--profilingVerbosity=detailed", "--verbose"]
+    words = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--verbose"]
     assert tensorrt == ["trtexec", *common, *words]
     assert rtx == ["tensorrt_rtx", *common]
     code, out, _ = run(

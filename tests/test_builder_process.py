@@ -69,6 +69,7 @@ def test_options_arrive(tmp_path: Path) -> None:
     assert (built.size_bytes, built.version) == (6, "10.13.3.9")
     assert calls(tmp_path) == [
         ["network", 2],  # 1 << STRONGLY_TYPED
+        ["no flag", "TF32"],
         ["pool", "WORKSPACE", 2**29],
         ["set", "builder_optimization_level", 0],
         ["flag", "VERSION_COMPATIBLE"],
@@ -94,7 +95,13 @@ def test_options_arrive(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behave")
 def test_what_is_not_asked_for_is_not_set(tmp_path: Path) -> None:
     build(tmp_path)
-    assert {call[0] for call in calls(tmp_path)} == {"network", "parse", "set", "profile"}
+    assert {call[0] for call in calls(tmp_path)} == {
+        "network",
+        "no flag",
+        "parse",
+        "set",
+        "profile",
+    }
     assert leftovers(tmp_path) == {"out.plan"}
 
 
@@ -138,9 +145,12 @@ def test_a_foreign_timing_cache_is_refused_and_left_alone(tmp_path: Path, behave
 def test_options_that_a_product_lacks_are_refused_before_building(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="TensorRT has no --compute-capability"):
         build(tmp_path, compute_capabilities=("8.9",))
-    for option, name in (("timing_cache", "timing-cache"), ("version_compatible", "version-comp")):
+    for options, name in (
+        (BuildOptions(timing_cache=tmp_path / "x"), "timing-cache"),
+        (BuildOptions(version_compatible=True), "version-compatible"),
+    ):
         with pytest.raises(EngineError, match=f"TensorRT for RTX has no --{name}"):
-            RTX.require_options(BuildOptions(**{option: tmp_path / "x"}))
+            RTX.require_options(options)
     with pytest.raises(ArtifactError, match="does not exist"):
         build_engine(exported(), tmp_path / "nowhere" / "out.plan", product=TENSORRT)
     assert not leftovers(tmp_path)

@@ -31,6 +31,7 @@ from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
+from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import (
     DitasExportError,
     EngineError,
@@ -48,6 +49,7 @@ from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import onnx_runner_with_outputs, run_both
 from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -346,9 +348,9 @@ def write_plan(
         plan_bytes=len(content),
         onnx_name="out.onnx",
         onnx_sha256="",
-        config=config.to_dict(),
-        form={},
-        options={"compute_capabilities": [], "version_compatible": False},
+        dit=config,
+        form=FileForm(float_type="fp32"),
+        options=BuildOptions(),
         gpu=None,
         layers=None,
     ).save(metadata_path(plan))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantized_fixture import TINY
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import (
@@ -16,11 +17,22 @@ from ditas_export.engine.metadata import (
     metadata_path,
     require_matching,
 )
+from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.errors import EngineError
+from ditas_export.onnx_export.form import FileForm
 
 ADA = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
 HOPPER = Gpu(name="NVIDIA H200", compute_capability="9.0")
-OPTIONS = {"version_compatible": False, "compute_capabilities": []}
+FORM = FileForm(
+    float_type="fp16", weight_bits=4, activation_bits=8, layout="int4", ranges="token",
+    activation_codes="int8", target="tensorrt",
+)  # fmt: skip
+OPTIONS = BuildOptions(
+    batch=BatchRange(smallest=1, usual=3, largest=4),
+    workspace_gib=0.5,
+    opt_level=2,
+    timing_cache=Path("timings"),
+)
 
 
 @pytest.fixture
@@ -38,8 +50,8 @@ def metadata(plan: Path, **changes: Any) -> EngineMetadata:
         plan_bytes=6,
         onnx_name="out.onnx",
         onnx_sha256="0" * 64,
-        config={"depth": 2},
-        form={"layout": "int4"},
+        dit=TINY,
+        form=FORM,
         options=OPTIONS,
         gpu=ADA,
         layers=None,
@@ -69,15 +81,49 @@ def test_saved_is_loaded(plan: Path, gpu: Gpu | None) -> None:
         lambda text: text.replace("engine 1", "engine 2"),
         lambda text: text.replace('"plan_bytes": 6,', ""),
         lambda text: text.replace('"plan_bytes"', '"plan_octets"'),
-        lambda text: text.replace('"tensorrt"', '"tensorflow"'),
+        lambda text: text.replace('"product": "tensorrt"', '"product": "tensorflow"'),
+        lambda text: text.replace('"10.13.3.9"', "10.13"),
+        lambda text: text.replace('"10.13.3.9"', '"ten"'),
+        lambda text: text.replace('"depth": 2', '"depth": "two"'),
+        lambda text: text.replace('"depth": 2', '"depth": 2, "colour": 3'),
+        lambda text: text.replace('"layout": "int4"', '"layout": "int5"'),
+        lambda text: text.replace('"layout": "int4",', ""),
+        lambda text: text.replace('"weight_bits": 4', '"weight_bits": true'),
+        lambda text: text.replace('"float_type": "fp16",', ""),
+        lambda text: text.replace('"refit": false', '"refit": 0'),
+        lambda text: text.replace('"refit": false', '"refit": false, "colour": 3'),
+        lambda text: text.replace('"opt_level": 2', '"opt_level": "2"'),
+        lambda text: text.replace('"largest": 4', '"largest": 1'),
+        lambda text: text.replace('"largest": 4', '"largest": 4.5'),
+        lambda text: text.replace('"compute_capabilities": []', '"compute_capabilities": 8.9'),
+        lambda text: text.replace('"compute_capabilities": []', '"compute_capabilities": [8]'),
+        lambda text: text.replace('"timings"', "7"),
+        lambda text: text.replace('"workspace_gib": 0.5', '"workspace_gib": "0.5"'),
+        lambda text: text.replace('"name"', '"title"'),
     ],
 )
 def test_another_file_is_refused(plan: Path, damage: Any) -> None:
     path = metadata_path(plan)
     metadata(plan).save(path)
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(EngineError):
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    with pytest.raises(EngineError, match=r"out\.plan\.json does not describe an engine") as caught:
         EngineMetadata.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_an_earlier_file_lacks_has_its_default(plan: Path) -> None:
+    path = metadata_path(plan)
+    metadata(plan).save(path)
+    content = json.loads(path.read_text())
+    content["options"] = {}
+    del content["form"]["activation_codes"], content["form"]["adaln_bits"]
+    path.write_text(json.dumps(content))
+    found = EngineMetadata.load(path)
+    assert found.options == BuildOptions()
+    assert found.form == dataclasses.replace(FORM, activation_codes=None)
+    match(found, plan)
 
 
 def test_no_file_is_refused(plan: Path) -> None:
@@ -124,7 +170,7 @@ def test_another_product_is_refused(plan: Path) -> None:
     ],
 )
 def test_versions(plan: Path, compatible: bool, version: str, runs: bool) -> None:
-    known = metadata(plan, options={**OPTIONS, "version_compatible": compatible})
+    known = metadata(plan, options=dataclasses.replace(OPTIONS, version_compatible=compatible))
     if runs:
         match(known, plan, version=version)
         return
@@ -137,7 +183,7 @@ def test_gpus(plan: Path) -> None:
         match(metadata(plan), plan, gpu=HOPPER)
     rtx = metadata(plan, product="rtx", gpu=HOPPER)  # built on any machine, for any GPU
     match(rtx, plan)
-    listed = {**OPTIONS, "compute_capabilities": ["8.6", "8.9"]}
+    listed = dataclasses.replace(OPTIONS, compute_capabilities=("8.6", "8.9"))
     match(dataclasses.replace(rtx, options=listed), plan)
     with pytest.raises(EngineError, match=r"compute capability 8\.6, 8\.9; build it for .*9\.0"):
         match(dataclasses.replace(rtx, options=listed), plan, gpu=HOPPER)

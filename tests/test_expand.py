@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import onnx
@@ -51,7 +52,7 @@ def test_the_expanded_file_runs_to_the_same_bits(tmp_path: Path) -> None:
             outputs.append(runner(*example_inputs()))
     assert torch.equal(*outputs)
     assert read_config(target) == read_config(source)
-    assert read_form(target) == {**read_form(source), "layout": "int8"}
+    assert read_form(target) == dataclasses.replace(read_form(source), layout="int8")
     graphs = [onnx.load(str(path)).graph for path in (source, target)]
     assert graphs[0].input == graphs[1].input
     assert graphs[0].output == graphs[1].output

@@ -17,6 +17,7 @@ PACKAGE = Path(ditas_export.__file__).parent
 
 ORDER = (
     "errors",
+    "figures",
     "file_signs",
     "artifact_files",
     "job_files",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from quantized_fixture import folded_linear, run_linear, snr_db, write_linear
 from torch import Tensor
 
 from ditas_export.calibration.modules import FakeQuantLinear
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.forms.tensorrt import shared_scale
+from ditas_export.onnx_export.lowering import choose_form
 from ditas_export.quantization.ranges import RANGE_FLOOR
 
 K = 96
@@ -253,3 +258,59 @@ def test_the_largest_products_of_a_wide_linear_fit_a_half(tmp_path: Path, layout
     module = FakeQuantLinear(linear, ranges="static", activation_bits=8, target="tensorrt")
     x = torch.full((3, 5, 4608), 40.0, dtype=torch.float16)
     assert relative_error(run_linear(path, x), module(x)) < HALF_ROUNDING
+    # ONNX Runtime computes halves in float32 on CPUs; NumPy rounds every result to a half.
+    (in_halves,) = ReferenceEvaluator(str(path)).run(None, {"x": x.numpy()})
+    assert in_halves.dtype == np.float16
+    assert relative_error(torch.from_numpy(in_halves), module(x)) < 4 * HALF_ROUNDING
+
+
+@pytest.mark.parametrize("in_features", [96, 1152, 4608, 8192])
+@pytest.mark.parametrize("input_scale", [1 / 127, 2.0**-21, 3.0 / 127, 40.0 / 127])
+def test_no_product_under_a_shared_scale_leaves_half_a_half(
+    in_features: int, input_scale: float
+) -> None:
+    """Codes of ±127 times rows of -128; the sum of linear and branch may be twice as much."""
+    scale = shared_scale(in_features, input_scale)
+    largest = in_features * 127 * 128 * input_scale * scale
+    assert largest * 2 <= float(np.finfo(np.float16).max)
+    assert largest * 16 > float(
+        np.finfo(np.float16).max
+    )  # and the scale is no smaller than need be
+    assert np.log2(scale) == round(np.log2(scale))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "dtype", "form", "bias_rank"),
+    [
+        ({"target": "portable"}, 4, torch.float32, "portable", 1),
+        ({"target": "portable"}, 0, torch.float32, "portable", 1),
+        ({"target": "portable", "ranges": "static"}, 4, torch.float32, "portable", 1),
+        ({"target": "portable", "ranges": "static"}, 0, torch.float32, "portable", 3),
+        ({"target": "portable", "ranges": "static", "splits_output": True}, 0, torch.float32,
+         "cut", 3),
+        ({"target": "portable", "ranges": "static", "splits_output": True}, 4, torch.float32,
+         "portable", 1),
+        ({"target": "onnxruntime"}, 4, torch.float32, "joined", 3),
+        ({"target": "onnxruntime"}, 0, torch.float32, "portable", 3),
+        ({"target": "onnxruntime"}, 4, torch.float16, "portable", 1),
+        ({"target": "tensorrt"}, 4, torch.float16, "shared scale", 1),
+        ({"target": "tensorrt", "ranges": "static"}, 4, torch.bfloat16, "shared scale", 1),
+        ({"target": "tensorrt"}, 0, torch.float16, "portable", 1),
+        ({"target": "tensorrt", "activation_bits": 16}, 4, torch.float16, "float activations", 1),
+        ({"target": "onnxruntime", "activation_bits": 16}, 0, torch.float32,
+         "float activations", 3),
+    ],
+)  # fmt: skip
+def test_the_form_that_is_chosen(
+    settings: dict[str, Any], rank: int, dtype: torch.dtype, form: str, bias_rank: int
+) -> None:
+    asked: dict[str, Any] = {"ranges": "token", "activation_bits": 8, "splits_output": False}
+    choice = choose_form(folded_linear(K, rank=rank, dtype=dtype), **asked | settings)
+    assert (choice.form, choice.bias_rank) == (form, bias_rank)
+    assert choice.reason
+
+
+def test_parts_are_for_the_joined_form_alone(tmp_path: Path) -> None:
+    settings = {"layout": "int4", "ranges": "token", "activation_bits": 8, "splits_output": False}
+    with pytest.raises(OnnxExportError, match="1 inputs and 3 outputs in the form 'portable'"):
+        write_linear(tmp_path / "linear.onnx", folded_linear(K, 24), outputs=3, **settings)

@@ -10,7 +10,7 @@ import pytest
 from quantized_fixture import TINY, exported
 
 from ditas_export.errors import ArtifactError
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import PARTS, bytes_by_part, write_manifest
 
 

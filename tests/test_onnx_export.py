@@ -38,6 +38,7 @@ from ditas_export.onnx_export.export import (
     read_form,
 )
 from ditas_export.onnx_export.external_data import external_files
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME, export_skeleton
@@ -116,7 +117,7 @@ def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> N
     inner = "QLinearMatMul" if target == "onnxruntime" else "MatMulIntegerToFloat"
     for layout in ("int4", "int8"):
         path = exported(layout=layout, ranges=ranges, rank=4, target=target)
-        assert read_form(path)["target"] == target
+        assert read_form(path).target == target
         kernels = matmul_kernels(path)
         for name in FOLDED.linears:
             for product in products_of(name, target):
@@ -199,7 +200,7 @@ def test_a_small_artefact_exports_to_the_bytes_of_a_full_one(
         loaded = quantize_adaln(QuantizedDiT.load(artefact), adaln_bits)
         export_onnx(fold_smoothing(loaded, dtype=dtype), artefact.with_suffix(".onnx"))
     assert full.with_suffix(".onnx").read_bytes() == small.with_suffix(".onnx").read_bytes()
-    assert read_form(small.with_suffix(".onnx"))["adaln_bits"] == adaln_bits
+    assert read_form(small.with_suffix(".onnx")).adaln_bits == adaln_bits
 
 
 def test_weight_only_linears() -> None:
@@ -211,7 +212,7 @@ def test_weight_only_linears() -> None:
         assert snr_db(reference, runner(*inputs)) > 70
     with OnnxRuntimeRunner(path, threads=2) as runner:
         assert snr_db(reference, runner(*inputs)) > 30
-    assert read_form(path)["ranges"] is None
+    assert read_form(path).ranges is None
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 100), (torch.float16, 50)])
@@ -220,7 +221,7 @@ def test_the_reference_is_the_float_model(dtype: torch.dtype, bound: float) -> N
     inputs = example_inputs(batch=3)
     with OnnxRuntimeRunner(path, threads=2) as runner:
         assert snr_db(MODEL(*inputs), runner(*inputs)) > bound
-    assert read_form(path) == {"float_type": "fp32" if bound == 100 else "fp16"}
+    assert read_form(path) == FileForm(float_type="fp32" if bound == 100 else "fp16")
 
 
 def test_the_interface_and_the_description(int4_file: Path) -> None:
@@ -228,16 +229,16 @@ def test_the_interface_and_the_description(int4_file: Path) -> None:
     assert [value.name for value in model.graph.input] == list(INPUT_NAMES)
     assert [value.name for value in model.graph.output] == [OUTPUT_NAME]
     assert read_config(int4_file) == TINY
-    assert read_form(int4_file) == {
-        "weight_bits": 4,
-        "activation_bits": 8,
-        "adaln_bits": 16,
-        "layout": "int4",
-        "ranges": "token",
-        "activation_codes": "int8",
-        "float_type": "fp32",
-        "target": "portable",
-    }
+    assert read_form(int4_file) == FileForm(
+        weight_bits=4,
+        activation_bits=8,
+        adaln_bits=16,
+        layout="int4",
+        ranges="token",
+        activation_codes="int8",
+        float_type="fp32",
+        target="portable",
+    )
 
 
 FORM = {"layout": "int4", "ranges": "token"}
@@ -259,7 +260,7 @@ def test_the_description_says_what_the_activations_are(
 ) -> None:
     """And it is what the quantizers' zero points are."""
     path = exported(**settings)
-    assert read_form(path)["activation_codes"] == expected
+    assert read_form(path).activation_codes == expected
     zeros = {
         value.dtype.name.lower()
         for name, value in ir.load(path).graph.initializers.items()

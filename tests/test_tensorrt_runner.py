@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +17,21 @@ import pytest
 import torch
 from quantized_fixture import TINY, example_inputs, exported, snr_db
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.cli.sample import app
 from ditas_export.diffusion.sampling import sample, trajectory
 from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.layers import layers_from_inspector
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
-from ditas_export.engine.products import RTX
+from ditas_export.engine.options import BuildOptions
+from ditas_export.engine.products import PRODUCTS, RTX, Product
+from ditas_export.engine.report import layer_report
 from ditas_export.errors import ArtifactError, DitasExportError, EngineError, RunnerError
+from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -38,26 +45,36 @@ VERSIONS = {"tensorrt": "10.13.3.9", "rtx": "1.7.1.116"}
 
 
 class HostStream:
-    """Plays a CUDA stream: runs everything at once, and counts."""
+    """Plays a CUDA stream: runs everything at once, and counts.
+
+    What it captures is as much as a CUDA graph has: it keeps no Python object of what it replays.
+    """
 
     gpu = ADA
     handle = 7
+    faults_as_errors = CudaStream.faults_as_errors
 
     def __init__(self, device: str) -> None:
         assert device.startswith("cuda")
         self.device = torch.device("cpu")
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.finished = 0
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
         yield
 
+    def finish(self) -> None:
+        self.finished += 1
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
+        with sys.modules["tensorrt"].capturing() as kernels:
+            launch()
 
         def replay() -> None:
             self.replayed += 1
-            launch()
+            for kernel in kernels:
+                kernel()
 
         return replay
 
@@ -99,9 +116,9 @@ def made_plan(folder: Path, product: str = "tensorrt", **changes: Any) -> Path:
         "plan_bytes": 6,
         "onnx_name": "out.onnx",
         "onnx_sha256": "0" * 64,
-        "config": TINY.to_dict(),
-        "form": {},
-        "options": {"version_compatible": False, "compute_capabilities": []},
+        "dit": TINY,
+        "form": FileForm(float_type="fp32"),
+        "options": BuildOptions(),
         "gpu": ADA,
         "layers": None,
     }
@@ -162,6 +179,7 @@ def test_rtx_compiles_at_once_and_captures_itself(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path, "rtx")):
         pass
     assert calls(tmp_path, "set") == [
+        ["set", "allocation", "USER_MANAGED"],
         ["set", "cuda_graph_strategy", "WHOLE_GRAPH_CAPTURE"],
         ["set", "dynamic_shapes_kernel_specialization_strategy", "EAGER"],
     ]
@@ -192,16 +210,15 @@ def test_tensorrt_has_no_kernels_to_keep(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behave")
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"the folder .*file does not exist"):
+    with pytest.raises(ArtifactError, match="file is no folder; name another"):
         TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "file")
 
 
 @pytest.mark.usefixtures("behave")
-@pytest.mark.parametrize("rows", [0, 5])
-def test_a_batch_outside_the_profile_is_refused(tmp_path: Path, rows: int) -> None:
+def test_a_batch_outside_the_profile_is_refused(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
-        inputs = torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows)
-        with pytest.raises(RunnerError, match=f"a batch of {rows} rows; the plan takes 1 to 4 "):
+        inputs = torch.randn(5, 3, 8, 8), torch.arange(5), torch.arange(5)
+        with pytest.raises(RunnerError, match="a batch of 5 rows; the plan takes 1 to 4 "):
             runner(*inputs)
 
 
@@ -211,7 +228,7 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         with pytest.raises(RunnerError, match=r"the model takes \(N, 3, 8, 8\)"):
             runner(latents[:, :2], timesteps, labels)
-        with pytest.raises(RunnerError, match="class labels run from"):
+        with pytest.raises(RunnerError, match="class_labels run from"):
             runner(latents, timesteps, labels + 100)
     with pytest.raises(RunnerError, match="this runner is closed"):
         runner(latents, timesteps, labels)
@@ -225,7 +242,6 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
         ("no memory", "cannot prepare a batch of 2: it gave no reason"),
         ("no shape", "cannot prepare a batch of 2"),
         ("fails", "failed: Error Code 3: an illegal memory access"),
-        ("complains", "reports: Error Code 3: an illegal memory access"),
         ("raises", "failed: incompatible function arguments"),
     ],
 )
@@ -240,6 +256,117 @@ def test_what_the_product_reports_is_one_line(
     assert VERSIONS[product] in str(caught.value)
 
 
+@pytest.mark.parametrize("product", VERSIONS)
+def test_what_is_reported_of_a_call_that_succeeded_is_a_warning(
+    tmp_path: Path, behave: Behave, product: str
+) -> None:
+    behave("complains")
+    latents, timesteps, labels = example_inputs()
+    with (
+        TensorRTRunner(made_plan(tmp_path, product)) as runner,
+        pytest.warns(RuntimeWarning, match="and goes on: Error Code 3: an illegal memory"),
+    ):
+        found = runner(latents, timesteps, labels)
+    assert torch.equal(found, formula(latents, timesteps))
+
+
+def test_a_fault_of_the_gpu_is_one_line(tmp_path: Path, behave: Behave) -> None:
+    """A replay is no call of the product's: torch raises what CUDA says of it."""
+    behave("faults")
+    with (
+        TensorRTRunner(made_plan(tmp_path)) as runner,
+        pytest.raises(RunnerError, match=r"4090 .*: CUDA error: an illegal memory access$"),
+    ):
+        runner(*example_inputs())
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_batch_sizes_share_one_block_of_memory(tmp_path: Path, product: str) -> None:
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        for rows in (1, 2, 4):
+            runner(*example_inputs(batch=rows))
+    given = {(address, size) for _, address, size in calls(tmp_path, "memory")}
+    assert len(calls(tmp_path, "memory")) == 3
+    assert [size for _, size in given] == [4096]
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_batch_sizes_that_stay_set_up_are_bounded(
+    tmp_path: Path, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runner, "MOST_BATCH_SIZES", 2)
+    alive = sys.modules["tensorrt"].Context.alive
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        stream: Any = runner._stream
+        for rows in (1, 2, 1):
+            runner(*example_inputs(batch=rows))
+        assert stream.finished == 0
+        runner(*example_inputs(batch=3))  # 2 was used longest ago
+        assert stream.finished == 1  # before its memory is freed
+        assert sorted(context.shapes["latents"][0] for context in alive) == [1, 3]
+        latents, timesteps, labels = example_inputs(batch=2)
+        assert torch.equal(runner(latents, timesteps, labels), formula(latents, timesteps))
+    assert stream.finished == 3
+    assert not alive
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_threads_take_turns(tmp_path: Path, product: str) -> None:
+    requests = [example_inputs(batch=1 + seed % 3, seed=seed) for seed in range(4)]
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner, ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda index: runner(*requests[index % 4]), range(60))
+        for index, found in enumerate(answers):
+            latents, timesteps, _ = requests[index % 4]
+            assert torch.equal(found, formula(latents, timesteps))
+
+
+@pytest.mark.usefixtures("behave")
+@pytest.mark.parametrize("product", VERSIONS)
+def test_the_inspector_is_asked_under_shapes(tmp_path: Path, product: str) -> None:
+    with TensorRTRunner(made_plan(tmp_path, product)) as runner:
+        assert json.loads(runner.layer_information())["rows"] == 1
+        runner(*example_inputs(batch=3))
+        assert json.loads(runner.layer_information()) == {"Layers": [], "format": "JSON", "rows": 3}
+    with pytest.raises(RunnerError, match="this runner is closed"):
+        runner.layer_information()
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+def test_code_in_a_plan_is_run_where_it_was_asked_for_alone(
+    tmp_path: Path, behave: Behave, compatible: bool
+) -> None:
+    behave("host code")
+    plan = made_plan(tmp_path, options=BuildOptions(version_compatible=compatible))
+    if compatible:
+        TensorRTRunner(plan).close()
+        return
+    with pytest.raises(RunnerError, match=r"does not take the plan: .* host code is not allowed"):
+        TensorRTRunner(plan)
+
+
+def test_kernels_of_another_driver_are_compiled_anew(tmp_path: Path, behave: Behave) -> None:
+    plan, cache = made_plan(tmp_path, "rtx"), tmp_path / "cache"
+    with TensorRTRunner(plan, cache=cache) as runner:
+        runner(*example_inputs())
+    behave("other driver")
+    with pytest.warns(RuntimeWarning, match="leaves the kept kernels aside"):
+        runner = TensorRTRunner(plan, cache=cache)
+    runner(*example_inputs())
+    (kept,) = cache.iterdir()
+    assert kept.read_bytes() == b"+compiled"
+
+
+def test_a_product_that_keeps_no_kernels_says_so(tmp_path: Path, behave: Behave) -> None:
+    behave("no cache")
+    with pytest.warns(RuntimeWarning, match="compile them at every start"):
+        runner = TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "cache")
+    runner(*example_inputs())
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.mark.usefixtures("behave")
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -247,7 +374,6 @@ def test_what_the_product_reports_is_one_line(
         ({"version": "10.13.2.6"}, r"built with TensorRT 10\.13\.2\.6"),
         ({"gpu": Gpu(name="NVIDIA L4", compute_capability="8.9")}, "was built on NVIDIA L4"),
         ({"plan_sha256": "0" * 64}, "describes another plan"),
-        ({"config": {"depth": 2, "colour": 3}}, "describe no DiT"),
     ],
 )
 def test_a_plan_for_another_place_is_not_deserialized(
@@ -343,25 +469,46 @@ def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) ->
             assert labels.is_cpu
             return torch.cat([latents, latents], dim=1)
 
+    class OneBit(TorchDispatchMode):
+        """Says that meta latents are finite: the one thing that is read back of a step."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                return True
+            return func(*args, **(kwargs or {}))
+
     runner: Any = Shapes()
-    steps = trajectory(
-        runner, classes=[1, 2], steps=20, sampler=sampler, cfg_scale=cfg_scale, device="meta"
-    )
-    assert all(step.next_latents.is_meta for step in steps)
+    with OneBit():
+        steps = trajectory(
+            runner, classes=[1, 2], steps=20, sampler=sampler, cfg_scale=cfg_scale, device="meta"
+        )
+        assert all(step.next_latents.is_meta for step in steps)
 
 
 @pytest.mark.gpu
-def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=lambda product: product.name)
+def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path, product: Product) -> None:
+    """Whichever product is installed; batch sizes share memory, so each is asked again."""
+    pytest.importorskip(product.module, reason=f"extra [{product.name}]")
     from ditas_export.cli.build import app as build
 
-    plan, inputs = tmp_path / "out.plan", example_inputs()
-    assert CliRunner().invoke(build, [str(exported()), "-o", str(plan)]).exit_code == 0
-    with OnnxRuntimeRunner(exported()) as runner:
-        expected = runner(*inputs)
+    file, plan = exported(layout="int8", target="tensorrt"), tmp_path / "out.plan"
+    words = [str(file), "-o", str(plan), "--backend", product.name]
+    built = CliRunner().invoke(build, words)
+    assert built.exit_code == 0, built.stderr
+    requests = [example_inputs(batch=rows, seed=rows) for rows in (2, 8, 1)]
+    with OnnxRuntimeRunner(file) as runner:
+        expected = [runner(*inputs) for inputs in requests]
     with TensorRTRunner(plan, cache=tmp_path / "cache") as runner:
-        found = runner(*(tensor.to(runner.device) for tensor in inputs))
-        assert found.device == runner.device
-        assert snr_db(expected, found.cpu()) > 40  # rounding ties
+        for inputs, reference in zip(requests, expected, strict=True):
+            found = runner(*(tensor.to(runner.device) for tensor in inputs))
+            assert found.device == runner.device
+            assert snr_db(reference, found.cpu()) > 40  # rounding ties
         for _ in range(3):  # captured by now
-            assert torch.equal(runner(*inputs), found.cpu())
+            again = [runner(*inputs) for inputs in requests]
+            for inputs, first in zip(requests, again, strict=True):
+                assert torch.equal(runner(*inputs), first)
+        layers = layers_from_inspector(runner.layer_information())
+    assert not layer_report(layers, TINY, read_form(file)).lost

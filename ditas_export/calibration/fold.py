@@ -35,12 +35,17 @@ from ditas_export.dit.sites import (
     block_sites,
     value_rows,
 )
-from ditas_export.quantization.integer import IntegerWeight, LowRank, rounded_float
+from ditas_export.quantization.integer import IntegerWeight, LowRank, joined_rows, rounded_float
 from ditas_export.quantization.ranges import RANGE_FLOOR
 from ditas_export.quantization.weight_only import WeightOnlyWeight, divide_rows
 
 LEAST_ROW_SCALE = {torch.float16: RANGE_FLOOR}
 """Row scales of a half-precision network stay normal numbers; other types hold all that occur."""
+
+
+LARGEST_MOVED = 2.0**12
+"""Bound of V's weights, bias and values where they take up a power of two: a half holds 16 times as
+much, and a value may exceed what attention averages of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,14 +140,19 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
 def require_representable(model: DiT, dtype: torch.dtype) -> None:
     """Refuse a float model whose unfolded parameters a float type does not hold.
 
-    Folding changes block linears and the blocks' modulation alone; the rest is known beforehand.
+    Folding changes block linears and the blocks' modulation, but for its gates; the rest is known
+    beforehand.
 
     Raises:
         QuantizationError: names tensor, value and the remedy.
     """
+    width = model.config.hidden_size
     for name, tensor in model.state_dict().items():
         if not name.startswith("blocks."):
             rounded_float(name, tensor, dtype)
+        elif ".adaLN_modulation." in name:
+            for gate in ("gate_msa", "gate_mlp"):
+                rounded_float(name, tensor[adaln_rows(gate, width)], dtype)
 
 
 def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
@@ -161,17 +171,19 @@ def _sparing_values(
     """Return proj with a power of two moved from s into its row scales, where V's rows need it.
 
     V's row scales are divided by s. Those that fall below what the type holds by that alone are
-    brought back, as far as no row scale of proj falls below it for that. W · s and x / s change by
-    the same power: the function is the same.
+    brought back, as far as no row scale of proj falls below it for that, and nothing of V grows
+    beyond LARGEST_MOVED. W · s and x / s change by the same power: the function is the same.
     """
-    least = LEAST_ROW_SCALE.get(dtype, 0.0)
-    own, values = proj.weight.row_scale, qkv.weight.row_scale[value_rows(width)]
-    lowest = (values / proj.smoothing_scale)[values >= least].tolist()
-    highest_power = (own[own >= least] / least).tolist()
-    if not lowest or not highest_power or min(lowest) >= least:
+    least, rows = LEAST_ROW_SCALE.get(dtype, 0.0), value_rows(width)
+    own, values, s = proj.weight.row_scale, qkv.weight.row_scale[rows], proj.smoothing_scale
+    integers = joined_rows(qkv.weight, qkv.low_rank)[rows].abs().amax(dim=1)
+    lowest = (values / s)[(values >= least) & (integers > 0)].tolist()
+    if not lowest or min(lowest) >= least:
         return proj
+    grows = torch.cat([integers * values / s, qkv.bias[rows] / s, proj.step_ranges.double()])
+    room = [LARGEST_MOVED / float(grows.abs().amax()), *(own[own >= least] / least).tolist()]
     wanted = math.ceil(math.log2(least / min(lowest)))
-    power = 2.0 ** min(wanted, math.floor(math.log2(min(highest_power))))
+    power = 2.0 ** max(0, min(wanted, math.floor(math.log2(min(room)))))
     return replace(
         proj,
         weight=replace(proj.weight, row_scale=own / power),
@@ -212,6 +224,8 @@ def _round_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> Fol
         weight, ratio = weight.with_least_scale(LEAST_ROW_SCALE[dtype])
         low_rank = None if low_rank is None else low_rank.with_rows_times(ratio)
     row_scale = rounded_float(f"{name}'s row scales", weight.row_scale, dtype)
+    largest = joined_rows(weight, low_rank).abs().amax(dim=1) * weight.row_scale
+    rounded_float(f"{name}'s weight", largest, dtype)
     range_of_input = torch.tensor(linear.static_range, dtype=torch.float64)
     rounded_float(f"{name}'s input range", range_of_input, dtype)
     return FoldedLinear(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -126,7 +125,7 @@ def build(
             return
         made = _make(model, plan, settings, trtexec=trtexec, show=not (quiet or as_json))
         if as_json:
-            typer.echo(json.dumps(dataclasses.asdict(made.metadata), indent=2, allow_nan=False))
+            typer.echo(json.dumps(made.metadata.to_dict(), indent=2, allow_nan=False))
         elif not quiet:
             from ditas_export.cli.engine_table import print_engine
 
@@ -183,12 +182,12 @@ def _print_dry_run(
 
 def _check_integer(made: MadeEngine, plan: Path, *, allow_float: bool) -> None:
     """Say which linears the builder did not multiply as the file asks, and exit with 3."""
-    if made.unknown is not None:
-        reason = f"{made.unknown}; nothing shows that its linears are multiplied as the file asks"
-    elif made.report is not None and made.report.lost:
+    if made.report is not None and made.report.lost:
         linears = made.report.linears
         names = ", ".join(f"{path} ({linears[path].kernel})" for path in made.report.lost)
         reason = f"{len(made.report.lost)} linears are not multiplied as the file asks: {names}"
+    elif made.unknown is not None:
+        reason = f"{made.unknown}; nothing shows that its linears are multiplied as the file asks"
     else:
         return
     word = "warning" if allow_float else "error"

@@ -10,7 +10,7 @@ import typer
 
 from ditas_export.cli.build_settings import BuildSettings
 from ditas_export.engine.build import input_shapes
-from ditas_export.engine.make import json_options, needs_expansion
+from ditas_export.engine.make import needs_expansion
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
@@ -67,7 +67,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         "plan": str(plan),
         "backends": {product.name: _presence(product) for product in products},
         "shapes": input_shapes(read_config(model), settings.options.batch),
-        "options": json_options(settings.options),
+        "options": settings.options.to_dict(),
     }
     if as_json:
         typer.echo(json.dumps(intent, indent=2, allow_nan=False))
@@ -77,7 +77,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         typer.echo(f"  {product.title}: {_presence(product)}")
     for name, shapes in input_shapes(read_config(model), settings.options.batch).items():
         typer.echo(f"  {name}: {' | '.join('x'.join(map(str, shape)) for shape in shapes)}")
-    for name, value in json_options(settings.options).items():
+    for name, value in settings.options.to_dict().items():
         if name != "batch" and value not in (None, False, []):
             typer.echo(f"  {OPTION_NAMES[name]}: {value}")
 

@@ -71,7 +71,18 @@ def sample(
             shown="linear,0.0001,0.02,1000",
         ),
     ] = None,
-    classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
+    classes: Annotated[
+        str | None, _option("3,7 or 0-9 or random.", "classes", shown="random")
+    ] = None,
+    list: Annotated[
+        Path | None,
+        _option(
+            "Images by label and seed, a line each: LABEL SEED; in the place of --classes, "
+            "--images and --seed.",
+            "list",
+            metavar="FILE",
+        ),
+    ] = None,
     images: Annotated[
         int | None,
         _option("Images to make.", "images", shown="one per class named, 8 for random"),
@@ -85,7 +96,7 @@ def sample(
     cfg_channels: Annotated[
         str | None, _option("Channels that guidance acts on: 3 or all.", "cfg_channels")
     ] = None,
-    seed: Annotated[int | None, _option("Seed of all noise.", "seed")] = None,
+    seed: Annotated[int | None, _option("Seed of all noise.", "seed", shown="0")] = None,
     batch: Annotated[int | None, _option("Images that are sampled at once.", "batch")] = None,
     runtime: Annotated[
         str | None,

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.verify import FAR_FROM_FLOAT_DB, Verification
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
@@ -25,6 +26,8 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
     table.add_column()
     for name, text in _proof(verification):
         table.add_row(name, text)
+    table.add_row("process", str(result.quantized.config.process))
+    table.add_row("classes", _classes(result.quantized.config))
     table.add_row("noise returned at the first step", _noise(manifest["noise_check"]))
     table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
     parts = ", ".join(
@@ -85,6 +88,12 @@ def _bare(finals: Sequence[float]) -> tuple[str, str]:
     figures = ", ".join(f"{value:.1f}" for value in finals)
     mean = sum(finals) / len(finals)
     return "the same, a bare onnxruntime session", f"{mean:.1f} dB ({figures})"
+
+
+def _classes(config: DiTConfig) -> str:
+    """Return what images can be asked for, and whether guidance has something to guide with."""
+    null = "a null class" if config.null_row else "no null class: never guided"
+    return f"{config.num_classes} and {null}" if config.num_classes else "none: never guided"
 
 
 def _noise(check: Mapping[str, Any]) -> str:

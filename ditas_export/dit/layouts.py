@@ -116,6 +116,10 @@ DIFFUSERS = Layout(
 )
 
 
+_FEWEST_IN_BLOCK = 4
+"""Tensors of a block, on average, below which names are not taken for a DiT's; it has 10."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
     """What the shapes of a checkpoint's tensors tell."""
@@ -148,14 +152,20 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
             f"{len(tensors)} tensors such as {abbreviated(sorted(tensors)) or 'none'}"
         )
     hidden_size, in_channels, patch_size, _ = tensors[layout.patch_weight].shape
-    in_blocks = (name for name in tensors if name.startswith(layout.block_prefix))
+    in_blocks = [name for name in tensors if name.startswith(layout.block_prefix)]
+    depth = len({name.removeprefix(layout.block_prefix).split(".")[0] for name in in_blocks})
+    if len(in_blocks) < _FEWEST_IN_BLOCK * depth:
+        raise CheckpointError(
+            f"{where} is no DiT: {len(in_blocks)} tensors have names of {depth} blocks, such as "
+            f"{abbreviated(in_blocks)}"
+        )
     pixels = tensors[layout.final_weight].shape[0]
     labels = tensors.get(layout.label_table)
     return Geometry(
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
-        depth=len({name.removeprefix(layout.block_prefix).split(".")[0] for name in in_blocks}),
+        depth=depth,
         mlp_ratio=tensors[layout.fc1_weight].shape[0] / hidden_size,
         label_rows=0 if labels is None else labels.shape[0],
         learn_sigma=pixels != patch_size**2 * in_channels,

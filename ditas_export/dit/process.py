@@ -77,6 +77,16 @@ class Process:
         if not isinstance(self.vae, VaeFactors | None):
             raise CheckpointError(f"vae={self.vae!r}; expected scaling and shift factors, or none")
 
+    def __str__(self) -> str:
+        """Return all of it in one line."""
+        ends = f" {self.beta_start:g} to {self.beta_end:g}"
+        betas = self.beta_schedule + ("" if self.beta_schedule == "squaredcos_cap_v2" else ends)
+        vae = f", VAE of {self.vae}" if self.vae is not None else ""
+        return (
+            f"predicts {self.prediction}, betas {betas}, {self.train_timesteps} steps, variance "
+            f"{self.variance}{vae}"
+        )
+
     @classmethod
     def from_dict(cls, values: object) -> Process:
         """Return the process that `dataclasses.asdict` made `values` of.

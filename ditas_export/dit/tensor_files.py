@@ -39,6 +39,7 @@ _OTHER_KINDS = {
 }
 """First bytes of what is often taken for a checkpoint."""
 
+_LONGEST_NAME = 200
 _TAR_PLACE = slice(257, 262)
 
 
@@ -183,4 +184,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def abbreviated(names: list[str], *, shown: int = 3) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(map(_printable, names[:shown])) + more
+
+
+def _printable(name: str) -> str:
+    """Return a name without control characters, cut where it is longer than any parameter's."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:_LONGEST_NAME])

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.builder_process import BuildRequest
 from ditas_export.engine.child import OnProgress, run_builder
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product
@@ -43,7 +43,7 @@ def build_engine(
 ) -> BuiltEngine:
     """Build an exported file and return the builder's log. The plan is there whole or not at all.
 
-    The network is strongly typed: the file decides every precision.
+    The network is strongly typed and TF32 is off: the file decides every precision.
 
     Args:
         onnx_path: written by `export_onnx` or `export_reference`.
@@ -69,22 +69,22 @@ def build_engine(
         _timing_cache(options.timing_cache) as timings,
     ):
         log, result = Path(folder) / "log", Path(folder) / "result.json"
-        request: dict[str, Any] = {
-            "title": product.title,
-            "module": product.module,
-            "oldest": product.oldest,
-            "onnx": str(onnx_path),
-            "plan": str(plan),
-            "log": str(log),
-            "result": str(result),
-            "shapes": shapes,
-            "workspace_bytes": options.workspace_bytes,
-            "opt_level": options.opt_level,
-            "compute_capabilities": options.compute_capabilities,
-            "timing_cache": timings,
-            "version_compatible": options.version_compatible,
-            "refit": options.refit,
-        }
+        request = BuildRequest(
+            title=product.title,
+            module=product.module,
+            oldest=list(product.oldest),
+            onnx=str(onnx_path),
+            plan=str(plan),
+            log=str(log),
+            result=str(result),
+            shapes=shapes,
+            workspace_bytes=options.workspace_bytes,
+            opt_level=options.opt_level,
+            compute_capabilities=list(options.compute_capabilities),
+            timing_cache=timings,
+            version_compatible=options.version_compatible,
+            refit=options.refit,
+        )
         facts = run_builder(request, on_progress=on_progress, timeout_s=timeout_s)
         return BuiltEngine(
             size_bytes=plan.stat().st_size,
@@ -102,6 +102,14 @@ def input_shapes(config: DiTConfig, batch: BatchRange) -> dict[str, list[list[in
         "timesteps": [[size] for size in sizes],
         "class_labels": [[size] for size in sizes],
     }
+
+
+def shape_words(shapes: Mapping[str, list[list[int]]], index: int) -> str:
+    """Return one shape of every input, as name:2x4x32x32, as NVIDIA's programs take them."""
+    return ",".join(
+        f"{name}:{'x'.join(str(size) for size in choices[index])}"
+        for name, choices in shapes.items()
+    )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,6 +37,26 @@ TOLD_DEPTH = 1
 """Phases nested deeper are not told."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What the parent asks for, as JSON on the command line; None leaves it to the product."""
+
+    title: str  # of the product, in errors
+    module: str
+    oldest: list[int]  # version that this package builds with
+    onnx: str
+    plan: str
+    log: str
+    result: str
+    shapes: dict[str, list[list[int]]]  # of every input: smallest, usual, largest
+    workspace_bytes: int | None
+    opt_level: int | None
+    compute_capabilities: list[str]
+    timing_cache: str | None  # read and written
+    version_compatible: bool
+    refit: bool
+
+
 class RefusalError(Exception):
     """Why there is no plan; without a message the log has the reason."""
 
@@ -43,19 +64,19 @@ class RefusalError(Exception):
 def main() -> None:
     """Build what the request on the command line asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends our stdin
-    request: dict[str, Any] = json.loads(sys.argv[1])
+    request = BuildRequest(**json.loads(sys.argv[1]))
     tell, cancelled = _progress_writer(), _end_of_stdin()
     lines: list[str] = []
     try:
-        trt = _load(request["module"], request["oldest"])
+        trt = _load(request.module, request.oldest)
         logger, monitor = _logger(trt, lines), _monitor(trt, tell, cancelled)
         result = _build(trt, logger, monitor, request)
     except RefusalError as refusal:
         result = {"error": str(refusal) or _last_error(lines)}
     except Exception as error:  # whatever the bindings raise is their refusal
         result = {"error": f"{type(error).__name__}: {error}"}
-    Path(request["log"]).write_text("\n".join(lines), encoding="utf-8")
-    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
+    Path(request.log).write_text("\n".join(lines), encoding="utf-8")
+    Path(request.result).write_text(json.dumps(result), encoding="utf-8")
     sys.exit(1 if "error" in result else 0)
 
 
@@ -79,24 +100,24 @@ def _load(module: str, oldest: list[int]) -> Module:
 
 
 def _build(
-    trt: Module, logger: ILogger, monitor: IProgressMonitor, request: dict[str, Any]
+    trt: Module, logger: ILogger, monitor: IProgressMonitor, request: BuildRequest
 ) -> dict[str, Any]:
     """Write the plan and, where asked for, the timing cache; return what is known of them."""
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     config = builder.create_builder_config()
     _set_options(trt, config, request)
-    _parse(trt, network, logger, request["onnx"])
+    _parse(trt, network, logger, request.onnx)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
-    _add_profile(builder, config, request["shapes"])
+    _add_profile(builder, config, request.shapes)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RefusalError  # the log has the reason
-    Path(request["plan"]).write_bytes(plan)
-    if request["timing_cache"] is not None:
+    Path(request.plan).write_bytes(plan)
+    if request.timing_cache is not None:
         cache = config.get_timing_cache()
-        Path(request["timing_cache"]).write_bytes(cache.serialize())
+        Path(request.timing_cache).write_bytes(cache.serialize())
     return {"version": trt.__version__}
 
 
@@ -109,20 +130,24 @@ def _parse(trt: Module, network: INetworkDefinition, logger: ILogger, onnx: str)
     raise RefusalError(*reasons[:1])
 
 
-def _set_options(trt: Module, config: IBuilderConfig, request: dict[str, Any]) -> None:
-    """Set what the request asks for; what it leaves out stays as the product has it."""
-    if request["workspace_bytes"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
-    if request["opt_level"] is not None:
-        config.builder_optimization_level = request["opt_level"]
-    if request["version_compatible"]:
+def _set_options(trt: Module, config: IBuilderConfig, request: BuildRequest) -> None:
+    """Set what the request asks for; what it leaves out stays as the product has it.
+
+    But for TF32, which is off: a float32 product in a file is one in the engine.
+    """
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if request.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.opt_level is not None:
+        config.builder_optimization_level = request.opt_level
+    if request.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if request["refit"]:
+    if request.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
-    if request["compute_capabilities"]:
-        _set_compute_capabilities(trt, config, request["compute_capabilities"])
-    if request["timing_cache"] is not None:
-        _use_timing_cache(config, Path(request["timing_cache"]))
+    if request.compute_capabilities:
+        _set_compute_capabilities(trt, config, request.compute_capabilities)
+    if request.timing_cache is not None:
+        _use_timing_cache(config, Path(request.timing_cache))
 
 
 def _set_compute_capabilities(trt: Module, config: IBuilderConfig, wanted: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from ditas_export.engine.builder_process import BuildRequest
 from ditas_export.errors import EngineError
 
 OnProgress = Callable[[str, int, int], None]
@@ -21,12 +23,12 @@ SECONDS_TO_STOP = 10.0
 
 
 def run_builder(
-    request: dict[str, Any], *, on_progress: OnProgress | None, timeout_s: float
+    request: BuildRequest, *, on_progress: OnProgress | None, timeout_s: float
 ) -> dict[str, Any]:
     """Run the child process on a request and return what it says of the engine.
 
     Args:
-        request: what `builder_process.py` reads; its "title" and "onnx" name things in errors.
+        request: what `builder_process.py` reads.
         on_progress: called with every step that the builder tells.
         timeout_s: seconds after which the builder is given up.
 
@@ -34,9 +36,9 @@ def run_builder(
         EngineError: the builder refuses, crashes or takes too long.
         KeyboardInterrupt: passed on once the builder has stopped.
     """
-    title, onnx = request["title"], request["onnx"]
+    title, onnx = request.title, request.onnx
     script = Path(__file__).with_name("builder_process.py")
-    command = [sys.executable, "-P", str(script), json.dumps(request)]
+    command = [sys.executable, "-P", str(script), json.dumps(dataclasses.asdict(request))]
     expired = threading.Event()
 
     def give_up() -> None:
@@ -63,7 +65,7 @@ def run_builder(
                 f"{title} crashed on {onnx} (signal {-child.returncode}); the graph has a form "
                 f"that its builder cannot take"
             )
-        result = _result(Path(request["result"]), errors)
+        result = _result(Path(request.result), errors)
     if "error" in result:
         reason = " ".join(result["error"].split())
         raise EngineError(f"{title} could not build {onnx}: {reason}")

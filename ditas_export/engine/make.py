@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +22,7 @@ from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import require_external_data, sha256_of_onnx
-from ditas_export.onnx_export.lowering import Layout
+from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 
 Build = Callable[[Path, Path], BuiltEngine]
@@ -38,7 +35,7 @@ class MadeEngine:
 
     metadata: EngineMetadata
     report: LayerReport | None
-    unknown: str | None  # why nothing shows how the quantized linears, if any, are multiplied
+    unknown: str | None  # why nothing shows how quantized linears, if there are any, are multiplied
 
 
 def make_engine(
@@ -83,6 +80,9 @@ def make_engine(
         report, unknown = None, None
         try:
             report = layer_report(engine_layers(built.log), config, form)
+            if report.unknown:
+                names = ", ".join(report.unknown)
+                unknown = f"the build log does not tell how {names} are multiplied"
         except EngineError as error:
             unknown = str(error) if expected_kernels(config, form) else None
         plan_sha256 = sha256_of_file(partial)
@@ -93,9 +93,9 @@ def make_engine(
             plan_bytes=built.size_bytes,
             onnx_name=onnx_path.name,
             onnx_sha256=onnx_sha256,
-            config=config.to_dict(),
+            dit=config,
             form=form,
-            options=json_options(options),
+            options=options,
             gpu=current_gpu(),
             layers=None if report is None else report.to_dict(),
             replaces_sha256=earlier if earlier != plan_sha256 else None,
@@ -116,14 +116,6 @@ def job_files(onnx_path: Path, plan_path: Path, options: BuildOptions) -> JobFil
     return JobFiles(inputs={"MODEL.onnx": onnx_path}, outputs=tuple(outputs))
 
 
-def json_options(options: BuildOptions) -> dict[str, Any]:
-    """Return options as JSON values; a timing cache by its name."""
-    values: dict[str, Any] = json.loads(
-        json.dumps(dataclasses.asdict(options), default=_name, allow_nan=False)
-    )
-    return values
-
-
 def current_gpu() -> Gpu | None:
     """Return the GPU at hand, None without one."""
     if not torch.cuda.is_available():
@@ -138,7 +130,7 @@ def needs_expansion(path: Path, layout: Layout | None) -> bool:
         EngineError: an int8 file is asked for as int4.
         OnnxExportError: no file of this package.
     """
-    found = read_form(path).get("layout")
+    found = read_form(path).layout
     if layout == "int4" and found != "int4":
         raise EngineError(
             f"{path} holds no int4 layout, and INT8 rows do not turn back; export it again with "
@@ -157,9 +149,3 @@ def _in_layout(path: Path, layout: Layout | None) -> Iterator[Path]:
         expanded = Path(folder) / path.name
         expand(path, expanded)
         yield expanded
-
-
-def _name(value: object) -> str:
-    """Return a path's name for JSON."""
-    assert isinstance(value, Path)  # the options hold nothing else that JSON lacks
-    return value.name

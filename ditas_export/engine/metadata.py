@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from ditas_export.artifact_files import atomic_path, sha256_of_file
 from ditas_export.dit.model import DiTConfig
+from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
-from ditas_export.errors import CheckpointError, EngineError
+from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.file_signs import describe_impostor, why_unreadable
+from ditas_export.onnx_export.form import FileForm
 
 KIND = "ditas-export engine"
 FORMAT = f"{KIND} 1"
@@ -44,29 +47,40 @@ class EngineMetadata:
     plan_bytes: int
     onnx_name: str
     onnx_sha256: str  # with its external data: `sha256_of_onnx`
-    config: dict[str, Any]  # the DiT
-    form: dict[str, Any]  # of the graph that was built: bits, layout, ranges, float type
-    options: dict[str, Any]  # of the build
+    dit: DiTConfig  # "config" in the file
+    form: FileForm  # of the graph that was built
+    options: BuildOptions
     gpu: Gpu | None  # the one at hand when it was built, if any
     layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
     replaces_sha256: str | None = None  # of the plan that lay there before, if any
 
     def __post_init__(self) -> None:
-        """Refuse a product that this package does not know."""
+        """Refuse what describes no plan, naming the value."""
         if self.product not in PRODUCTS:
             raise EngineError(f"product={self.product!r}; choose one of {', '.join(PRODUCTS)}")
+        for name in ("version", "plan_sha256", "onnx_name", "onnx_sha256"):
+            if not isinstance(value := getattr(self, name), str):
+                raise EngineError(f"{name}={value!r}; expected a string")
+        if re.fullmatch(r"\d+(\.\d+)+", self.version) is None:
+            raise EngineError(f"version={self.version!r}; expected numbers, as 10.13.3")
 
-    @property
-    def dit(self) -> DiTConfig:
-        """Shape of the DiT; EngineError if the metadata do not give one."""
-        try:
-            return DiTConfig.from_dict(self.config)
-        except CheckpointError as error:
-            raise EngineError(f"the metadata of a plan describe no DiT ({error})") from error
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metadata as JSON values."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("dit", "form", "options", "gpu")
+        }
+        return values | {
+            "config": self.dit.to_dict(),
+            "form": self.form.to_dict(),
+            "options": self.options.to_dict(),
+            "gpu": None if self.gpu is None else dataclasses.asdict(self.gpu),
+        }
 
     def save(self, path: Path) -> None:
         """Write indented JSON; atomic."""
-        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        content = {"format": FORMAT, **self.to_dict()}
         with atomic_path(path) as partial:
             partial.write_text(
                 json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
@@ -78,9 +92,19 @@ class EngineMetadata:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
-                raise EngineError(f"{path} is no {FORMAT!r} file; build the engine again")
+                raise EngineError(f"it is no {FORMAT!r} file")
             gpu = content.pop("gpu")
-            return cls(gpu=None if gpu is None else Gpu(**gpu), **content)
+            return cls(
+                dit=DiTConfig.from_dict(content.pop("config")),
+                form=FileForm.from_dict(content.pop("form")),
+                options=BuildOptions.from_dict(content.pop("options")),
+                gpu=None if gpu is None else Gpu(**gpu),
+                **content,
+            )
+        except DitasExportError as error:
+            raise EngineError(
+                f"{path} does not describe an engine ({error}); build it with ditas-build"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = why_unreadable(path, error, expects_json=True)
             raise EngineError(
@@ -147,7 +171,7 @@ def _runs(metadata: EngineMetadata, version: str) -> bool:
     built, found = _release(metadata.version), _release(version)
     if built == found:
         return True
-    compatible = bool(metadata.options["version_compatible"])
+    compatible = metadata.options.version_compatible
     return compatible and built[0] == found[0] and built < found
 
 
@@ -158,7 +182,7 @@ def _release(version: str) -> list[int]:
 
 def _wrong_gpu(metadata: EngineMetadata, gpu: Gpu) -> str | None:
     """Return why a plan is not for a GPU, None if it may be."""
-    targets = metadata.options["compute_capabilities"]
+    targets = metadata.options.compute_capabilities
     if metadata.product == RTX.name and targets and gpu.compute_capability not in targets:
         return f"was built for compute capability {', '.join(targets)}"
     if metadata.product == TENSORRT.name and metadata.gpu is not None and metadata.gpu != gpu:

@@ -17,6 +17,7 @@ from ditas_export.engine.layers import (
     Kernel,
     built_linears,
 )
+from ditas_export.onnx_export.form import FileForm
 
 _BLOCK = re.compile(r"blocks\.(\d+)(?=[./])(?!\.adaLN_modulation)")
 
@@ -40,10 +41,27 @@ class LayerReport:
     extra_streams: int
 
     @property
+    def unknown(self) -> tuple[str, ...]:
+        """Linears of which nothing shows how the builder multiplies them."""
+        return tuple(
+            path
+            for path, built in self.linears.items()
+            if built.kernel == Kernel.UNKNOWN
+            or (
+                built.kernel == Kernel.FLOAT
+                and self.expected[path] == Kernel.WEIGHT_ONLY
+                and not built.lists_weights
+            )
+        )
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """Linears that the builder multiplies in another way than the file asks for."""
+        unknown = self.unknown
         return tuple(
-            path for path, built in self.linears.items() if built.kernel != self.expected[path]
+            path
+            for path, built in self.linears.items()
+            if built.kernel != self.expected[path] and path not in unknown
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,24 +72,20 @@ class LayerReport:
                 for path, built in self.linears.items()
             },
             "lost": list(self.lost),
+            "unknown": list(self.unknown),
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "kernels": self.kernels,
             "extra_streams": self.extra_streams,
         }
 
 
-def layer_report(
-    layers: list[EngineLayer], config: DiTConfig, form: Mapping[str, Any]
-) -> LayerReport:
+def layer_report(layers: list[EngineLayer], config: DiTConfig, form: FileForm) -> LayerReport:
     """Return what became of an exported file.
 
     Args:
         layers: of the engine, in their order.
         config: the DiT that the file holds.
         form: how the file was written, as `read_form` says.
-
-    Raises:
-        EngineError: a quantized linear is nowhere in the engine.
     """
     expected = expected_kernels(config, form)
     return LayerReport(
@@ -83,13 +97,27 @@ def layer_report(
     )
 
 
-def expected_kernels(config: DiTConfig, form: Mapping[str, Any]) -> dict[str, Kernel]:
+def with_known_of(inspected: LayerReport, logged: LayerReport) -> LayerReport:
+    """Return an inspector's report, or the build log's where the inspector knows less.
+
+    Args:
+        inspected: of a plan's inspector.
+        logged: of the log of that plan's build.
+    """
+    unknown = inspected.unknown
+    if not unknown:
+        return inspected
+    known = {path: built for path, built in inspected.linears.items() if path not in unknown}
+    return dataclasses.replace(logged, linears={**logged.linears, **known})
+
+
+def expected_kernels(config: DiTConfig, form: FileForm) -> dict[str, Kernel]:
     """Return how each quantized linear of a file asks to be multiplied; none in a float file."""
     expected = {}
-    if "activation_bits" in form:
-        kernel = Kernel.INTEGER if form["activation_bits"] == 8 else Kernel.WEIGHT_ONLY
+    if form.is_quantized:
+        kernel = Kernel.INTEGER if form.activation_bits == 8 else Kernel.WEIGHT_ONLY
         expected = {site.name: kernel for site in linear_sites(config.depth)}
-    if form.get("adaln_bits", 16) != 16:
+    if form.adaln_bits != 16:
         names = (adaln_name(block) for block in range(config.depth))
         expected |= dict.fromkeys(names, Kernel.WEIGHT_ONLY)
     return expected

@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from ditas_export.artifact_files import atomic_path
-from ditas_export.engine.build import BuiltEngine, input_shapes
+from ditas_export.engine.build import BuiltEngine, input_shapes, shape_words
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX, Product
 from ditas_export.errors import EngineError
@@ -36,14 +35,14 @@ def command_line(
     shapes = input_shapes(read_config(onnx_path), options.batch)
     words = [product.tool, f"--onnx={onnx_path}", f"--saveEngine={plan_path}"]
     for index, name in enumerate(("minShapes", "optShapes", "maxShapes")):
-        words.append(f"--{name}={_shapes(shapes, index)}")
+        words.append(f"--{name}={shape_words(shapes, index)}")
     words.append("--skipInference")
     return words + (_rtx_words(options) if product == RTX else _tensorrt_words(options))
 
 
 def _tensorrt_words(options: BuildOptions) -> list[str]:
     """Return the options of `trtexec`."""
-    words = ["--stronglyTyped", "--profilingVerbosity=detailed", "--verbose"]
+    words = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--verbose"]
     if options.workspace_bytes is not None:
         words.append(f"--memPoolSize=workspace:{options.workspace_bytes / MIB:g}")
     if options.opt_level is not None:
@@ -97,11 +96,3 @@ def run_tool(
         if version is None:
             raise EngineError(f"{product.tool} did not say its version; its plan was not kept")
         return BuiltEngine(size_bytes=plan.stat().st_size, version=version[1], log=done.stdout)
-
-
-def _shapes(shapes: Mapping[str, list[list[int]]], index: int) -> str:
-    """Return one shape of every input, as name:2x4x32x32."""
-    return ",".join(
-        f"{name}:{'x'.join(str(size) for size in choices[index])}"
-        for name, choices in shapes.items()
-    )

@@ -23,6 +23,7 @@ from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
 from ditas_export.generation.pixels import is_npz_file
 from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
+from ditas_export.generation.wanted import read_wanted
 from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
 from ditas_export.runtime.open_runner import OpenedModel, open_runner
@@ -131,7 +132,7 @@ def _check_files(options: SampleOptions) -> None:
         require_writable(npz)  # the folder's own
         return
     JobFiles(
-        inputs=existing(model=options.model, vae=options.vae),
+        inputs=existing(model=options.model, vae=options.vae, list=options.list),
         outputs=(Output(path=npz, what="stack of samples", is_ours=is_npz_file),),
     ).check()
 
@@ -185,19 +186,25 @@ def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:
 
 def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     """Return what to sample, the classes counted out."""
-    classes = parse_classes(
-        options.classes,
-        num_labels=opened.runner.config.num_labels,
-        count=options.images,
-        seed=options.seed,
-    )
+    seed = options.seed or 0
+    wanted = None if options.list is None else read_wanted(options.list)
+    if wanted is not None:
+        classes = wanted.labels
+    else:
+        classes = parse_classes(
+            options.classes or "random",
+            num_labels=opened.runner.config.num_labels,
+            count=options.images,
+            seed=seed,
+        )
     return SamplingSettings(
         classes=classes,
+        seeds=None if wanted is None else wanted.seeds,
         steps=options.steps,
         sampler=options.sampler,
         cfg_scale=options.cfg_scale,
         cfg_channels=options.cfg_channels,
-        seed=options.seed,
+        seed=seed,
         batch=options.batch,
     )
 

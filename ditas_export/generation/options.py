@@ -36,13 +36,14 @@ class SampleOptions:
     num_classes: int | None = None
     no_null_class: bool = False
     betas: str | None = None
-    classes: str = "random"
+    classes: str | None = None  # random
     images: int | None = None
+    list: Path | None = None  # of labels and seeds, in the place of classes, images and seed
     steps: int = 50
     sampler: SamplerChoice = "ddpm"
     cfg_scale: float | None = None
     cfg_channels: CfgChannelsChoice = "3"
-    seed: int = 0
+    seed: int | None = None  # 0
     batch: int = 8
     runtime: Runtime = "auto"
     device: DeviceChoice = "cpu"
@@ -54,8 +55,13 @@ class SampleOptions:
         """Refuse values that nothing takes.
 
         Raises:
-            RunnerError: an unknown value.
+            RunnerError: an unknown value, or a list beside what it says itself.
         """
+        beside = [name for name in ("classes", "images", "seed") if getattr(self, name) is not None]
+        if self.list is not None and beside:
+            raise RunnerError(
+                f"--list says which images are made; leave out --{' and --'.join(beside)}"
+            )
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise RunnerError(f"{name}={value!r}; choose one of {', '.join(choices)}")

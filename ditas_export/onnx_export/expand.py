@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.export import FORM_KEY, read_form, save_model
+from ditas_export.onnx_export.export import read_form, record_form, save_model
 from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
@@ -39,7 +39,7 @@ def expand(source: Path, target: Path) -> None:
         )
     for chain in chains:
         expand_chain(model.graph, chain)
-    model.metadata_props[FORM_KEY] = json.dumps({**form, "layout": "int8"}, sort_keys=True)
+    record_form(model, dataclasses.replace(form, layout="int8"))
     save_model(model, target)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -22,22 +21,20 @@ from ditas_export.file_signs import why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
-from ditas_export.onnx_export.lowering import (
-    Layout,
-    lower_float_linear,
-    lower_linear,
-    lower_weight_only_linear,
-)
+from ditas_export.onnx_export.form import ActivationCodes, FileForm, Layout
+from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
+from ditas_export.onnx_export.lowering import Choice, choose_form, lower_linear
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
-from ditas_export.options import Target
+from ditas_export.options import Precision, Target
 from ditas_export.quantization.ranges import Ranges
 
 CONFIG_KEY = "ditas_export.config"
 IDENTITY_KEY = "ditas_export.identity"
 FORM_KEY = "ditas_export.form"
+REASONS_KEY = "ditas_export.linear_forms"
 
 LARGEST_INLINE_BYTES = 2**31 - 2**24
 """Tensors beyond this go to a file of their own: protobuf holds 2 GiB, nodes included."""
@@ -73,6 +70,16 @@ def export_onnx(
     float_type = _float_type(folded.dtype)
     require_writable(path)
     parameters = folded.float_parameters
+    choices = {
+        module: choose_form(
+            linear,
+            ranges=ranges,
+            activation_bits=folded.activation_bits,
+            splits_output=module.endswith("attn.qkv"),
+            target=target,
+        )
+        for module, linear in folded.linears.items()
+    }
 
     def lower(
         graph: Subgraph, module: str, inputs: Sequence[ir.Value], outputs: int
@@ -82,11 +89,9 @@ def export_onnx(
                 graph,
                 inputs,
                 folded.linears[module],
+                choices[module],
                 layout=layout,
                 ranges=ranges,
-                activation_bits=folded.activation_bits,
-                splits_output=module.endswith("attn.qkv"),
-                target=target,
                 outputs=outputs,
             )
         (x,) = inputs
@@ -95,31 +100,40 @@ def export_onnx(
             return [lower_weight_only_linear(graph, x, folded.adaln[module], bias)]
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
-    codes = _activation_codes(folded, target)
+    codes = _activation_codes(folded.activation_bits, choices.values())
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
-    form = {
-        "weight_bits": next(iter(folded.linears.values())).weight.bits,
-        "activation_bits": folded.activation_bits,
-        "adaln_bits": folded.adaln_bits,
-        "layout": layout,
-        "ranges": ranges if folded.activation_bits == 8 else None,
-        "activation_codes": codes,
-        "float_type": float_type,
-        "target": target,
-    }
+    form = FileForm(
+        float_type=float_type,
+        weight_bits=next(iter(folded.linears.values())).weight.bits,
+        activation_bits=folded.activation_bits,
+        adaln_bits=folded.adaln_bits,
+        layout=layout,
+        ranges=ranges if folded.activation_bits == 8 else None,
+        activation_codes=codes,
+        target=target,
+    )
     describe(model, folded.identity, form)
+    model.metadata_props[REASONS_KEY] = json.dumps(_reasons(choices), sort_keys=True)
     save_model(model, path)
 
 
-def _activation_codes(folded: FoldedDiT, target: Target) -> str | None:
-    """Return "int8", "uint8" where a low-rank branch joins its linear's product, None for float."""
-    if folded.activation_bits == 16:
+def _reasons(choices: Mapping[str, Choice]) -> dict[str, dict[str, str]]:
+    """Return why linears are in the form they are in: form, and reason by kind of linear."""
+    reasons: dict[str, dict[str, str]] = {}
+    for module, choice in choices.items():
+        kind = ".".join(module.split(".")[2:])  # of blocks.N.attn.qkv, attn.qkv
+        reasons.setdefault(choice.form, {})[kind] = choice.reason
+    return reasons
+
+
+def _activation_codes(activation_bits: int, choices: Collection[Choice]) -> ActivationCodes | None:
+    """Return "uint8" where all linears are joined with their branches, None for float."""
+    if activation_bits == 16:
         return None
-    has_branch = all(linear.low_rank for linear in folded.linears.values())
-    return "uint8" if has_branch and in_onnxruntime_form(target, folded.dtype) else "int8"
+    return "uint8" if all(choice.form == "joined" for choice in choices) else "int8"
 
 
 def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:
@@ -149,7 +163,7 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
     graph_model = export_skeleton(model.config, parameters, dtype=dtype)
     lower_placeholders(graph_model, lower)
     identity = identity or identity_of(model)
-    describe(graph_model, identity, {"float_type": float_type})
+    describe(graph_model, identity, FileForm(float_type=float_type))
     save_model(graph_model, path)
 
 
@@ -167,7 +181,7 @@ def lower_placeholders(model: ir.Model, lower: Lower) -> None:
     model.graph.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
 
 
-def describe(model: ir.Model, identity: ModelIdentity, form: dict[str, Any]) -> None:
+def describe(model: ir.Model, identity: ModelIdentity, form: FileForm) -> None:
     """Make a file self-describing: which model it holds, and the form it was written in."""
     model.producer_name = "ditas-export"
     model.producer_version = __version__
@@ -177,7 +191,12 @@ def describe(model: ir.Model, identity: ModelIdentity, form: dict[str, Any]) -> 
         {"tensors_sha256": identity.tensors_sha256, "fingerprint": identity.fingerprint},
         sort_keys=True,
     )
-    model.metadata_props[FORM_KEY] = json.dumps(form, sort_keys=True)
+    record_form(model, form)
+
+
+def record_form(model: ir.Model, form: FileForm) -> None:
+    """Write the form that a file is in, over an earlier record of it."""
+    model.metadata_props[FORM_KEY] = json.dumps(form.to_dict(), sort_keys=True)
 
 
 def save_model(model: ir.Model, path: Path) -> None:
@@ -262,44 +281,39 @@ def read_identity(path: Path) -> ModelIdentity | None:
     )
 
 
-def read_form(path: Path) -> dict[str, Any]:
-    """Return how a file was written: bits, layout, ranges, float type, target.
+def read_form(path: Path) -> FileForm:
+    """Return how a file was written.
 
     Raises:
-        OnnxExportError: no ONNX file, or one of another origin.
+        OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
     text = _metadata_entry(path, FORM_KEY)
     try:
-        form = json.loads(text)
-    except ValueError as error:
+        return FileForm.from_dict(json.loads(text))
+    except (ValueError, OnnxExportError) as error:
         raise OnnxExportError(
             f"{path} has a damaged record of its form ({error}); export it with ditas-export"
         ) from error
-    if not isinstance(form, dict) or not isinstance(form.get("float_type"), str):
-        raise OnnxExportError(
-            f"{path} has a damaged record of its form, without a float type; export it with "
-            f"ditas-export"
-        )
-    return form
 
 
 def is_quantized_file(path: Path) -> bool:
     """Return whether `export_onnx` wrote a file."""
-    return "weight_bits" in _form_or_none(path)
+    form = _form_or_none(path)
+    return form is not None and form.is_quantized
 
 
 def is_float_file(path: Path) -> bool:
     """Return whether `export_reference` wrote a file."""
     form = _form_or_none(path)
-    return bool(form) and "weight_bits" not in form
+    return form is not None and not form.is_quantized
 
 
-def _form_or_none(path: Path) -> dict[str, Any]:
-    """Return how a file was written; nothing of one that this package did not write."""
+def _form_or_none(path: Path) -> FileForm | None:
+    """Return how a file was written, None for one that this package did not write."""
     try:
         return read_form(path)
     except OnnxExportError:
-        return {}
+        return None
 
 
 def _metadata_entry(path: Path, key: str) -> str:
@@ -320,8 +334,7 @@ def require_form_for_tensorrt(path: Path) -> None:
     Raises:
         OnnxExportError: it was, with UINT8 activations, or no file of this package.
     """
-    form = read_form(path)
-    if form.get("target") == "onnxruntime" and form["float_type"] == "fp32":
+    if not read_form(path).fits_tensorrt:
         raise OnnxExportError(
             f"{path} was exported for onnxruntime, in a form that TensorRT does not take (UINT8 "
             f"activations); export it again with --target tensorrt or portable"
@@ -342,9 +355,13 @@ def file_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _float_type(dtype: torch.dtype) -> str:
+def _float_type(dtype: torch.dtype) -> Precision:
     """Return "fp32", "fp16" or "bf16"."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names: dict[torch.dtype, Precision] = {
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+    }
     if dtype not in names:
         raise OnnxExportError(f"an ONNX file is written in fp32, fp16 or bf16, not {dtype}")
     return names[dtype]

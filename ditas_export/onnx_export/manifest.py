@@ -14,7 +14,7 @@ from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 
 MANIFEST_KIND = "ditas-export manifest"
-MANIFEST_FORMAT = f"{MANIFEST_KIND} 1"
+MANIFEST_FORMAT = f"{MANIFEST_KIND} 2"
 
 PARTS = (
     "codes",

@@ -91,6 +91,16 @@ def joins_codes(node: ir.Node) -> bool:
     )
 
 
+def is_joint(node: ir.Node | None) -> bool:
+    """Return whether a node joins an input's codes and an inner product's, not parts of an input.
+
+    Of the parts another Concat is made, with the inner product's.
+    """
+    if node is None or not joins_codes(node):
+        return False
+    return not any(joins_codes(reader) for reader in consumers(node))
+
+
 def quantizers_of(codes: ir.Node) -> list[ir.Node]:
     """Return the quantizers that codes of activations come from: itself, or those that it joins."""
     if codes.op_type == QUANTIZE:

@@ -34,12 +34,8 @@ class CudaStream:
                 f"from cuda:0 up"
             )
         self.device = torch.device("cuda", index)
+        self.gpu = Gpu.at(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-
-    @property
-    def gpu(self) -> Gpu:
-        """The GPU that the stream is on."""
-        return Gpu.at(self.device)
 
     @property
     def handle(self) -> int:
@@ -51,14 +47,30 @@ class CudaStream:
         """Put what is enqueued inside between the caller's earlier and later work on the GPU."""
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """Wait until all that was enqueued is done: nothing reads or writes its memory then."""
+        self._stream.synchronize()
+
+    @contextmanager
+    def faults_as_errors(self) -> Iterator[None]:
+        """Raise RunnerError for what torch raises of CUDA inside: faults, and no memory left."""
+        try:
             yield
-        caller.wait_stream(self._stream)
+        except RuntimeError as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise RunnerError(f"{self.gpu.name} ({self.device}): {reason}") from error
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Capture what a function enqueues on this stream; return what replays it.
 
-        The function must have run once before, so that nothing is allocated or compiled now.
+        The function must have run once before, so that nothing is allocated or compiled now. The
+        replay holds no Python object of the function's: whoever keeps it keeps those.
 
         Raises:
             RunnerError: something in it cannot be captured.

@@ -19,18 +19,27 @@ from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
-from ditas_export.onnx_export.lowering import OUTPUT_PART
+from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.inputs import Feed
-from ditas_export.runtime.optimized_cache import machine_facts, optimized_model
+from ditas_export.runtime.optimized_cache import compiled_folder, machine_facts, optimized_model
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
+from ditas_export.runtime.tensorrt_providers import (
+    BATCH,
+    TENSORRT_PROVIDER,
+    builder_facts,
+    provider_options,
+)
 
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider", *CPU)
-TENSORRT = ("TensorrtExecutionProvider", *CUDA)
+TENSORRT = (TENSORRT_PROVIDER, *CUDA)
 TENSORRT_RTX = (RTX_PROVIDER, *CPU)
+
+GPU_BUILDERS = (TENSORRT_PROVIDER, RTX_PROVIDER)
+"""Providers that build an engine of a file before they run it."""
 
 ACCURATE_WEIGHT_ONLY = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Session entry under which weight-only linears keep float activations, as every runner has it; in
@@ -68,9 +77,8 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         providers: execution providers, in order of preference.
         device_id: GPU of the providers that have one.
         session_entries: session configuration entries over `ACCURATE_WEIGHT_ONLY`.
-        cache: folder that keeps the optimized model, so that the next start need not optimize;
-            None optimizes at every start. For the CPU provider alone: others compile for
-            themselves.
+        cache: folder that keeps the optimized model of the CPU provider, or the engine of
+            TensorRT's, so that the next start need not make it; None makes it at every start.
         sha256: `sha256_of_onnx(path)` where the caller has it; the cache finds files by it.
 
     Raises:
@@ -106,10 +114,16 @@ class OnnxRuntimeRunner(ExportedFileRunner):
                 lambda target: _prepare(path, target, entries),
             )
             self._kernels = Counter(_product_kernels(path).values())
+        folder = None
+        if cache is not None and providers[0] in GPU_BUILDERS:
+            facts = {"providers": list(providers), **builder_facts(device_id)}
+            folder = compiled_folder(sha256 or sha256_of_onnx(path), cache, facts)
+        own_options = provider_options(providers[0], self._config, folder)
+        self._most_rows = BATCH.largest if own_options else None
         options = session_options(threads, entries)
         if self._kernels is not None:
             options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._backend = open_session(path, options, providers, device_id)
+        self._backend = open_session(path, options, providers, device_id, own_options=own_options)
         self._providers = ", ".join(self._backend.get_providers())
 
     @property
@@ -120,6 +134,12 @@ class OnnxRuntimeRunner(ExportedFileRunner):
 
     def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
         """Run the session, which takes several threads."""
+        rows = len(feed["latents"])
+        if self._most_rows is not None and rows > self._most_rows:
+            raise RunnerError(
+                f"a batch of {rows} rows; {self._providers} is built for 1 to {self._most_rows} "
+                f"(guidance doubles the images): make it smaller"
+            )
         (output,) = session.run(None, feed)
         return np.asarray(output)
 
@@ -253,15 +273,25 @@ def open_session(
     device_id: int = 0,
     *,
     source: Path | None = None,
+    own_options: Mapping[str, str] | None = None,
 ) -> Any:
-    """Open a session, or say why ONNX Runtime would not have `source`, `path` where it is None."""
+    """Open a session, or say why ONNX Runtime would not have `source`, `path` where it is None.
+
+    `own_options` are those of the first provider, beside its device.
+    """
+    own: dict[str, Any] = dict(own_options or {})
     runtime = _onnxruntime()
     placed = None
     if RTX_PROVIDER in providers:  # what a session does not give to its devices, it runs on the CPU
-        options.add_provider_for_devices([rtx_device(runtime, device_id)], {})
+        options.add_provider_for_devices([rtx_device(runtime, device_id)], own)
     else:
         _require_available(runtime, providers)
-        placed = [name if name in CPU else (name, {"device_id": device_id}) for name in providers]
+        placed = [
+            name
+            if name in CPU
+            else (name, {"device_id": device_id, **(own if name == providers[0] else {})})
+            for name in providers
+        ]
     try:
         session = runtime.InferenceSession(str(path), options, providers=placed)
     except Exception as error:  # onnxruntime's exceptions share no base but this

@@ -41,6 +41,13 @@ GPU_PROVIDERS = {"tensorrt": TENSORRT, "nv-tensorrt-rtx": TENSORRT_RTX}
 """ONNX Runtime's providers for runtimes that are not on CPUs."""
 
 
+CUDA_RUNS_FLOAT = (
+    "onnxruntime's CUDA provider runs INT8 Q/DQ in float, slower than fp16; take an engine "
+    "(ditas-build), or --runtime tensorrt"
+)
+"""Said once of a file on a GPU that no TensorRT runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OpenedModel:
     """A runner, and which weights it runs."""
@@ -96,7 +103,13 @@ def open_runner(
         open_file = _file_opener(path, runtime, device, threads, cache or default_cache())
         sha256 = sha256_of_onnx(path)
         require_own_manifest(path, sha256)
-        return OpenedModel(runner=open_file(sha256), source=str(path), sha256=sha256)
+        slow = device.startswith("cuda") and runtime not in GPU_PROVIDERS
+        return OpenedModel(
+            runner=open_file(sha256),
+            source=str(path),
+            sha256=sha256,
+            notes=(CUDA_RUNS_FLOAT,) if slow else (),
+        )
     if runtime not in ("auto", "torch"):
         given = f"CHECKPOINT --artifact {model}" if is_artifact else model
         raise RunnerError(
@@ -200,7 +213,7 @@ def _file_opener(
 
 def onnxruntime_takes(path: Path) -> bool:
     """Return whether ONNX Runtime has CPU kernels for an exported file's float type."""
-    return bool(read_form(path).get("float_type") != "bf16")
+    return read_form(path).float_type != "bf16"
 
 
 def device_index(device: str) -> int:

@@ -3,11 +3,15 @@
 TensorRT for RTX compiles kernels when it meets a batch size. It is told to compile them at once:
 by default it answers with stand-ins meanwhile, and the bytes of an image would depend on timing.
 It also captures CUDA graphs by itself; a capture from outside would keep the stand-ins for good.
+
+A context has no memory of its own for activations: it is given a block, and contexts that run one
+after another on one stream share it.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +35,16 @@ if TYPE_CHECKING:
 LATENTS = "latents"
 """The input whose profile tells the batch sizes."""
 
+SMALLEST_BLOCK = 256
+"""Bytes: what a product aligns memory to; an engine that needs none is given so much."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadedPlan:
     """A deserialized plan, and all that has to live as long."""
 
     title: str  # product and version
+    trt: Module
     runtime: Runtime
     engine: ICudaEngine
     config: IRuntimeConfig | None  # of TensorRT for RTX
@@ -47,6 +55,14 @@ class LoadedPlan:
     def captures_itself(self) -> bool:
         """Whether the product captures CUDA graphs inside `execute_async_v3`."""
         return self.config is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Memory on the GPU: an address, aligned to 256 bytes, and a size."""
+
+    address: int
+    size: int
 
 
 def load_product(product: Product) -> Module:
@@ -65,30 +81,39 @@ def load_product(product: Product) -> Module:
         ) from error
 
 
-def load_plan(trt: Module, plan: bytes, *, title: str, kernels: bytes) -> LoadedPlan:
+def load_plan(
+    trt: Module, plan: bytes, *, title: str, kernels: bytes, trusts_code: bool = False
+) -> LoadedPlan:
     """Deserialize a plan on the current CUDA device.
 
     Args:
         trt: the product's module.
         plan: what the builder wrote.
         title: names the product in errors.
-        kernels: of an earlier run, as `compiled_kernels` gave them; empty if there are none. The
-            product leaves those of another GPU, driver or version aside.
+        kernels: of an earlier run, as `compiled_kernels` gave them; empty if there are none. Those
+            of another GPU, driver or version are left aside, with a warning.
+        trusts_code: run the code that a version-compatible plan carries: a runtime of its own.
 
     Raises:
         RunnerError: the product does not take the plan; with its reason.
     """
     errors: list[str] = []
     with _reported(title, errors):
-        runtime = trt.Runtime(_logger(trt, errors))
-        runtime.error_recorder = _recorder(trt, errors)
+        runtime = _runtime(trt, errors, trusts_code=trusts_code)
         engine = _engine(runtime, plan)
         if engine is None:
             raise RunnerError(f"{title} does not take the plan: {_reason(errors)}")
-    config, cache = _rtx_settings(trt, engine, kernels)
-    errors.clear()  # of kernels that were left aside
+    with _reported(title, errors):
+        config, cache = _rtx_settings(trt, engine, kernels, title)
+        errors.clear()  # of kernels that were left aside, as was said
     return LoadedPlan(
-        title=title, runtime=runtime, engine=engine, config=config, kernels=cache, errors=errors
+        title=title,
+        trt=trt,
+        runtime=runtime,
+        engine=engine,
+        config=config,
+        kernels=cache,
+        errors=errors,
     )
 
 
@@ -98,8 +123,16 @@ def batch_sizes(engine: ICudaEngine) -> tuple[int, int]:
     return smallest[0], largest[0]
 
 
+def block_bytes(engine: ICudaEngine) -> int:
+    """Return the size of a block that the activations of any batch fit in."""
+    return max(int(engine.device_memory_size_v2), SMALLEST_BLOCK)
+
+
 def bound_context(
-    loaded: LoadedPlan, inputs: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
+    loaded: LoadedPlan,
+    inputs: Mapping[str, tuple[int, ...]],
+    addresses: Mapping[str, int],
+    block: Block,
 ) -> IExecutionContext:
     """Return a context for one batch size, its tensors at fixed addresses.
 
@@ -107,13 +140,15 @@ def bound_context(
         loaded: the plan.
         inputs: shape of every input.
         addresses: of every input and output, in the GPU's memory.
+        block: for the activations, of `block_bytes(engine)`; contexts that never run at the same
+            time may have the same.
 
     Raises:
         RunnerError: the product refuses a shape or an address; with its reason.
     """
     with _reported(loaded.title, loaded.errors):
-        context = _new_context(loaded.engine, loaded.config)
-        done = context is not None and _bind(context, inputs, addresses)
+        context = _new_context(loaded.trt, loaded.engine, loaded.config)
+        done = context is not None and _bind(context, inputs, addresses, block)
         if context is None or not done:
             raise RunnerError(
                 f"{loaded.title} cannot prepare a batch of {inputs[LATENTS][0]}: "
@@ -138,10 +173,27 @@ def compiled_kernels(cache: IRuntimeCache) -> bytes:
     return bytes(cache.serialize())
 
 
-def layer_information(trt: Module, engine: ICudaEngine) -> str:
-    """Return the engine inspector's JSON."""
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+def layer_information(loaded: LoadedPlan, context: IExecutionContext) -> str:
+    """Return the engine inspector's JSON.
+
+    Args:
+        loaded: the plan.
+        context: one whose shapes are set; without it types that depend on shapes are not told.
+
+    Raises:
+        RunnerError: the product reports an error.
+    """
+    with _reported(loaded.title, loaded.errors):
+        return _inspect(loaded.trt, loaded.engine, context)
+
+
+def _runtime(trt: Module, errors: list[str], *, trusts_code: bool) -> Runtime:
+    """Return a runtime that keeps its errors in a list of ours."""
+    runtime = trt.Runtime(_logger(trt, errors))
+    runtime.error_recorder = _recorder(trt, errors)
+    if trusts_code:
+        runtime.engine_host_code_allowed = True
+    return runtime
 
 
 def _engine(runtime: Runtime, plan: bytes) -> ICudaEngine | None:
@@ -150,33 +202,44 @@ def _engine(runtime: Runtime, plan: bytes) -> ICudaEngine | None:
 
 
 def _rtx_settings(
-    trt: Module, engine: ICudaEngine, kernels: bytes
-) -> tuple[IRuntimeConfig, IRuntimeCache] | tuple[None, None]:
+    trt: Module, engine: ICudaEngine, kernels: bytes, title: str
+) -> tuple[IRuntimeConfig, IRuntimeCache | None] | tuple[None, None]:
     """Return how TensorRT for RTX is to run an engine; TensorRT has none of it."""
     if not hasattr(trt, "IRuntimeCache"):
         return None, None
     config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(
+        trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    )
     config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     strategies = trt.DynamicShapesKernelSpecializationStrategy
     config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
     cache = config.create_runtime_cache()
-    if kernels:
-        cache.deserialize(kernels)
-    config.set_runtime_cache(cache)
+    if kernels and not cache.deserialize(kernels):
+        _warn(f"{title} leaves the kept kernels aside (another GPU or driver) and compiles anew")
+    if not config.set_runtime_cache(cache):
+        _warn(f"{title} keeps no kernels here: it will compile them at every start")
+        return config, None
     return config, cache
 
 
-def _new_context(engine: ICudaEngine, config: IRuntimeConfig | None) -> IExecutionContext | None:
-    """Return a context, None if there is no memory for it."""
-    if config is None:
-        return engine.create_execution_context()
-    return engine.create_execution_context(config)
+def _new_context(
+    trt: Module, engine: ICudaEngine, config: IRuntimeConfig | None
+) -> IExecutionContext | None:
+    """Return a context without memory for activations; None if there is no room for it."""
+    if config is not None:
+        return engine.create_execution_context(config)
+    return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
 def _bind(
-    context: IExecutionContext, inputs: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
+    context: IExecutionContext,
+    inputs: Mapping[str, tuple[int, ...]],
+    addresses: Mapping[str, int],
+    block: Block,
 ) -> bool:
-    """Set shapes and addresses; return whether the product takes all of them."""
+    """Set memory, shapes and addresses; return whether the product takes all of them."""
+    context.set_device_memory(block.address, block.size)
     shaped = [context.set_input_shape(name, shape) for name, shape in inputs.items()]
     placed = [context.set_tensor_address(name, address) for name, address in addresses.items()]
     return all(shaped + placed)
@@ -187,9 +250,19 @@ def _execute(context: IExecutionContext, stream: int) -> bool:
     return context.execute_async_v3(stream)
 
 
+def _inspect(trt: Module, engine: ICudaEngine, context: IExecutionContext) -> str:
+    """Ask the inspector of an engine, under the shapes of a context."""
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 @contextmanager
 def _reported(title: str, errors: list[str]) -> Iterator[None]:
-    """Raise RunnerError for what the product reports or the bindings raise inside."""
+    """Give the reason of a RunnerError inside, raise one for what the bindings raise, else warn.
+
+    What is reported in a call that succeeded is no failure of it.
+    """
     errors.clear()
     try:
         yield
@@ -198,7 +271,12 @@ def _reported(title: str, errors: list[str]) -> Iterator[None]:
     except Exception as error:  # whatever the bindings raise is their refusal
         raise RunnerError(f"{title} failed: {_reason([*errors, str(error)])}") from error
     if errors:
-        raise RunnerError(f"{title} reports: {_reason(errors)}")
+        _warn(f"{title} reports, and goes on: {_reason(errors)}")
+
+
+def _warn(message: str) -> None:
+    """Tell what does no harm to the numbers."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _reason(errors: list[str]) -> str:

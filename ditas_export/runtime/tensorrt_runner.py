@@ -2,12 +2,16 @@
 
 The first call with a batch size sets it up: buffers, a context bound to them, a CUDA graph. Later
 calls copy the inputs into the buffers, launch, and copy the output out, all on the GPU.
+
+All work is on one stream, one call after another. So the contexts of all batch sizes can have one
+block of memory for their activations, that of the largest batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +22,16 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, require_writable
-from ditas_export.diffusion.runner import Closing
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.cuda_stream import CudaStream
-from ditas_export.runtime.inputs import require_fitting
 from ditas_export.runtime.tensorrt_plan import (
+    Block,
     LoadedPlan,
     batch_sizes,
+    block_bytes,
     bound_context,
     compiled_kernels,
     enqueue,
@@ -37,9 +41,12 @@ from ditas_export.runtime.tensorrt_plan import (
 )
 
 if TYPE_CHECKING:
-    from ditas_export.engine.tensorrt_api import Module
+    from ditas_export.engine.tensorrt_api import IExecutionContext
 
 OUTPUT = "model_output"
+
+MOST_BATCH_SIZES = 8
+"""Batch sizes that stay set up; of others the one that was used longest ago makes room."""
 
 KERNELS_SUFFIX = ".kernels"
 """Of the files in the cache folder that hold what TensorRT for RTX compiled."""
@@ -47,22 +54,30 @@ KERNELS_SUFFIX = ".kernels"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedBatch:
-    """One batch size, ready: its memory, and what runs the engine on it."""
+    """One batch size, ready, and all that its launches use: a captured graph keeps none of it."""
 
     inputs: Mapping[str, Tensor]  # latents, timesteps, class_labels
     output: Tensor  # written by every launch
+    activations: Tensor  # the block, shared with other batch sizes
+    context: IExecutionContext  # bound to all of these
     launch: Callable[[], None]
 
-    def fill(self, **inputs: Tensor) -> None:
-        """Copy inputs in; the host does not wait, unless it could change the memory meanwhile."""
+    def run(self, **inputs: Tensor) -> Tensor:
+        """Copy inputs in, launch, and return the buffer that the output will be in.
+
+        The host waits only where it could change an input's memory meanwhile.
+        """
         for name, buffer in self.inputs.items():
             buffer.copy_(inputs[name], non_blocking=not inputs[name].is_pinned())
+        self.launch()
+        return self.output
 
 
-class TensorRTRunner(Closing):
+class TensorRTRunner(CheckedRunner):
     """Runs a plan on a GPU; its memory lives until the runner is closed.
 
-    Every batch size has a context and buffers of its own, set up when it is first met.
+    Every batch size has a context and buffers of its own, set up when it is first met;
+    `MOST_BATCH_SIZES` of them stay. Threads take turns.
 
     Args:
         plan: written by `ditas-build`, its metadata beside it.
@@ -71,7 +86,8 @@ class TensorRTRunner(Closing):
             compiles them at every start.
 
     Raises:
-        RunnerError: there is no such plan or GPU, or the product does not take the plan.
+        RunnerError: there is no such plan or GPU, no memory for it, or the product does not take
+            the plan.
         EngineError: the product is not installed, or the plan is for another product, version or
             GPU, or is not the one that its metadata describe.
         ArtifactError: the cache cannot be written.
@@ -84,25 +100,26 @@ class TensorRTRunner(Closing):
         product = PRODUCTS[metadata.product]
         product.require_installed()
         self._stream = CudaStream(device)
-        self._trt: Module = load_product(product)
-        gpu, version = self._stream.gpu, self._trt.__version__
+        trt = load_product(product)
+        gpu, version = self._stream.gpu, trt.__version__
         require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
-        self._config = metadata.dit
+        super().__init__(metadata.dit, one_at_a_time=True)
         self._title = f"{product.title} {version}"
-        self._gpu_name = gpu.name
         self._kernels = _kernels_file(cache, metadata.plan_sha256, self._title, gpu.name)
-        self._batches: dict[int, PreparedBatch] = {}
-        with self._stream.ordered():
+        self._batches: OrderedDict[int, PreparedBatch] = OrderedDict()  # used last, last
+        with self._stream.faults_as_errors(), self._stream.ordered():
             kept = self._kernels.read_bytes() if self._kernels and self._kernels.exists() else b""
-            self._plan: LoadedPlan | None = load_plan(
-                self._trt, plan.read_bytes(), title=self._title, kernels=kept
+            loaded = load_plan(
+                trt,
+                plan.read_bytes(),
+                title=self._title,
+                kernels=kept,
+                trusts_code=metadata.options.version_compatible,
             )
-        self._smallest, self._largest = batch_sizes(self._plan.engine)
-
-    @property
-    def config(self) -> DiTConfig:
-        """Shape of the model behind the runner."""
-        return self._config
+            size = block_bytes(loaded.engine)
+            self._block = torch.empty(size, dtype=torch.uint8, device=self._stream.device)
+        self._smallest, self._largest = batch_sizes(loaded.engine)
+        self._backend: LoadedPlan | None = loaded
 
     @property
     def device(self) -> torch.device:
@@ -112,39 +129,38 @@ class TensorRTRunner(Closing):
     @property
     def description(self) -> str:
         """Product, version and GPU."""
-        return f"{self._title} ({self._gpu_name})"
+        return f"{self._title} ({self._stream.gpu.name})"
 
     def layer_information(self) -> str:
-        """Return the engine inspector's JSON.
+        """Return the engine inspector's JSON, for the batch size used last or else the smallest.
 
         Raises:
-            RunnerError: the runner is closed.
+            RunnerError: the runner is closed, or an error that the product reports.
         """
-        return layer_information(self._trt, self._open_plan().engine)
+        with self._turn, self._stream.faults_as_errors(), self._stream.ordered():
+            loaded: LoadedPlan = self._open_backend()
+            rows = next(reversed(self._batches), self._smallest)
+            return layer_information(loaded, self._prepared(loaded, rows).context)
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and the learned variance, (N, 2C, H, W) float32 on the latents' device.
-
-        Labels that lie on a GPU are not read back to check their range.
+    def _infer(
+        self, backend: LoadedPlan, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+    ) -> Tensor:
+        """Return the output, in memory of the caller's stream that nothing writes to again.
 
         Raises:
-            RunnerError: inputs that do not fit the model, a batch that the plan was not built for,
-                a closed runner, or an error that the product reports.
+            RunnerError: a batch that the plan was not built for, an error that the product reports,
+                or a fault of the GPU.
         """
-        loaded = self._open_plan()
-        require_fitting(self._config, latents, timesteps, class_labels)
         self._require_batch(len(latents))
-        with self._stream.ordered():
-            batch = self._prepared(loaded, len(latents))
-            batch.fill(latents=latents, timesteps=timesteps, class_labels=class_labels)
-            batch.launch()
-        return batch.output.to(latents.device, copy=True)
-
-    def _open_plan(self) -> LoadedPlan:
-        """Return the plan; RunnerError once the runner is closed."""
-        if self._plan is None:
-            raise RunnerError("this runner is closed; open the plan again")
-        return self._plan
+        with self._stream.faults_as_errors():
+            shape = (len(latents), self._config.out_channels, *latents.shape[2:])
+            answer = torch.empty(shape, device=latents.device)
+            with self._stream.ordered():
+                batch = self._prepared(backend, len(latents))
+                answer.copy_(
+                    batch.run(latents=latents, timesteps=timesteps, class_labels=class_labels)
+                )
+            return answer
 
     def _require_batch(self, rows: int) -> None:
         """Refuse a batch that the plan has no shapes for."""
@@ -158,8 +174,12 @@ class TensorRTRunner(Closing):
     def _prepared(self, loaded: LoadedPlan, rows: int) -> PreparedBatch:
         """Return what runs a batch size, set up and warmed up when it is first met."""
         if rows not in self._batches:
+            while len(self._batches) >= MOST_BATCH_SIZES:
+                self._stream.finish()  # a launch of it may be under way
+                self._batches.popitem(last=False)
             self._batches[rows] = self._prepare(loaded, rows)
             self._keep_kernels(loaded)
+        self._batches.move_to_end(rows)
         return self._batches[rows]
 
     def _prepare(self, loaded: LoadedPlan, rows: int) -> PreparedBatch:
@@ -175,13 +195,20 @@ class TensorRTRunner(Closing):
             loaded,
             {name: tuple(tensor.shape) for name, tensor in inputs.items()},
             {name: tensor.data_ptr() for name, tensor in (*inputs.items(), (OUTPUT, output))},
+            Block(address=self._block.data_ptr(), size=self._block.numel()),
         )
 
         launch: Callable[[], None] = partial(enqueue, loaded, context, self._stream.handle)
         launch()
         if not loaded.captures_itself:
             launch = self._stream.capture(launch)
-        return PreparedBatch(inputs=inputs, output=output, launch=launch)
+        return PreparedBatch(
+            inputs=inputs,
+            output=output,
+            activations=self._block,
+            context=context,
+            launch=launch,
+        )
 
     def _keep_kernels(self, loaded: LoadedPlan) -> None:
         """Write what TensorRT for RTX has compiled so far."""
@@ -190,9 +217,17 @@ class TensorRTRunner(Closing):
                 partial.write_bytes(compiled_kernels(loaded.kernels))
 
     def close(self) -> None:
-        """Free the GPU's memory."""
-        self._batches.clear()
-        self._plan = None
+        """Free the GPU's memory, once nothing uses it."""
+        with self._turn:
+            if self._backend is None:
+                return
+            try:
+                with self._stream.faults_as_errors():
+                    self._stream.finish()
+            finally:
+                self._batches.clear()
+                self._block = torch.empty(0)
+                self._backend = None
 
 
 def _kernels_file(cache: Path | None, plan_sha256: str, *environment: str) -> Path | None:

@@ -11,8 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -60,6 +63,7 @@ class ProfilingVerbosity(enum.IntEnum):
 
 class BuilderFlag(enum.IntEnum):
     REFIT = 4
+    TF32 = 6
     VERSION_COMPATIBLE = 13
 
 
@@ -83,6 +87,9 @@ class Config:
 
     def set_flag(self, flag: BuilderFlag) -> None:
         record("flag", flag.name)
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        record("no flag", flag.name)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         record("pool", pool.name, pool_size)
@@ -179,8 +186,13 @@ class LayerInformationFormat(enum.IntEnum):
     JSON = 1
 
 
+class ExecutionContextAllocationStrategy(enum.IntEnum):
+    USER_MANAGED = 2
+
+
 class Runtime:
     error_recorder: IErrorRecorder
+    engine_host_code_allowed = False
 
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
@@ -189,17 +201,26 @@ class Runtime:
         if BEHAVIOUR == "refuses":
             self.error_recorder.report_error(4, "Error Code 1: the magic tag\ndoes not match")
             return None
+        if BEHAVIOUR == "host code" and not self.engine_host_code_allowed:
+            self.error_recorder.report_error(4, "Error Code 4: host code is not allowed")
+            return None
         record("deserialize", serialized_engine.decode())
         return Engine(self.error_recorder)
 
 
 class Inspector:
+    execution_context: Context | None = None
+
     def get_engine_information(self, format: LayerInformationFormat) -> str:
-        return json.dumps({"Layers": [], "format": format.name})
+        context = self.execution_context
+        rows = None if context is None else context.shapes["latents"][0]
+        return json.dumps({"Layers": [], "format": format.name, "rows": rows})
 
 
 class Engine:
     """Takes batches of 1 to 4 rows."""
+
+    device_memory_size_v2 = 4096
 
     def __init__(self, recorder: IErrorRecorder) -> None:
         self.recorder = recorder
@@ -207,8 +228,9 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         return [[rows, 3, 8, 8] for rows in (1, 2, 4)]
 
-    def create_execution_context(self, config: object = None) -> Context | None:
+    def create_execution_context(self, how: object) -> Context | None:
         record("context")
+        assert how is ExecutionContextAllocationStrategy.USER_MANAGED
         return None if BEHAVIOUR == "no memory" else Context(self.recorder)
 
     def create_engine_inspector(self) -> Inspector:
@@ -218,10 +240,18 @@ class Engine:
 class Context:
     """Gives ε = latents + time step / 1000 and -ε, where it was told to write."""
 
+    alive: ClassVar[weakref.WeakSet[Context]] = weakref.WeakSet()
+
     def __init__(self, recorder: IErrorRecorder) -> None:
+        self.alive.add(self)
         self.recorder = recorder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.block = (0, 0)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        record("memory", memory, size)
+        self.block = (memory, size)
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
         record("shape", name, list(shape))
@@ -233,20 +263,59 @@ class Context:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        record("execute", stream_handle, self.shapes["latents"][0])
         if BEHAVIOUR == "raises":
             raise TypeError("incompatible function arguments")
         if BEHAVIOUR in ("fails", "complains"):
             self.recorder.report_error(3, "Error Code 3: an illegal memory access")
-            return BEHAVIOUR == "complains"
+            if BEHAVIOUR == "fails":
+                return False
+        if _captured is not None:
+            _captured.append(_kernel(weakref.ref(self), stream_handle))
+        else:
+            self.compute(stream_handle)
+        return True
+
+    def compute(self, stream_handle: int) -> None:
+        record("execute", stream_handle, self.shapes["latents"][0])
+        address, size = self.block
+        assert size >= Engine.device_memory_size_v2
+        ctypes.memset(address, 0xAB, size)  # whatever shares the block cannot keep anything there
         latents = self._memory("latents", self.shapes["latents"], ctypes.c_float)
         timesteps = self._memory("timesteps", self.shapes["timesteps"], ctypes.c_int64)
         eps = latents + timesteps[:, None, None, None].astype(np.float32) / 1000
         rows, channels, *sides = latents.shape
         output = self._memory("model_output", (rows, 2 * channels, *sides), ctypes.c_float)
         output[:] = np.concatenate([eps, -eps], axis=1)
-        return True
 
     def _memory(self, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
         pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(kind))
         return np.ctypeslib.as_array(pointer, shape)
+
+
+_captured: list[Callable[[], None]] | None = None
+
+
+@contextmanager
+def capturing() -> Iterator[list[Callable[[], None]]]:
+    """Yield a list that gets what is enqueued inside, instead of its being run.
+
+    As in a CUDA graph: addresses, and nothing that keeps a context.
+    """
+    global _captured
+    _captured = []
+    try:
+        yield _captured
+    finally:
+        _captured = None
+
+
+def _kernel(context: weakref.ref[Context], stream_handle: int) -> Callable[[], None]:
+    def run() -> None:
+        found = context()
+        if found is None or BEHAVIOUR == "faults":
+            raise RuntimeError(
+                "CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA"
+            )
+        found.compute(stream_handle)
+
+    return run

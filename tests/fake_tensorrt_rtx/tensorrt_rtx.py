@@ -6,7 +6,7 @@ import enum
 
 import tensorrt
 from tensorrt import *  # noqa: F403
-from tensorrt import Context, record
+from tensorrt import BEHAVIOUR, Context, record
 
 __version__ = "1.7.1.116"
 
@@ -25,6 +25,8 @@ class IRuntimeCache:
 
     def deserialize(self, blob: bytes) -> bool:
         record("deserialize kernels", blob.decode())
+        if BEHAVIOUR == "other driver":
+            return False
         self.content = blob
         return True
 
@@ -36,12 +38,15 @@ class RuntimeConfig:
     def __setattr__(self, name: str, value: enum.IntEnum) -> None:
         record("set", name, value.name)
 
+    def set_execution_context_allocation_strategy(self, strategy: enum.IntEnum) -> None:
+        record("set", "allocation", strategy.name)
+
     def create_runtime_cache(self) -> IRuntimeCache:
         return IRuntimeCache()
 
     def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
         record("set kernels", cache.content.decode())
-        return True
+        return BEHAVIOUR != "no cache"
 
 
 class Engine(tensorrt.Engine):
@@ -49,7 +54,10 @@ class Engine(tensorrt.Engine):
         return RuntimeConfig()
 
     def create_execution_context(self, config: RuntimeConfig) -> Context | None:
-        return super().create_execution_context(config)
+        assert isinstance(config, RuntimeConfig)
+        return super().create_execution_context(
+            tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
 
 
 class Runtime(tensorrt.Runtime):

@@ -1,0 +1,61 @@
+"""Rules of the graph as a whole, in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from ditas_export.onnx_export import onnxruntime_form
+from ditas_export.onnx_export.rules.rule import Finding, Rule, name_of
+from ditas_export.onnx_export.skeleton import INPUT_NAMES, IR_VERSION, OPSET, OUTPUT_NAME
+
+
+def _default_domain(model: ir.Model) -> Iterator[Finding]:
+    for domain in model.opset_imports:
+        if domain not in ("", "ai.onnx"):
+            yield "opset imports", f"domain {domain}", "the default domain only"
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx"):
+            yield name_of(node), f"{node.domain}::{node.op_type}", "an operator of ONNX itself"
+    for function in model.functions.values():
+        yield function.name, "a model-local function", "operators only"
+
+
+def _opset(model: ir.Model) -> Iterator[Finding]:
+    found, expected = model.opset_imports.get(""), _versions(model)[0]
+    if found != expected:
+        yield "opset imports", f"opset {found}", f"opset {expected}"
+
+
+def _ir_version(model: ir.Model) -> Iterator[Finding]:
+    expected = _versions(model)[1]
+    if model.ir_version != expected:
+        yield "the file", f"IR version {model.ir_version}", f"IR version {expected}"
+
+
+def _versions(model: ir.Model) -> tuple[int, int]:
+    """Return the opset and the IR version that a graph is to have."""
+    if any(node.op_type == "Attention" for node in model.graph):
+        return onnxruntime_form.OPSET, onnxruntime_form.IR_VERSION
+    return OPSET, IR_VERSION
+
+
+def _interface(model: ir.Model) -> Iterator[Finding]:
+    kinds = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT64, ir.DataType.FLOAT)
+    expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
+    values = [*model.graph.inputs, *model.graph.outputs]
+    found = [(value.name, value.dtype) for value in values]
+    if found != expected:
+        yield "inputs and output", str(found), str(expected)
+    for value in values:
+        if value.shape is None or isinstance(value.shape[0], int):
+            yield str(value.name), f"shape {value.shape}", "a dynamic first dimension"
+
+
+RULES = (
+    Rule("default-domain", "no runtime shares another's operators", _default_domain),
+    Rule("opset", "the first with INT4 and block scales, or with Attention", _opset),
+    Rule("ir-version", "came with the opset; older runtimes refuse later ones", _ir_version),
+    Rule("interface", "every backend feeds and reads the same tensors", _interface),
+)

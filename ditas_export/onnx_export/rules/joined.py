@@ -1,0 +1,122 @@
+"""Rules of the joined form: UINT8 codes of an input and of its inner product in one product.
+
+And of the weight that such a product has, its branch's rows below its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from ditas_export.onnx_export.forms.joined import UNSIGNED_ZERO_POINT
+from ditas_export.onnx_export.patterns import (
+    DEQUANTIZE,
+    QUANTIZE,
+    array,
+    consumers,
+    int4_chains,
+    integer_attribute,
+    is_joined,
+    is_joint,
+    joins_codes,
+    operand,
+    producer,
+    producers,
+    quantizers_of,
+)
+from ditas_export.onnx_export.rules.rule import (
+    Finding,
+    Rule,
+    name_of,
+    other_zero_point,
+    quantizers,
+)
+
+
+def _joined(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """Yield the Q and DQ nodes of joined codes, or one kind of them."""
+    return (node for node in quantizers(model, *op_types) if is_joined(node))
+
+
+def _joined_zero_points(model: ir.Model) -> Iterator[Finding]:
+    for node in _joined(model):
+        if found := other_zero_point(node, ir.DataType.UINT8, UNSIGNED_ZERO_POINT):
+            yield name_of(node), found, f"a UINT8 zero point of {UNSIGNED_ZERO_POINT}"
+
+
+def _joined_readers(model: ir.Model) -> Iterator[Finding]:
+    for node in _joined(model, DEQUANTIZE):
+        readers = [reader.op_type for reader in consumers(node)]
+        if is_joint(producer(node, 0)):  # feeds a product for every part of the output
+            readers = sorted(set(readers))
+        if readers != ["MatMul"]:
+            yield name_of(node), f"read by {readers or 'nothing'}", "read by one MatMul"
+    for node in _joined(model, QUANTIZE):
+        readers = sorted(reader.op_type for reader in consumers(node))
+        if readers not in (["Concat"], ["Concat", DEQUANTIZE]):
+            expected = f"read by {['Concat', DEQUANTIZE]}"
+            yield name_of(node), f"read by {readers or 'nothing'}", expected
+
+
+def _joined_codes(model: ir.Model) -> Iterator[Finding]:
+    for concat in filter(is_joint, model.graph):
+        makers = producers(concat)
+        codes, inner = makers if len(makers) == 2 else (None, None)
+        source = producer(producer(producer(inner, 0), 0), 0)  # of the inner product's input
+        axis = integer_attribute(concat, "axis", 0)
+        if codes is None or source is not codes or axis != -1:
+            expected = "codes and those of a product of theirs, on the last axis"
+            yield name_of(concat), "another joint", expected
+            continue
+        if joins_codes(codes) and integer_attribute(codes, "axis", 0) != -1:
+            yield name_of(codes), "parts of an input on another axis", "the last axis"
+        around = [*quantizers_of(codes), inner, *consumers(codes), *consumers(concat)]
+        grids = {
+            tuple(str(array(operand(node, index))) for index in (1, 2))
+            for node in around
+            if node is not concat
+        }
+        if len(grids) != 1:
+            yield name_of(concat), "codes of several scales", "one scale and zero point"
+
+
+def _joined_rows(model: ir.Model) -> Iterator[Finding]:
+    for chain in int4_chains(model.graph):
+        if chain.concat is None:
+            continue
+        readers = [reader.op_type for reader in consumers(chain.quantize)]
+        if readers != ["Concat"]:
+            yield name_of(chain.quantize), f"read by {readers}", "read by one Concat"
+        added = operand(chain.concat, 1)
+        constant = added.const_value if added and len(chain.concat.inputs) == 2 else None
+        if (
+            constant is None
+            or constant.dtype != ir.DataType.INT8
+            or integer_attribute(chain.concat, "axis", 1) != 0
+        ):
+            yield name_of(chain.concat), "another joint", "INT8 constants below the rows, axis 0"
+
+
+RULES = (
+    Rule(
+        "joined-zero-points",
+        "ONNX Runtime joins codes, and shares a quantizer, where they are unsigned alone",
+        _joined_zero_points,
+    ),
+    Rule(
+        "joined-readers",
+        "anything between, or another reader, keeps ONNX Runtime from fusing it",
+        _joined_readers,
+    ),
+    Rule(
+        "joined-codes",
+        "one product of a weight and its branch has one scale for the inputs of both",
+        _joined_codes,
+    ),
+    Rule(
+        "joined-rows",
+        "one product of a weight and its branch has the integers of both as one constant",
+        _joined_rows,
+    ),
+)
