@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_engine_metadata
 from quantized_fixture import exported, exported_reference, quantized_tiny_dit, tiny_dit
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from ditas_export.artifact_files import atomic_path, save_tensors
 from ditas_export.cli import build, compare, sample
 from ditas_export.engine.make import job_files as build_files
-from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_path
+from ditas_export.engine.metadata import is_plan_file, metadata_path
 from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import ArtifactError
 from ditas_export.evaluation.compare import job_files as compare_files
@@ -228,10 +229,7 @@ def test_requests_that_exclude_each_other(tmp_path: Path) -> None:
 
 
 def metadata(plan: Path, **changes: Any) -> None:
-    EngineMetadata(
-        product="rtx", version="1", plan_bytes=6, onnx_name="", onnx_sha256="", config={},
-        form={}, options={}, gpu=None, layers=None, **changes,
-    ).save(metadata_path(plan))  # fmt: skip
+    test_engine_metadata.metadata(plan, **changes).save(metadata_path(plan))
 
 
 PLAN_HASH = "7a9ce3ac3a1b5bf1d4f5d8a3e8f4e0cd5ac3a6a6b4f6c3b1e2d9b0a1c2d3e4f5"
