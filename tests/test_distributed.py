@@ -136,7 +136,7 @@ def test_the_first_rank_alone_keeps_progress_and_both_go_on(pair: tuple[Found, F
 def test_what_one_rank_finds_stops_both_with_its_message(pair: tuple[Found, Found]) -> None:
     for found in pair:
         sampling, walking, refused, _, _, crowded = found["ill"]
-        assert "CalibrationError: the input of blocks.0.attn.qkv has NaN or infinity" in sampling
+        assert "CalibrationError: the input of blocks.1.mlp.fc2 has NaN or infinity" in sampling
         assert "CalibrationError: blocks.1.attn.proj puts out NaN or infinity" in walking
         assert refused == "CalibrationError: no good"
         assert "CalibrationError: 2 processes for 16 rows" in crowded

@@ -27,7 +27,12 @@ from ditas_export.dit.model import DiT
 from ditas_export.dit.process import checked_fields
 from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
-from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError
+from ditas_export.errors import (
+    ArtifactError,
+    CalibrationError,
+    CheckpointError,
+    NonFiniteError,
+)
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -311,19 +316,24 @@ def _sampled_batch(
     seen: list[Tensor] = []
     maxima: dict[str, list[Tensor]] = {}
     recorded.clear()
-    for step in trajectory(
+    steps = trajectory(
         runner,
         classes=[settings.classes[index] for index in batch],
         steps=settings.steps,
         cfg_scale=settings.cfg_scale,
         seed=settings.seed,
         image_indices=batch,
-    ):
-        seen.append(step.latents)
-        for name, largest in recorded.items():
-            maxima.setdefault(name, []).append(largest.float())
-        recorded.clear()
-        on_step(step.index + 1)
+    )
+    try:
+        for step in steps:
+            seen.append(step.latents)
+            for name, largest in recorded.items():
+                maxima.setdefault(name, []).append(largest.float())
+            recorded.clear()
+            on_step(step.index + 1)
+    except NonFiniteError:
+        _require_finite(recorded)  # names the first linear that saw it
+        raise
     return _Batch(
         latents=torch.stack(seen).cpu(),
         maxima={name: torch.stack(largest) for name, largest in maxima.items()},
