@@ -22,7 +22,12 @@ from ditas_export.evaluation.verify import Verification, VerificationSettings, v
 from ditas_export.export_job import DTYPES, ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import manifest_of, versions
 from ditas_export.onnx_export.export import export_onnx, export_reference
-from ditas_export.onnx_export.external_data import install, rename_pair, sha256_of_onnx
+from ditas_export.onnx_export.external_data import (
+    install,
+    remove_other_data,
+    rename_pair,
+    sha256_of_onnx,
+)
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.onnx_export.vae import export_vae_decoder
@@ -175,9 +180,11 @@ def _verification_settings(quantized: QuantizedDiT) -> VerificationSettings:
 def _install(candidate: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Give a file its final name, then its manifest; a killed process may have begun."""
     final = folder / candidate.name
-    if candidate.exists():
-        try:
+    try:
+        if candidate.exists():
             install(candidate, final)
-        except OSError as error:
-            raise ArtifactError(f"could not write {final}: {error}") from error
+        else:
+            remove_other_data(final)
+    except OSError as error:
+        raise ArtifactError(f"could not write {final}: {error}") from error
     write_manifest(final.with_suffix(".json"), manifest)

@@ -142,8 +142,8 @@ class ExportOptions:
         """Refuse values that no form of the file has.
 
         Raises:
-            OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, or a bf16 file for
-                onnxruntime.
+            OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, ranges of float
+                activations, or a bf16 file for onnxruntime.
         """
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -154,6 +154,12 @@ class ExportOptions:
             raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
+        if self.w == 8 and self.block_size is not None:
+            raise OnnxExportError(
+                "8-bit weights have a scale per row, no blocks; use no block-size"
+            )
+        if self.a == 16 and self.ranges is not None:
+            raise OnnxExportError("float activations have no ranges; leave out --ranges")
         if self.precision == "bf16" and self.target == "onnxruntime":
             raise OnnxExportError(
                 "onnxruntime has no bfloat16 kernels on CPUs; with --precision bf16 use --target "

@@ -18,6 +18,7 @@ from ditas_export.calibration.calibrate import (
     BLOCK_FORMAT,
     QuantizationSettings,
     quantize_dit,
+    solving_key,
 )
 from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear, linear_to_parts
 from ditas_export.calibration.states import (
@@ -269,6 +270,40 @@ def test_progress_of_states_of_another_precision_is_not_taken(
     resumed = quantize_dit(model, rounded, settings, progress=progress)
     assert same(quantize_dit(model, rounded, settings), resumed)
     assert resumed.settings["calibration"]["precision"] == "bf16"
+
+
+def test_a_solved_block_is_known_by_all_that_it_depends_on(
+    states: CalibrationStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (
+        SETTINGS,
+        replace(SETTINGS, weight_bits=8),
+        replace(SETTINGS, activation_bits=16),
+        replace(SETTINGS, method="ditas"),
+        replace(SETTINGS, method=replace(SETTINGS.recipe, name="mine")),
+        replace(SETTINGS, rank=3),
+        replace(SETTINGS, block_size=24),
+        replace(SETTINGS, ranges="static"),
+        replace(SETTINGS, alpha_grid=(0.4,)),
+        replace(SETTINGS, walk_tokens=16),
+    )
+    keys = [solving_key(states, each) for each in settings]
+    identity = states.identity
+    other_heads = replace(identity, config=replace(identity.config, num_heads=2))
+    keys += [
+        solving_key(changed, SETTINGS)
+        for changed in (
+            replace(states, latents=states.latents + 1),
+            replace(states, settings=replace(states.settings, seed=1)),
+            replace(states, identity=replace(identity, tensors_sha256="0" * 64)),
+            replace(states, identity=other_heads),
+        )
+    ]
+    monkeypatch.setattr("ditas_export.calibration.states.__version__", "another")
+    keys.append(solving_key(states, SETTINGS))
+    monkeypatch.setattr(torch, "__version__", "another")
+    keys.append(solving_key(states, SETTINGS))
+    assert len(set(keys)) == len(keys) == 16
 
 
 def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -> None:

@@ -17,6 +17,7 @@ from ditas_export.engine.trtexec import command_line
 from ditas_export.errors import EngineError
 from ditas_export.onnx_export.export import read_config, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.manifest import require_own_manifest
 
 
 def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
@@ -28,6 +29,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
     """
     require_form_for_tensorrt(model)
     require_external_data(model)
+    require_own_manifest(model)
     if needs_expansion(model, settings.layout):
         raise EngineError(
             f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
@@ -56,6 +58,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
     """
     require_form_for_tensorrt(model)
     require_external_data(model)
+    require_own_manifest(model)
     products = candidates(settings.backend)
     _require_possible(products, settings.options)
     intent = {

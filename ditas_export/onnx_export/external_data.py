@@ -131,7 +131,8 @@ def install(staged: Path, path: Path) -> None:
     """Move an ONNX file with its data to where they belong, over an earlier one with its own.
 
     The data go first and the earlier file's last, so that there is no moment at which `path` lacks
-    its own. What a killed process moved, or did not remove any more, makes no difference.
+    its own. What a killed process moved makes no difference; what it did not remove any more,
+    `remove_other_data` does.
 
     Args:
         staged: the file, its data beside it; both named as they will be.
@@ -142,10 +143,11 @@ def install(staged: Path, path: Path) -> None:
         ArtifactError: another file has the name of the data.
         OSError: a file cannot be moved.
     """
-    earlier = set()
+    of_earlier_versions = path.with_name(f"{path.name}.data")
+    had_such = False
     if path.exists():
         with contextlib.suppress(OnnxExportError):
-            earlier = {file.name for file in _data_of(path)}
+            had_such = of_earlier_versions in _data_of(path)
     for data in _data_of(staged):
         target = path.parent / data.name
         if not data.exists() and target.exists():
@@ -154,15 +156,23 @@ def install(staged: Path, path: Path) -> None:
             raise ArtifactError(f"{target} is there already; delete it, or name another output")
         settle(data, target)
     settle(staged, path)
-    # By name, whatever the earlier file said: a stranger's may name anything.
+    if had_such and of_earlier_versions not in _data_of(path):
+        of_earlier_versions.unlink(missing_ok=True)
+    remove_other_data(path)
+
+
+def remove_other_data(path: Path) -> None:
+    """Remove what has the name of data of a file that this package wrote, and is not its own.
+
+    By name, whatever an earlier file said: a stranger's may name anything.
+
+    Raises:
+        OnnxExportError: no readable ONNX file.
+        OSError: a file cannot be removed.
+    """
     mine = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data")
-    of_earlier_versions = {f"{path.name}.data"} & earlier
-    left = {
-        file
-        for file in path.parent.iterdir()
-        if mine.fullmatch(file.name) or file.name in of_earlier_versions
-    }
-    for file in sorted(left - set(_data_of(path))):
+    found = {file for file in path.parent.iterdir() if mine.fullmatch(file.name)}
+    for file in sorted(found - set(_data_of(path))):
         file.unlink(missing_ok=True)
 
 
