@@ -79,7 +79,7 @@ def test_openvino_computes_the_fake_quantized_forward(form: dict[str, Any]) -> N
 @needs_openvino
 def test_openvino_multiplies_integers() -> None:
     runner = OpenVINORunner(exported(dtype=BF16, layout="int4"), threads=1)
-    kinds = [node.get_rt_info() for node in runner._backend.get_runtime_model().get_ops()]
+    kinds = [node.get_rt_info() for node in runner._backend.model.get_runtime_model().get_ops()]
     products = [
         kind["runtimePrecision"].astype(str)
         for kind in kinds

@@ -275,7 +275,11 @@ def test_signals_are_one_line_and_leave_what_goes_on(
     words = [sys.executable, "-m", "ditas_export.cli.export", "--model", str(checkpoint)]
     words += ["--steps", "1000", "--samples", "8", "--device", "cpu", "--quiet"]
     process = subprocess.Popen(
-        [*words, str(tmp_path / "out.onnx")], stderr=subprocess.PIPE, text=True
+        [*words, str(tmp_path / "out.onnx")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell runs in the background ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.work/sampled-*")):
