@@ -30,8 +30,8 @@ from ditas_export.onnx_export.external_data import (
 )
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
-from ditas_export.onnx_export.vae import export_vae_decoder
 from ditas_export.options import PREFERENCES, ExportOptions
+from ditas_export.vae.export import export_vae_decoder
 
 VERIFICATION_SEEDS = 3
 VERIFICATION_IMAGES = 4

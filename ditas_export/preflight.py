@@ -25,12 +25,9 @@ from ditas_export.errors import ArtifactError
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
 from ditas_export.onnx_export.export import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
-from ditas_export.onnx_export.vae import (
-    is_decoder_file,
-    load_latent_decoder,
-    require_fitting_vae,
-)
 from ditas_export.options import FAST_WALK_TOKENS, ExportOptions
+from ditas_export.vae.load import load_latent_decoder
+from ditas_export.vae.shape import is_decoder_file, require_fitting_vae
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".sft", ".tar")
 """Names that no exported file has."""

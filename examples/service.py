@@ -31,9 +31,9 @@ from pydantic import BaseModel, Field
 
 from ditas_export.diffusion.runner import Runner
 from ditas_export.errors import CancelledError, DitasExportError, RunnerError
-from ditas_export.generation.decoder import Decoder, open_decoder
 from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
 from ditas_export.runtime.open_runner import open_runner
+from ditas_export.vae.decoder import Decoder, open_decoder
 
 POLL_SECONDS = 0.1
 """How often it is looked at whether a client is still there."""

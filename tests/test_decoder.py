@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
-from ditas_export.generation import decoder as decoder_module
-from ditas_export.generation.decoder import (
+from ditas_export.runtime.onnxruntime_runner import CPU, CUDA
+from ditas_export.vae import decoder as decoder_module
+from ditas_export.vae.decoder import (
     Decoder,
     OnnxVaeDecoder,
     VaeDecoder,
     open_decoder,
 )
-from ditas_export.onnx_export.vae import export_vae_decoder
-from ditas_export.runtime.onnxruntime_runner import CPU, CUDA
+from ditas_export.vae.export import export_vae_decoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -32,6 +32,7 @@ ORDER = (
     "onnx_export",
     "engine",
     "runtime",
+    "vae",
     "generation",
     "evaluation",
     "preflight",

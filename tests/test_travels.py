@@ -34,9 +34,10 @@ from ditas_export.dit.model import DiT
 from ditas_export.dit.process import Process, VaeFactors
 from ditas_export.generation import job
 from ditas_export.onnx_export.export import export_reference, read_config
-from ditas_export.onnx_export.vae import VaeShape, export_vae_decoder, read_vae_shape
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.open_runner import open_runner
+from ditas_export.vae.export import export_vae_decoder
+from ditas_export.vae.shape import VaeShape, read_vae_shape
 
 STEPS, CLASSES = 4, (3, 7)
 QUICK = ["--steps", 2, "--samples", 1, "--method", "linear", "--rank", 0, "--walk-tokens", 64]

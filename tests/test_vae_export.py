@@ -22,8 +22,9 @@ from ditas_export.cli.export import app
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, OnnxExportError, RunnerError
-from ditas_export.generation.decoder import OnnxVaeDecoder, VaeDecoder, open_decoder
-from ditas_export.onnx_export.vae import VaeShape, export_vae_decoder, read_vae_shape
+from ditas_export.vae.decoder import OnnxVaeDecoder, VaeDecoder, open_decoder
+from ditas_export.vae.export import export_vae_decoder
+from ditas_export.vae.shape import VaeShape, read_vae_shape
 
 QUICK = ["--steps", "2", "--samples", "1", "--method", "linear", "--quiet"]
 

@@ -18,7 +18,6 @@ from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, RunnerError
-from ditas_export.generation.decoder import NO_VAE, Decoder, open_decoder
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
 from ditas_export.generation.pixels import is_npz_file
@@ -27,6 +26,7 @@ from ditas_export.generation.wanted import read_wanted
 from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
 from ditas_export.runtime.open_runner import OpenedModel, open_runner
+from ditas_export.vae.decoder import NO_VAE, Decoder, open_decoder
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 """What published DiTs of 4 latent channels were trained with, on the hub."""

@@ -26,10 +26,10 @@ from ditas_export.diffusion.sampling import (
     sample,
 )
 from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
-from ditas_export.generation.decoder import Decoder
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
-from ditas_export.onnx_export.vae import require_fitting_vae
+from ditas_export.vae.decoder import Decoder
+from ditas_export.vae.shape import require_fitting_vae
 
 PICTURE_CHANNELS = (1, 3)
 """Channels of a model that makes pixels itself: grey or RGB."""

@@ -21,15 +21,10 @@ from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files
-from ditas_export.onnx_export.vae import (
-    LATENTS_NAME,
-    VaeShape,
-    load_latent_decoder,
-    read_vae_shape,
-    require_fitting_vae,
-)
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
+from ditas_export.vae.load import load_latent_decoder
+from ditas_export.vae.shape import LATENTS_NAME, VaeShape, read_vae_shape, require_fitting_vae
 
 NO_VAE = "none"
 """Says that latents are to stay latents."""

@@ -1,4 +1,4 @@
-"""A VAE's decoder: loaded from what diffusers wrote, and written as ONNX.
+"""A VAE's decoder, loaded from what diffusers wrote.
 
 Its interface is the sampler's: latents as a DiT leaves them in, pixels in [-1, 1] out. The scaling
 that the VAE's `config.json` records is inside, so no caller has to know it.
@@ -6,32 +6,19 @@ that the VAE's `config.json` records is inside, so no caller has to know it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ditas_export import __version__
-from ditas_export.artifact_files import require_writable
 from ditas_export.dit.diffusers_folder import find_weights, variant_of
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors, checked_fields
+from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.tensor_files import abbreviated, read_json, refuse_other_kinds
-from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
-from ditas_export.onnx_export.export import file_metadata, write_model
-from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, quiet_exporter, strip_metadata
-
-VAE_KEY = "ditas_export.vae"
-"""Metadata entry of a decoder's file; it holds a `VaeShape`."""
-
-LATENTS_NAME = "latents"
-IMAGES_NAME = "images"
+from ditas_export.errors import RunnerError
+from ditas_export.vae.shape import VaeShape
 
 IMAGE_CHANNELS = 3
 
@@ -49,15 +36,6 @@ _HUB_PATTERNS = tuple(
     for kind in ("safetensors", "bin")
 )
 """What to fetch of a hub model; the second group only if the first brings no weights."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VaeShape:
-    """What a VAE's decoder takes and gives."""
-
-    in_channels: int  # of the latents
-    scale: int  # pixels per latent pixel, along one side
-    factors: VaeFactors | None = None  # None in files of earlier versions, which do not say
 
 
 class LatentDecoder(nn.Module):
@@ -128,104 +106,6 @@ def load_latent_decoder(name: str) -> LatentDecoder:
         )
     _require_known_scaling(name, vae.config)
     return LatentDecoder(vae).eval().requires_grad_(requires_grad=False)
-
-
-def require_fitting_vae(
-    name: str, *, in_channels: int, factors: VaeFactors | None, config: DiTConfig
-) -> None:
-    """Refuse a VAE of other latents than a model's.
-
-    Args:
-        name: of the VAE, for messages.
-        in_channels: channels of the latents that it takes.
-        factors: its own; None where its file does not say, which passes.
-        config: of the model.
-
-    Raises:
-        RunnerError: other channels, or factors that are not the recorded ones; names both.
-    """
-    if config.in_channels != in_channels:
-        raise RunnerError(
-            f"the model makes {config.in_channels}-channel latents, {name} takes {in_channels}; "
-            f"pass the VAE that the model was trained with"
-        )
-    recorded = config.process.vae
-    if recorded is not None and factors is not None and recorded != factors:
-        raise RunnerError(
-            f"the model was trained on latents of {recorded}, {name} has {factors}; pass the VAE "
-            f"that the model was trained with"
-        )
-
-
-def export_vae_decoder(name: str, path: Path) -> None:
-    """Write a VAE's decoder as ONNX: opset 21, the default domain only.
-
-    Input `latents` (N, C, h, w) float32, as the sampler leaves them; output `images`
-    (N, 3, H, W) float32 in [-1, 1]. N, h and w are free. Past 2 GB the tensors go to
-    `<path>.<digest>.data`.
-
-    Args:
-        name: what `load_latent_decoder` takes.
-        path: the file.
-
-    Raises:
-        RunnerError: see `load_latent_decoder`.
-        OnnxExportError: the graph is no valid ONNX.
-        ArtifactError: the file cannot be written.
-    """
-    require_writable(path)
-    decoder = load_latent_decoder(name)
-    model = _trace(decoder)
-    strip_metadata(model)
-    model.graph.name = "VAE decoder"
-    model.ir_version = IR_VERSION
-    model.producer_name = "ditas-export"
-    model.producer_version = __version__
-    model.metadata_props[VAE_KEY] = json.dumps(asdict(decoder.shape), sort_keys=True)
-    write_model(model, path)
-
-
-def read_vae_shape(path: Path) -> VaeShape:
-    """Return the shape of the decoder in a file that `export_vae_decoder` wrote.
-
-    Raises:
-        OnnxExportError: no ONNX file, or one of another origin.
-    """
-    try:
-        written = json.loads(file_metadata(path)[VAE_KEY])
-        return VaeShape(**checked_fields(VaeShape, written, nested={"factors": VaeFactors}))
-    except (KeyError, TypeError, ValueError, CheckpointError) as error:
-        raise OnnxExportError(
-            f"{path} does not say which VAE it decodes for ({error!r}); write it with "
-            f"ditas-export --vae"
-        ) from error
-
-
-def is_decoder_file(path: Path) -> bool:
-    """Return whether `export_vae_decoder` wrote a file."""
-    try:
-        return VAE_KEY in file_metadata(path)
-    except OnnxExportError:
-        return False
-
-
-def _trace(decoder: LatentDecoder) -> ir.Model:
-    """Export the decoder; no two of the example's dimensions are equal, and none is fixed."""
-    free = {0: "N", 2: "h", 3: "w"}
-    dimensions = {axis: torch.export.Dim(name, min=1) for axis, name in free.items()}
-    with quiet_exporter():
-        program = torch.onnx.export(
-            decoder,
-            (torch.zeros(2, decoder.shape.in_channels, 6, 10),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=(LATENTS_NAME,),
-            output_names=(IMAGES_NAME,),
-            dynamic_shapes=(dimensions,),
-            verbose=False,
-        )
-    assert program is not None  # dynamo=True always returns one
-    return program.model
 
 
 def _vae_folder(path: Path) -> Path:

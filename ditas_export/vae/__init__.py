@@ -1,0 +1,1 @@
+"""VAE decoders: loaded, written as ONNX, and run."""
