@@ -14,6 +14,7 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import (
     EngineMetadata,
     Gpu,
+    metadata_of,
     metadata_path,
     require_matching,
 )
@@ -61,7 +62,8 @@ def metadata(plan: Path, **changes: Any) -> EngineMetadata:
 
 def match(known: EngineMetadata, plan: Path, **changes: Any) -> None:
     runtime = {"product": known.product, "version": known.version, "gpu": ADA} | changes
-    require_matching(known, plan, **runtime)
+    known.save(metadata_path(plan))
+    require_matching(metadata_of(plan), plan, **runtime)
 
 
 @pytest.mark.parametrize("gpu", [ADA, None])
@@ -142,6 +144,8 @@ def test_another_plan_is_refused(plan: Path) -> None:
     plan.write_bytes(b"another")
     with pytest.raises(EngineError, match="describes another plan"):
         match(known, plan)
+    match(metadata(plan, replaces=known), plan)
+    match(dataclasses.replace(known, replaces=metadata(plan)), plan)  # a build that was killed
 
 
 def test_what_stands_in_a_plans_place_is_named(plan: Path) -> None:

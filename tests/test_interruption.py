@@ -17,8 +17,14 @@ import torch
 from quantized_fixture import save_checkpoint, tiny_dit
 
 from ditas_export import export_files, pipeline
+from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.dit.identity import identity_of
+from ditas_export.engine.build import BuiltEngine
+from ditas_export.engine.make import make_engine
+from ditas_export.engine.metadata import metadata_of
+from ditas_export.engine.options import BuildOptions
+from ditas_export.engine.products import RTX
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.evaluation import verify
 from ditas_export.onnx_export import export as onnx_export
@@ -236,6 +242,43 @@ def test_a_pair_replaces_a_pair_without_a_moment_of_disagreement(
     assert new != old
     assert names(tmp_path) == {"out.onnx", "out.json", new.name}
     require_own_manifest(path)
+
+
+def test_a_plan_replaces_a_plan_without_a_moment_of_disagreement(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every rename; the plan that lies there has its own metadata, old or new."""
+    file, plan = tmp_path / "out.onnx", tmp_path / "out.plan"
+    export(options(tmp_path, checkpoint))
+
+    def make(content: bytes) -> None:
+        def build(_onnx: Path, partial: Path) -> BuiltEngine:
+            partial.write_bytes(content)
+            return BuiltEngine(size_bytes=len(content), version="1.2.3", log="")
+
+        make_engine(file, plan, product=RTX, options=BuildOptions(), layout=None, build=build)
+
+    replaced, seen = os.replace, []
+    make(b"a plan")
+    for last in range(1, 4):  # both metadata, the plan, its own metadata
+        done = []
+
+        def stop(source: Any, target: Any, *, done: list[Any] = done, last: int = last) -> None:
+            replaced(source, target)
+            done.append(target)
+            if len(done) == last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", stop)
+            with pytest.raises(KeyboardInterrupt):
+                make(b"plan %d" % last)
+        assert metadata_of(plan).plan_sha256 == sha256_of_file(plan)
+        seen.append(plan.read_bytes())
+    assert seen == [b"a plan", b"plan 2", b"plan 3"]
+    make(b"at last")
+    assert metadata_of(plan).replaces is None
+    assert names(tmp_path) == {"out.onnx", "out.json", "out.plan", "out.plan.json"}
 
 
 def test_a_rejected_pair_has_data_of_its_own(

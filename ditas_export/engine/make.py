@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ import torch
 from ditas_export.artifact_files import atomic_path, sha256_of_file, sole_process
 from ditas_export.engine.build import BuiltEngine
 from ditas_export.engine.layers import engine_layers
-from ditas_export.engine.metadata import KIND, EngineMetadata, Gpu, is_plan_file, metadata_path
+from ditas_export.engine.metadata import (
+    KIND,
+    EngineMetadata,
+    Gpu,
+    is_plan_file,
+    metadata_of,
+    metadata_path,
+)
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import Product
 from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
@@ -49,6 +57,8 @@ def make_engine(
 ) -> MadeEngine:
     """Build a file and write the plan with its metadata, both whole or not at all.
 
+    While an earlier plan is replaced, the metadata describe both: whichever lies there has its own.
+
     Args:
         onnx_path: written by `export_onnx` or `export_reference`.
         plan_path: the file to write; its metadata go to `metadata_path(plan_path)`.
@@ -69,7 +79,7 @@ def make_engine(
     job_files(onnx_path, plan_path, options).check()
     onnx_sha256 = sha256_of_onnx(onnx_path)
     require_own_manifest(onnx_path, onnx_sha256)
-    earlier = sha256_of_file(plan_path) if plan_path.exists() else None
+    earlier = metadata_of(plan_path) if plan_path.exists() else None
     with (
         sole_process(plan_path.with_name(f".{plan_path.name}.lock"), what=plan_path),
         _in_layout(onnx_path, layout) as graph,
@@ -85,11 +95,10 @@ def make_engine(
                 unknown = f"the build log does not tell how {names} are multiplied"
         except EngineError as error:
             unknown = str(error) if expected_kernels(config, form) else None
-        plan_sha256 = sha256_of_file(partial)
         metadata = EngineMetadata(
             product=product.name,
             version=built.version,
-            plan_sha256=plan_sha256,
+            plan_sha256=sha256_of_file(partial),
             plan_bytes=built.size_bytes,
             onnx_name=onnx_path.name,
             onnx_sha256=onnx_sha256,
@@ -98,9 +107,10 @@ def make_engine(
             options=options,
             gpu=current_gpu(),
             layers=None if report is None else report.to_dict(),
-            replaces_sha256=earlier if earlier != plan_sha256 else None,
         )
-        metadata.save(metadata_path(plan_path))
+        replaces = None if earlier is None else dataclasses.replace(earlier, replaces=None)
+        dataclasses.replace(metadata, replaces=replaces).save(metadata_path(plan_path))
+    metadata.save(metadata_path(plan_path))
     return MadeEngine(metadata=metadata, report=report, unknown=unknown)
 
 

@@ -53,7 +53,9 @@ class EngineMetadata:
     options: BuildOptions
     gpu: Gpu | None  # the one at hand when it was built, if any
     layers: dict[str, Any] | None  # the layer report; None where the log lists no layers
-    replaces_sha256: str | None = None  # of the plan that lay there before, if any
+    replaces: EngineMetadata | None = None
+    """Of the plan that lay there before, if any. The metadata are written first, then the plan: a
+    build that is killed between the two leaves the earlier plan, which these describe."""
 
     def __post_init__(self) -> None:
         """Refuse what describes no plan, naming the value."""
@@ -70,14 +72,33 @@ class EngineMetadata:
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("dit", "form", "options", "gpu")
+            if field.name not in ("dit", "form", "options", "gpu", "replaces")
         }
         return values | {
             "config": self.dit.to_dict(),
             "form": self.form.to_dict(),
             "options": self.options.to_dict(),
             "gpu": None if self.gpu is None else dataclasses.asdict(self.gpu),
+            "replaces": None if self.replaces is None else self.replaces.to_dict(),
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineMetadata:
+        """Return what `to_dict` described.
+
+        Raises:
+            DitasExportError, KeyError, TypeError, AttributeError: anything else.
+        """
+        others = dict(values)
+        gpu, replaces = others.pop("gpu"), others.pop("replaces", None)
+        return cls(
+            dit=DiTConfig.from_dict(others.pop("config")),
+            form=FileForm.from_dict(others.pop("form")),
+            options=BuildOptions.from_dict(others.pop("options")),
+            gpu=None if gpu is None else Gpu(**gpu),
+            replaces=None if replaces is None else cls.from_dict(replaces),
+            **others,
+        )
 
     def save(self, path: Path) -> None:
         """Write indented JSON; atomic."""
@@ -94,14 +115,7 @@ class EngineMetadata:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise EngineError(f"it is no {FORMAT!r} file")
-            gpu = content.pop("gpu")
-            return cls(
-                dit=DiTConfig.from_dict(content.pop("config")),
-                form=FileForm.from_dict(content.pop("form")),
-                options=BuildOptions.from_dict(content.pop("options")),
-                gpu=None if gpu is None else Gpu(**gpu),
-                **content,
-            )
+            return cls.from_dict(content)
         except DitasExportError as error:
             raise EngineError(
                 f"{path} does not describe an engine ({error}); build it with ditas-build"
@@ -122,16 +136,37 @@ def _why_no_metadata(path: Path, error: Exception) -> str:
     return f"{plan} is {sign}" if sign else "it is not there; it belongs beside the plan"
 
 
-def is_plan_file(path: Path) -> bool:
-    """Return whether a file is a plan with its metadata beside it, or the one that they replace.
+def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> EngineMetadata:
+    """Return the metadata of a plan: those beside it, or of what they replace the ones that fit.
 
-    The metadata are written first; a process that is killed then leaves the earlier plan.
+    Args:
+        plan: the file.
+        hash_file: gives the hex SHA-256 of a file, from memory where it has it.
+
+    Raises:
+        EngineError: no plan, no metadata beside it, or those of another plan.
     """
+    metadata = EngineMetadata.load(metadata_path(plan))
     try:
-        metadata = EngineMetadata.load(metadata_path(path))
-        return sha256_of_file(path) in (metadata.plan_sha256, metadata.replaces_sha256)
-    except (EngineError, OSError):
+        found = hash_file(plan)
+    except OSError as error:
+        why = why_unreadable(plan, error)
+        raise EngineError(f"{plan} cannot be read: {why}; build it with ditas-build") from error
+    for known in (metadata, metadata.replaces):
+        if known is not None and known.plan_sha256 == found:
+            return known
+    sign = describe_impostor(plan)
+    hint = f"{plan} is {sign}" if sign else f"build {plan} again"
+    raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
+
+
+def is_plan_file(path: Path) -> bool:
+    """Return whether a file is a plan with its metadata beside it."""
+    try:
+        metadata_of(path)
+    except EngineError:
         return False
+    return True
 
 
 def metadata_path(plan: Path) -> Path:
@@ -146,31 +181,20 @@ def require_matching(
     product: str,
     version: str,
     gpu: Gpu,
-    hash_file: Callable[[Path], str] = sha256_of_file,
 ) -> None:
     """Refuse a plan that the runtime at hand cannot run, with the reason.
 
     Args:
-        metadata: of the plan, from beside it.
-        plan: the file.
+        metadata: of the plan, by `metadata_of`.
+        plan: its file, for messages.
         product: a key of `PRODUCTS`: the runtime.
         version: of the runtime.
         gpu: the one to run on.
-        hash_file: gives the hex SHA-256 of a file, from memory where it has it.
 
     Raises:
-        EngineError: another plan's metadata, another product, a version that does not run it, or a
-            GPU that it was not built for.
+        EngineError: another product, a version that does not run it, or a GPU that it was not built
+            for.
     """
-    try:
-        found = hash_file(plan)
-    except OSError as error:
-        why = why_unreadable(plan, error)
-        raise EngineError(f"{plan} cannot be read: {why}; build it with ditas-build") from error
-    if found != metadata.plan_sha256:
-        sign = describe_impostor(plan)
-        hint = f"{plan} is {sign}" if sign else f"build {plan} again"
-        raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
     if product != metadata.product:
         built, found = PRODUCTS[metadata.product].title, PRODUCTS[product].title
         raise EngineError(f"{plan} was built with {built}; {found} cannot run it")

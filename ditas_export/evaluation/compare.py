@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.dit.model import DiTConfig
-from ditas_export.engine.metadata import EngineMetadata, metadata_path
+from ditas_export.engine.metadata import metadata_of
 from ditas_export.errors import VerificationError
 from ditas_export.evaluation.inputs import trajectory_inputs
 from ditas_export.evaluation.linear_outputs import comparable_part, linear_outputs
@@ -237,7 +237,7 @@ def _common_config(options: CompareOptions) -> DiTConfig:
     """Return the DiT that both files hold; files that record their weights hold the same ones."""
     reference = read_config(options.reference)
     if _is_plan(options.model):
-        model, made_from = EngineMetadata.load(metadata_path(options.model)).dit, None
+        model, made_from = metadata_of(options.model).dit, None
     else:
         model, made_from = read_config(options.model), read_identity(options.model)
     recorded = read_identity(options.reference)

@@ -18,7 +18,7 @@ from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.engine.make import current_gpu
-from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
+from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS, RTX
 from ditas_export.errors import DitasExportError, RunnerError
 from ditas_export.evaluation.linear_outputs import with_outputs
@@ -96,7 +96,7 @@ def plan_runner(plan: Path) -> Any:
             another version or GPU.
         RunnerError: a product whose libraries do not load, or no GPU.
     """
-    metadata = EngineMetadata.load(metadata_path(plan))
+    metadata = metadata_of(plan)
     product = PRODUCTS[metadata.product]
     version = str(load_product(product).__version__)
     gpu = current_gpu()

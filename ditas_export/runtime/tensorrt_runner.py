@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import sha256_of_file
-from ditas_export.engine.metadata import EngineMetadata, metadata_path, require_matching
+from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
 from ditas_export.runtime.cache import Cache, Key
@@ -94,21 +94,16 @@ class TensorRTRunner(CheckedRunner):
     def __init__(self, plan: Path, *, device: str = "cuda:0", cache: Path | None = None) -> None:
         if not plan.is_file():
             raise RunnerError(f"there is no file {plan}; build it with ditas-build")
-        metadata = EngineMetadata.load(metadata_path(plan))
+        self._cache = None if cache is None else Cache.at(cache)
+        metadata = metadata_of(
+            plan, hash_file=sha256_of_file if self._cache is None else self._cache.hash_of_file
+        )
         product = PRODUCTS[metadata.product]
         product.require_installed()
         self._stream = CudaStream(device)
         trt = load_product(product)
         gpu, version = self._stream.gpu, trt.__version__
-        self._cache = None if cache is None else Cache.at(cache)
-        require_matching(
-            metadata,
-            plan,
-            product=product.name,
-            version=version,
-            gpu=gpu,
-            hash_file=sha256_of_file if self._cache is None else self._cache.hash_of_file,
-        )
+        require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
         super().__init__(metadata.dit, one_at_a_time=True)
         self._title = f"{product.title} {version}"
         self._key = Key(
