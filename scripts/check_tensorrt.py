@@ -35,6 +35,7 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
+from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.presets import preset_config
 from ditas_export.engine.build import build_engine
@@ -114,12 +115,12 @@ def models(*, quick: bool) -> Iterator[tuple[str, DiT, int]]:
 
 def all_forms(model: DiT, quantized: QuantizedDiT, folder: Path) -> list[Form]:
     """Return every quantized form, and the float16 model."""
-    half = copy.deepcopy(model).half()
+    half, identity = copy.deepcopy(model).half(), identity_of(model)
     forms = [
         Form(
             name=BASELINE,
             plan=folder / "float.plan",
-            write=lambda path: export_reference(half, path),
+            write=lambda path: export_reference(half, path, identity=identity),
         )
     ]
     for precision, ranges, layout in itertools.product(

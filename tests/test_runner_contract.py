@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from quantized_fixture import (
     tiny_dit,
     tiny_folded,
 )
+from tensorrt_fixture import made_plan, stand_ins
 from torch import Tensor
 
 from ditas_export.calibration.modules import fake_quantized_dit
@@ -25,6 +27,7 @@ from ditas_export.errors import NonFiniteError, RunnerError
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
+from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_int8 import Int8Runner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -43,10 +46,21 @@ MAKERS: dict[str, Callable[[], CheckedRunner]] = {
 }
 
 
-@pytest.fixture(params=MAKERS)
-def runner(request: pytest.FixtureRequest) -> Iterator[CheckedRunner]:
+STAND_INS = ("tensorrt", "rtx")
+"""Products whose stand-ins run plans; what the engines compute, a GPU must show."""
+
+
+@pytest.fixture(params=[*MAKERS, *STAND_INS])
+def runner(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CheckedRunner]:
     if request.param == "openvino" and importlib.util.find_spec("openvino") is None:
         pytest.skip("extra [openvino]")
+    if request.param in STAND_INS:
+        stand_ins(tmp_path, monkeypatch)
+        with TensorRTRunner(made_plan(tmp_path, request.param)) as opened:
+            yield opened
+        return
     with MAKERS[request.param]() as opened:
         yield opened
 

@@ -29,7 +29,11 @@ from ditas_export.errors import EngineError
 from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
-from ditas_export.onnx_export.external_data import require_external_data, sha256_of_onnx
+from ditas_export.onnx_export.external_data import (
+    plain_files,
+    require_external_data,
+    sha256_of_onnx,
+)
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 
@@ -151,9 +155,10 @@ def needs_expansion(path: Path, layout: Layout | None) -> bool:
 
 @contextlib.contextmanager
 def _in_layout(path: Path, layout: Layout | None) -> Iterator[Path]:
-    """Yield a file in the layout asked for: the file itself, or its expansion for a while."""
+    """Yield a file in the layout asked for, as parsers take it: itself, or another for a while."""
     if not needs_expansion(path, layout):
-        yield path
+        with plain_files(path) as plain:
+            yield plain
         return
     with tempfile.TemporaryDirectory() as folder:
         expanded = Path(folder) / path.name
