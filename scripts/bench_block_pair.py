@@ -114,13 +114,12 @@ def main() -> None:
     )
     print(f"{cpu_facts()}, {args.threads} threads, python {platform.python_version()}, "
           f"onnxruntime {metadata.version('onnxruntime')}")  # fmt: skip
-    print("\n| form | median ms | times the float file's speed (min-max of rounds) | best against "
-          "best | MiB |")  # fmt: skip
-    print("|---|---|---|---|---|")
+    print("\n| form | ms | speed | lowest | highest | best | MiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, values in times.items():
         ratios = [reference / value for reference, value in zip(base, values, strict=True)]
         size = f"{sizes[name] / 2**20:.1f}" if name in sizes else ""
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        spread = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
         best = f"{min(base) / min(values):.2f}"
         print(f"| {name} | {1e3 * statistics.median(values):.1f} | {spread} | {best} | {size} |")
     for ranges in ("token", "static"):

@@ -128,10 +128,9 @@ def print_table(curve: Curve) -> None:
     print(f"\n| {curve.axis} | " + " | ".join(map(str, curve.points)) + " |")
     print("|---|" + "---:|" * len(curve.points))
     for name, values in curve.milliseconds.items():
-        cells = [f"{values[0]:.0f}"]
         grown = exponents(curve.points, values)
-        cells += [f"{v:.0f} ({e:.2f})" for v, e in zip(values[1:], grown, strict=True)]
-        print(f"| {name}, ms | {' | '.join(cells)} |")
+        print(f"| {name}, ms | {' | '.join(f'{value:.0f}' for value in values)} |")
+        print(f"| {name}, exponent | | {' | '.join(f'{value:.2f}' for value in grown)} |")
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import statistics
 import sys
 import tempfile
@@ -114,16 +115,15 @@ def main() -> None:
     )
     print(f"DiT-XL/2 with {args.depth} blocks, {config.num_tokens} tokens a row, rank {RANK}")
     print(f"{cpu_facts()}, {args.threads} threads, {versions}\n")
-    print("| form | " + " | ".join(f"{batch} rows: ms | speed" for batch in args.batch) + " |")
-    print("|---|" + "---:|" * (2 * len(args.batch)))
-    for name in openers:
-        cells = []
-        for batch in args.batch:
-            values = times[name, batch]
-            ratios = [a / b for a, b in zip(times[BASE, batch], values, strict=True)]
-            cells.append(f"{1e3 * statistics.median(values):.0f}")
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        print(f"| {name} | {' | '.join(cells)} |")
+    print("| form | rows | ms | speed | lowest | highest |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for batch, name in itertools.product(args.batch, openers):
+        values = times[name, batch]
+        ratios = [a / b for a, b in zip(times[BASE, batch], values, strict=True)]
+        print(
+            f"| {name} | {batch} | {1e3 * statistics.median(values):.0f} "
+            f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |"
+        )
 
 
 def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:

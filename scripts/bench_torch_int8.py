@@ -137,14 +137,14 @@ def main() -> None:
         times = time_forms(forms, batch, args.rounds, args.runs, args.device)
         for name, values in times.items():
             ratios = [base / value for base, value in zip(times[BASE], values, strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            spread = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
             rows.append(f"| {batch} | {name} | {statistics.median(values):.2f} | {spread} |")
     print(f"\nDiT-XL/2 cut to {args.depth} blocks, rows of 256 tokens, {args.ranges} ranges, "
           f"rank {RANK}, {args.dtype} side")  # fmt: skip
     print(f"{hardware(args.device, args.threads)}, python {platform.python_version()}, "
           f"torch {torch.__version__}")  # fmt: skip
-    print(f"\n| rows | form | median ms | times the speed of `{BASE}` (min-max of rounds) |")
-    print("|---|---|---|---|")
+    print(f"Speed in times that of `{BASE}`\n\n| rows | form | ms | speed | lowest | highest |")
+    print("|---:|---|---:|---:|---:|---:|")
     print("\n".join(rows))
 
 
