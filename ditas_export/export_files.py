@@ -19,9 +19,9 @@ from ditas_export.diffusion.classes import parse_classes
 from ditas_export.errors import ArtifactError, DitasExportError
 from ditas_export.evaluation.kept_parts import KeptParts
 from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
-from ditas_export.export_job import DTYPES, ExportJob, Solved, device_of, digest_of
+from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import manifest_of, versions
-from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.export import FLOAT_TYPES, export_onnx, export_reference
 from ditas_export.onnx_export.external_data import (
     install,
     remove_other_data,
@@ -82,7 +82,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     }
     folder = job.work.part("written", digest_of(facts))
     candidate, kept_manifest = folder / options.output.name, folder / "manifest.json"
-    folded = fold_smoothing(quantized, dtype=DTYPES[options.float_side])
+    folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[options.float_side])
     job.on_progress("export", 0, 1)
     with job.timings.part("export"):
         _forget_what_is_gone(options, candidate, kept_manifest)

@@ -16,14 +16,8 @@ from ditas_export.distributed import Ranks
 from ditas_export.dit.checkpoint import LoadedDiT
 from ditas_export.errors import CalibrationError
 from ditas_export.job_files import WorkFolder
-from ditas_export.options import ExportOptions, Precision
+from ditas_export.options import ExportOptions
 from ditas_export.timings import Timings
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it, and how much there is in all."""

@@ -42,7 +42,8 @@ from ditas_export.dit.identity import ModelIdentity
 from ditas_export.errors import ArtifactError, CheckpointError
 from ditas_export.evaluation.verify import Verification
 from ditas_export.export_files import write_or_keep
-from ditas_export.export_job import DTYPES, ExportJob, OnProgress, Solved, device_of, digest_of
+from ditas_export.export_job import ExportJob, OnProgress, Solved, device_of, digest_of
+from ditas_export.onnx_export.export import FLOAT_TYPES
 from ditas_export.options import (
     CFG_SCALE,
     FAST_WALK_TOKENS,
@@ -91,7 +92,7 @@ def export(
     ranks.first(lambda: check_files(options))
     loaded = _load(options, ranks)
     ranks.together(lambda: device_of(options))
-    ranks.first(lambda: check_model(options, loaded.model, DTYPES[options.float_side]))
+    ranks.first(lambda: check_model(options, loaded.model, FLOAT_TYPES[options.float_side]))
     say(f"model: {loaded.source}")
     for note in loaded.notes:
         say(f"  {note}")

@@ -256,7 +256,9 @@ def write_linear(
     graph = ir.Graph([x], [], nodes=[anchor], name="linear", opset_imports={"": 21})
     place = Subgraph(anchor, "linear")
     parts = [x] if inputs == 1 else place.split(x, inputs)
-    form = choose_form(linear, ranges=ranges, **choice)
+    form = choose_form(
+        has_branch=linear.low_rank is not None, dtype=linear.bias.dtype, ranges=ranges, **choice
+    )
     made = lower_linear(place, parts, linear, form, layout=layout, ranges=ranges, outputs=outputs)
     y = made[0] if outputs == 1 else place.node("Concat", made, name="Whole", axis=-1)
     graph.remove(anchor)

@@ -305,7 +305,7 @@ def test_the_form_that_is_chosen(
     settings: dict[str, Any], rank: int, dtype: torch.dtype, form: str, bias_rank: int
 ) -> None:
     asked: dict[str, Any] = {"ranges": "token", "activation_bits": 8, "splits_output": False}
-    choice = choose_form(folded_linear(K, rank=rank, dtype=dtype), **asked | settings)
+    choice = choose_form(has_branch=rank > 0, dtype=dtype, **asked | settings)
     assert (choice.form, choice.bias_rank) == (form, bias_rank)
     assert choice.reason
 

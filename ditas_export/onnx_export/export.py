@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,9 +21,10 @@ from ditas_export.file_signs import why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
-from ditas_export.onnx_export.form import ActivationCodes, FileForm, Layout
+from ditas_export.onnx_export.form import FileForm, Layout
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
-from ditas_export.onnx_export.lowering import Choice, choose_form, lower_linear
+from ditas_export.onnx_export.lowered import record_linears
+from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
@@ -35,6 +36,13 @@ CONFIG_KEY = "ditas_export.config"
 IDENTITY_KEY = "ditas_export.identity"
 FORM_KEY = "ditas_export.form"
 REASONS_KEY = "ditas_export.linear_forms"
+
+FLOAT_TYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""Float types of a file."""
 
 LARGEST_INLINE_BYTES = 2**31 - 2**24
 """Tensors beyond this go to a file of their own: protobuf holds 2 GiB, nodes included."""
@@ -70,16 +78,13 @@ def export_onnx(
     float_type = _float_type(folded.dtype)
     require_writable(path)
     parameters = folded.float_parameters
-    choices = {
-        module: choose_form(
-            linear,
-            ranges=ranges,
-            activation_bits=folded.activation_bits,
-            splits_output=module.endswith("attn.qkv"),
-            target=target,
-        )
-        for module, linear in folded.linears.items()
-    }
+    choices = choose_forms(
+        {module: linear.low_rank is not None for module, linear in folded.linears.items()},
+        dtype=folded.dtype,
+        ranges=ranges,
+        activation_bits=folded.activation_bits,
+        target=target,
+    )
 
     def lower(
         graph: Subgraph, module: str, inputs: Sequence[ir.Value], outputs: int
@@ -100,11 +105,13 @@ def export_onnx(
             return [lower_weight_only_linear(graph, x, folded.adaln[module], bias)]
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
-    codes = _activation_codes(folded.activation_bits, choices.values())
+    codes = activation_codes(folded.activation_bits, choices.values())
     model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if target == "portable" and folded.activation_bits == 8:
+        record_linears(model, folded.linears)
     form = FileForm(
         float_type=float_type,
         weight_bits=next(iter(folded.linears.values())).weight.bits,
@@ -116,24 +123,17 @@ def export_onnx(
         target=target,
     )
     describe(model, folded.identity, form)
-    model.metadata_props[REASONS_KEY] = json.dumps(_reasons(choices), sort_keys=True)
+    record_choices(model, choices)
     save_model(model, path)
 
 
-def _reasons(choices: Mapping[str, Choice]) -> dict[str, dict[str, str]]:
-    """Return why linears are in the form they are in: form, and reason by kind of linear."""
+def record_choices(model: ir.Model, choices: Mapping[str, Choice]) -> None:
+    """Write why linears are in the form they are in: form, and reason by kind of linear."""
     reasons: dict[str, dict[str, str]] = {}
     for module, choice in choices.items():
         kind = ".".join(module.split(".")[2:])  # of blocks.N.attn.qkv, attn.qkv
         reasons.setdefault(choice.form, {})[kind] = choice.reason
-    return reasons
-
-
-def _activation_codes(activation_bits: int, choices: Collection[Choice]) -> ActivationCodes | None:
-    """Return "uint8" where all linears are joined with their branches, None for float."""
-    if activation_bits == 16:
-        return None
-    return "uint8" if all(choice.form == "joined" for choice in choices) else "int8"
+    model.metadata_props[REASONS_KEY] = json.dumps(reasons, sort_keys=True)
 
 
 def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:
@@ -357,11 +357,7 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 def _float_type(dtype: torch.dtype) -> Precision:
     """Return "fp32", "fp16" or "bf16"."""
-    names: dict[torch.dtype, Precision] = {
-        torch.float32: "fp32",
-        torch.float16: "fp16",
-        torch.bfloat16: "bf16",
-    }
-    if dtype not in names:
-        raise OnnxExportError(f"an ONNX file is written in fp32, fp16 or bf16, not {dtype}")
-    return names[dtype]
+    for name, known in FLOAT_TYPES.items():
+        if dtype == known:
+            return name
+    raise OnnxExportError(f"an ONNX file is written in fp32, fp16 or bf16, not {dtype}")

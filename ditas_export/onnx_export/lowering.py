@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
+import torch
 
 from ditas_export.calibration.fold import FoldedLinear
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.form import Layout
+from ditas_export.onnx_export.form import ActivationCodes, Layout
 from ditas_export.onnx_export.forms.floats import lower_with_float_activations
 from ditas_export.onnx_export.forms.joined import lower_joined
 from ditas_export.onnx_export.forms.portable import lower_cut, lower_portable
@@ -34,8 +35,9 @@ class Choice:
 
 
 def choose_form(
-    linear: FoldedLinear,
     *,
+    has_branch: bool,
+    dtype: torch.dtype,
     ranges: Ranges,
     activation_bits: int,
     splits_output: bool,
@@ -49,15 +51,15 @@ def choose_form(
     two.
 
     Args:
-        linear: what is to be written.
+        has_branch: the linear has low-rank factors.
+        dtype: of the float side.
         ranges: of the activations.
         activation_bits: 8, or 16 for float activations.
         splits_output: the output is cut into parts, as qkv's is.
         target: the runtime whose form to write, where they differ.
     """
-    has_branch = linear.low_rank is not None
     static = ranges == "static"
-    own_form = in_onnxruntime_form(target, linear.bias.dtype)
+    own_form = in_onnxruntime_form(target, dtype)
     if activation_bits == 16:
         return Choice(
             form="float activations",
@@ -87,6 +89,35 @@ def choose_form(
         reason="every runtime takes it, and none has a better one of this linear",
         bias_rank=3 if own_form or (static and not has_branch) else 1,
     )
+
+
+def choose_forms(
+    branches: Mapping[str, bool],
+    *,
+    dtype: torch.dtype,
+    ranges: Ranges,
+    activation_bits: int,
+    target: Target = "portable",
+) -> dict[str, Choice]:
+    """Return the form of every linear, by module path; `branches` says which have factors."""
+    return {
+        module: choose_form(
+            has_branch=has_branch,
+            dtype=dtype,
+            ranges=ranges,
+            activation_bits=activation_bits,
+            splits_output=module.endswith("attn.qkv"),
+            target=target,
+        )
+        for module, has_branch in branches.items()
+    }
+
+
+def activation_codes(activation_bits: int, choices: Iterable[Choice]) -> ActivationCodes | None:
+    """Return "uint8" where all linears are joined with their branches, None for float."""
+    if activation_bits == 16:
+        return None
+    return "uint8" if all(choice.form == "joined" for choice in choices) else "int8"
 
 
 def lower_linear(

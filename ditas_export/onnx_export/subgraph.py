@@ -32,6 +32,11 @@ class Subgraph:
         self._before = before
         self._path = path
 
+    @property
+    def before(self) -> ir.Node:
+        """The node that all is put before."""
+        return self._before
+
     def below(self, name: str) -> Subgraph:
         """Return the same place under the path `<path>/<name>`."""
         return Subgraph(self._before, f"{self._path}/{name}")

@@ -1,0 +1,142 @@
+"""A portable file in the form of another target: the same integers, another graph.
+
+Every quantized linear gives way to a placeholder again. What the target writes otherwise is written
+from the integers that are read back; what it writes alike comes back as it was. But for metadata
+the file is the one that `export_onnx` writes for that target from the same quantized model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from ditas_export.calibration.modules import in_onnxruntime_form
+from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.sites import linear_sites
+from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.export import (
+    CONFIG_KEY,
+    FLOAT_TYPES,
+    FORM_KEY,
+    file_metadata,
+    lower_placeholders,
+    read_form,
+    record_choices,
+    record_form,
+    save_model,
+)
+from ditas_export.onnx_export.external_data import load_mapped
+from ditas_export.onnx_export.form import FileForm
+from ditas_export.onnx_export.lowered import LINEARS_KEY, lowered_linears, read_linear
+from ditas_export.onnx_export.lowering import (
+    Choice,
+    activation_codes,
+    choose_forms,
+    lower_linear,
+)
+from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
+from ditas_export.onnx_export.subgraph import Subgraph
+
+
+def relower(source: Path, path: Path, target: Literal["onnxruntime", "tensorrt"]) -> None:
+    """Write a portable file in another target's form; float type, ranges and layout stay.
+
+    Args:
+        source: written by `export_onnx` for the target "portable".
+        path: the file to write; its interface is the source's.
+        target: the runtime whose form to write.
+
+    Raises:
+        OnnxExportError: no such file, see `require_relowerable`, or a graph that was changed.
+        ArtifactError: the file cannot be written.
+    """
+    require_relowerable(source)
+    model = load_mapped(source)
+    relower_model(model, target)
+    ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
+    save_model(model, path)
+
+
+def can_relower(path: Path) -> bool:
+    """Return whether `relower` takes a file; see `require_relowerable`."""
+    try:
+        require_relowerable(path)
+    except OnnxExportError:
+        return False
+    return True
+
+
+def require_relowerable(path: Path) -> None:
+    """Refuse a file that cannot be written in another form.
+
+    Raises:
+        OnnxExportError: the float model, another target's form, or a portable file of an earlier
+            version, which does not state all that it takes.
+    """
+    form, metadata = read_form(path), file_metadata(path)
+    if not form.is_quantized or form.target != "portable":
+        raise OnnxExportError(
+            f"{path} holds {f'the form for {form.target}' if form.target else 'a float model'}; "
+            f"only a portable file (--target portable) can be written in another form"
+        )
+    if form.activation_bits == 8 and LINEARS_KEY not in metadata:
+        raise OnnxExportError(
+            f"{path} was written by an earlier version, and does not state what other forms take; "
+            f"export it again"
+        )
+
+
+def relower_model(model: ir.Model, target: Literal["onnxruntime", "tensorrt"]) -> None:
+    """Turn the model of a portable file into another target's form, in place; see `relower`.
+
+    Raises:
+        OnnxExportError: a graph that is not as `export_onnx` wrote it.
+    """
+    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
+    config = DiTConfig.from_dict(json.loads(model.metadata_props[CONFIG_KEY]))
+    assert form.activation_bits is not None  # a quantized file's form has them
+    assert form.layout is not None
+    lowered = lowered_linears(model.graph, [site.name for site in linear_sites(config.depth)])
+    dtype, ranges = FLOAT_TYPES[form.float_type], form.ranges or "token"
+    was, choices = (
+        choose_forms(
+            {module: each.has_branch for module, each in lowered.items()},
+            dtype=dtype,
+            ranges=ranges,
+            activation_bits=form.activation_bits,
+            target=each,
+        )
+        for each in ("portable", target)
+    )
+    facts = json.loads(model.metadata_props.pop(LINEARS_KEY, "{}"))
+    layout = form.layout
+
+    def lower(
+        graph: Subgraph, module: str, inputs: Sequence[ir.Value], outputs: int
+    ) -> Sequence[ir.Value]:
+        if _is_alike(was[module], choices[module]):
+            (x,) = inputs
+            return [lowered[module].put_back(graph.before, x)]
+        linear = read_linear(lowered[module], facts.get(module, {}))
+        return lower_linear(
+            graph, inputs, linear, choices[module], layout=layout, ranges=ranges, outputs=outputs
+        )
+
+    for each in lowered.values():
+        each.take_out()
+    codes = activation_codes(form.activation_bits, choices.values())
+    if in_onnxruntime_form(target, dtype):
+        to_onnxruntime_form(model, config, in_parts=codes == "uint8")
+    lower_placeholders(model, lower)
+    record_form(model, dataclasses.replace(form, target=target, activation_codes=codes))
+    record_choices(model, choices)
+
+
+def _is_alike(one: Choice, other: Choice) -> bool:
+    """Return whether two choices write the same nodes."""
+    return (one.form, one.bias_rank) == (other.form, other.bias_rank)
