@@ -245,7 +245,10 @@ def save_tensors(
     # One entry: safetensors writes several in no fixed order, and the bytes are to be the same.
     metadata = {file_format: json.dumps(header, sort_keys=True, allow_nan=False)}
     with atomic_path(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask has it; safetensors 0.8 makes it 0600
         save_file(contiguous, partial, metadata=metadata)
+        partial.chmod(mode)
 
 
 def load_tensors(

@@ -87,6 +87,8 @@ def test_tensors_and_header_come_back(tmp_path: Path) -> None:
     loaded, header = load_tensors(path, file_format="kind 1")
     assert header == {"a": None, "b": [1, 2]}
     assert all(torch.equal(tensors[name], loaded[name]) for name in tensors)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others of a team read it
 
 
 def test_a_file_of_another_kind_or_version_is_named(tmp_path: Path) -> None:
