@@ -310,6 +310,7 @@ def test_hints_say_what_nothing_records(tmp_path: Path, state: State) -> None:
         ({"betas": "sigmoid"}, "expected NAME[,START,END[,STEPS]], NAME one of linear, scaled"),
         ({"betas": "linear,1"}, "--betas linear,1; expected NAME[,START,END[,STEPS]]"),
         ({"betas": "linear,a,b"}, "--betas linear,a,b; expected NAME[,START,END[,STEPS]]"),
+        ({"betas": "linear,nan,0.02"}, "--betas linear,nan,0.02; expected NAME[,START"),
         ({"betas": "squaredcos_cap_v2,0.1,0.2"}, "START and END empty for the last"),
         ({"betas": "scaled_linear"}, "scaled_linear has no usual ends; add START,END"),
         ({"betas": "linear,0.02,0.0001"}, "betas from 0.02 to 0.0001; expected"),

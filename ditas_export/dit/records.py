@@ -7,6 +7,7 @@ stands. Two facts of one field that differ are an error that names both.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -112,7 +113,9 @@ def _facts_of_betas(text: str) -> dict[str, Fact]:
         steps = [int(part) for part in rest[2:]]
     except ValueError:
         raise CheckpointError(expected) from None
-    if len(ends) == 1 or (name == "squaredcos_cap_v2" and ends):
+    if len(ends) == 1 or not all(map(math.isfinite, ends)):
+        raise CheckpointError(expected)
+    if name == "squaredcos_cap_v2" and ends:
         raise CheckpointError(expected)
     if name == "scaled_linear" and not ends:
         raise CheckpointError(f"--betas {text}: scaled_linear has no usual ends; add START,END")
