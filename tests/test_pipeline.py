@@ -133,11 +133,13 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     ]
     assert sum(manifest["bytes_by_part"].values()) < asked.output.stat().st_size
     assert manifest["versions"]["onnxruntime"] == onnxruntime.__version__
-    for found, expected in zip(
-        result.verification.final_db, result.verification.fake_quant_final_db, strict=True
+    assert result.verification.file is not None
+    assert result.verification.file.bare_session_db is not None
+    for found, bare in zip(
+        result.verification.final_db, result.verification.file.bare_session_db, strict=True
     ):
-        # Rounding ties only; a random model amplifies them more than a trained one.
-        assert abs(found - expected) < 1.0
+        # Two forms of the same integers; the branch's inner product is rounded in ours.
+        assert abs(found - bare) < 2.0
 
 
 def test_every_stage_reports_its_end(exported: Exported) -> None:

@@ -68,21 +68,17 @@ def test_an_expanded_file_is_taken_too(tmp_path: Path) -> None:
     assert without_metadata(tmp_path / "relowered.onnx") == without_metadata(wanted)
 
 
+def changed(path: Path) -> None:
+    model = onnx.load(str(exported()))
+    next(node for node in model.graph.node if node.op_type == "Softmax").attribute[0].i = 1
+    onnx.save(model, str(path))
+
+
 def without_linears(path: Path) -> None:
     model = onnx.load(str(exported()))
     kept = [entry for entry in model.metadata_props if entry.key != LINEARS_KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
-    onnx.save(model, str(path))
-
-
-def with_another_node(path: Path) -> None:
-    """Something else reads the middle of a linear."""
-    model = onnx.load(str(exported()))
-    (node,) = (node for node in model.graph.node if node.name == "blocks.1.mlp.fc1/MatMul")
-    twice = onnx.helper.make_node("Neg", [node.output[0]], ["negated"], name="Negated")
-    model.graph.node.insert(list(model.graph.node).index(node) + 1, twice)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("negated", 1, None))
     onnx.save(model, str(path))
 
 
@@ -101,13 +97,13 @@ def with_facts(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: shutil.copy(exported_reference(), path), "a float model; only a porta"),
+        (lambda path: shutil.copy(exported_reference(), path), "it holds a float model"),
         (
             lambda path: shutil.copy(exported(target="tensorrt"), path),
             "form for tensorrt; only",
         ),
-        (without_linears, "by an earlier version, .* export it again"),
-        (with_another_node, r"no linear blocks\.1\.mlp\.fc1 of one input and one output"),
+        (without_linears, "an earlier version wrote it, .*; export it again"),
+        (changed, "its graph was changed since it was exported"),
         (
             with_facts(divisor=[3]),
             r"0\.attn\.proj cannot be read back .*do not fit",

@@ -35,7 +35,13 @@ SETTINGS = VerificationSettings(seeds=(0, 1), classes=(1, 2), steps=3)
 
 def verification(*final_db: float, match_db: float = 60.0, **changes: Any) -> Verification:
     file = FileFindings(
-        match_db=match_db, single_step_db=30.0, final_db=final_db, kernels={}, runtime="a runtime"
+        match_db=match_db,
+        runner_match_db=None,
+        single_step_db=30.0,
+        final_db=final_db,
+        kernels={},
+        runner_kernels=None,
+        runtime="a runtime",
     )
     return Verification(
         file=replace(file, **changes),
@@ -155,7 +161,7 @@ def test_an_overflow_of_a_half_precision_file_is_named(tmp_path: Path) -> None:
     assert found.matches is False
     assert found.file is not None
     assert found.file.not_finite is not None
-    assert "time step 999, image 0, 1" in found.file.not_finite
+    assert "time step 999: PyTorch" in found.file.not_finite
     assert "use bf16 or fp32" in found.file.not_finite
     json.dumps(found.to_dict(), allow_nan=False)
 

@@ -1,6 +1,8 @@
 """The proof after an export: the file, reloaded, against the fake-quantized and the float model.
 
-All three sample with the same noise and see the same x_t. One backend runs at a time: idle
+A portable file is held against the fake-quantized forward of two forms: its own, which a session of
+ONNX Runtime runs, and the one that our runners write from it. All that sample do so with the same
+noise, and all are probed at the same x_t. One backend runs at a time: idle
 onnxruntime sessions keep their threads spinning. ONNX Runtime runs the file; it has no bfloat16
 kernels on CPUs, so a bfloat16 file runs in OpenVINO, and not at all where that is not installed.
 """
@@ -72,10 +74,12 @@ class VerificationSettings:
 class FileFindings:
     """What the file gave; SNR in dB."""
 
-    match_db: float  # against the fake-quantized forward, worst of the probed steps
-    single_step_db: float  # against float at the same x_t, over all probes
-    final_db: tuple[float, ...]  # against float, final latents, per seed
-    kernels: Mapping[str, int]  # onnxruntime kernel -> linears; empty in another runtime
+    match_db: float  # as it is, against the fake-quantized forward, worst of the probed steps
+    runner_match_db: float | None  # the same of our runners' form; None where that is the file's
+    single_step_db: float  # our runner against float at the same x_t, over all probes
+    final_db: tuple[float, ...]  # our runner against float, final latents, per seed
+    kernels: Mapping[str, int]  # onnxruntime kernel -> linears, as it is; empty in another runtime
+    runner_kernels: Mapping[str, int] | None  # the same of our runners' form
     runtime: str
     not_finite: str | None = None  # where it put out NaN or infinity, and the remedy
     bare_session_db: tuple[float, ...] | None = None  # final_db of an `InferenceSession` as it is
@@ -88,14 +92,17 @@ class Verification:
     file: FileFindings | None  # None where no runtime that is installed takes its float type
     match_bound_db: float  # least match_db that is accepted
     fake_quant_single_step_db: float  # fake-quantized against float, over all probes
-    fake_quant_final_db: tuple[float, ...]  # fake-quantized against float, per seed
+    fake_quant_final_db: tuple[float, ...] | None  # the same per seed, where the file was not run
     settings: VerificationSettings
     fake_quant_not_finite: str | None = None  # where the fake-quantized forward was not, and why
 
     @property
     def matches(self) -> bool | None:
         """Whether the file computes what was calibrated; None if it was not run."""
-        return None if self.file is None else self.file.match_db >= self.match_bound_db
+        if self.file is None:
+            return None
+        found = (self.file.match_db, self.file.runner_match_db)
+        return all(db >= self.match_bound_db for db in found if db is not None)
 
     @property
     def single_step_db(self) -> float:
@@ -105,7 +112,10 @@ class Verification:
     @property
     def final_db(self) -> tuple[float, ...]:
         """SNR of the final latents of the same against float, per seed."""
-        return self.fake_quant_final_db if self.file is None else self.file.final_db
+        if self.file is not None:
+            return self.file.final_db
+        assert self.fake_quant_final_db is not None  # sampled where the file was not
+        return self.fake_quant_final_db
 
     @property
     def mean_final_db(self) -> float:
@@ -146,19 +156,22 @@ class Verification:
         return {
             "matches_fake_quantized_forward": self.matches,
             "match_db": file and finite_or_none(file.match_db),
+            "runner_match_db": file
+            and file.runner_match_db
+            and finite_or_none(file.runner_match_db),
             "match_bound_db": self.match_bound_db,
             "single_step_snr_db": file and finite_or_none(file.single_step_db),
             "final_latents_snr_db": file and [finite_or_none(value) for value in file.final_db],
             "final_latents_snr_db_mean": file and finite_or_none(self.mean_final_db),
             "fake_quantized_single_step_snr_db": finite_or_none(self.fake_quant_single_step_db),
-            "fake_quantized_final_latents_snr_db": [
-                finite_or_none(value) for value in self.fake_quant_final_db
-            ],
+            "fake_quantized_final_latents_snr_db": self.fake_quant_final_db
+            and [finite_or_none(value) for value in self.fake_quant_final_db],
             "not_finite": self.not_finite,
             "bare_session_final_latents_snr_db": file
             and file.bare_session_db
             and [finite_or_none(value) for value in file.bare_session_db],
             "kernels": file and dict(file.kernels),
+            "runner_kernels": file and file.runner_kernels and dict(file.runner_kernels),
             "runtime": file and file.runtime,
             "seeds": list(self.settings.seeds),
             "classes": list(self.settings.classes),
@@ -168,13 +181,20 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Run:
-    """What one backend gave."""
+class _Probed:
+    """What one backend gave at the probed inputs."""
 
-    probes: list[Tensor]  # outputs at the probed inputs
-    finals: list[Tensor]  # final latents, one per seed
+    outputs: list[Tensor]
     runtime: str
-    not_finite: str | None = None  # why there are no numbers
+    not_finite: str | None  # why there are no numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sampled:
+    """What one backend sampled."""
+
+    finals: list[Tensor]  # final latents, one per seed
+    not_finite: str | None
 
 
 def verify_file(
@@ -183,14 +203,15 @@ def verify_file(
     path: Path,
     settings: VerificationSettings,
     *,
+    fake_quantized_fastest: DiT | None = None,
     weight_only: bool = False,
     device: str | torch.device = "cpu",
     kept: KeptParts = KeptParts(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Sample with the float model, the fake-quantized model and the file, if it runs; compare.
+    """Sample with the float model and the file, if it runs; compare, and probe what it must be.
 
-    The two models stay on `device`; the file runs on the CPU. What is kept of an interrupted
+    The models stay on `device`; the file runs on the CPU. What is kept of an interrupted
     verification is not run again; where all is, the file need not be there.
 
     Args:
@@ -198,9 +219,10 @@ def verify_file(
         fake_quantized: what the file must compute, in the file's float type.
         path: the exported ONNX file.
         settings: seeds, classes, steps, guidance.
+        fake_quantized_fastest: what our runners must compute, where they run the file in a form of
+            another target.
         weight_only: whether the file has weight-only linears, whose float inputs an ONNX Runtime
-            session rounds to 8 bits unless it is told not to, as our runners tell it. Such a file
-            runs in a session as it is, too.
+            session rounds to 8 bits unless it is told not to, as our runners tell it.
         device: where the models compute.
         kept: where every seed of every model is kept, of these settings and models alone.
         on_step: called with (sampling steps done, in all).
@@ -211,9 +233,8 @@ def verify_file(
     """
     dtype = fake_quantized.pos_embed.dtype
     open_file = _file_opener(dtype)
-    bare = weight_only and dtype != torch.bfloat16
-    models = 2 + (open_file is not None) + bare
-    done, total = 0, models * len(settings.seeds) * settings.steps
+    differs = dtype != torch.bfloat16 and (weight_only or fake_quantized_fastest is not None)
+    done, total = 0, (2 + differs) * len(settings.seeds) * settings.steps
 
     def count(steps: int) -> None:
         nonlocal done
@@ -221,20 +242,33 @@ def verify_file(
         if on_step is not None:
             on_step(done, total)
 
+    def answers(name: str, model: DiT) -> _Probed:
+        return runs.probed(name, lambda: TorchRunner(model, device=device))
+
     runs = _Runs(settings=settings, kept=kept, count=count)
-    reference = runs.of("float", lambda: TorchRunner(float_model, device=device))
-    expected = runs.of("fake", lambda: TorchRunner(fake_quantized, device=device))
-    file = None
-    if open_file is not None:
-        file = _findings(path, open_file, runs, reference, expected)
-        if bare:
-            found = runs.of("bare", lambda: OnnxRuntimeRunner(path, session_entries=BARE_SESSION))
-            file = replace(file, bare_session_db=_per_seed(reference, found))
+    reference = runs.sampled("float", lambda: TorchRunner(float_model, device=device))
+    wanted, expected = answers("float", float_model), answers("fake", fake_quantized)
+    finals = file = None
+    if open_file is None:
+        fake = runs.sampled("fake", lambda: TorchRunner(fake_quantized, device=device))
+        finals = _per_seed(reference, fake)
+        expected = replace(expected, not_finite=fake.not_finite or expected.not_finite)
+    else:
+        file = _findings(path, open_file, runs, reference, wanted, expected)
+    if file is not None and fake_quantized_fastest is not None:
+        fastest = answers("fake-fastest", fake_quantized_fastest)
+        file = _of_two_forms(file, path, runs, expected, fastest)
+    if file is not None and differs:
+        entries = BARE_SESSION if weight_only else None
+        bare = runs.sampled(
+            "bare", lambda: OnnxRuntimeRunner(path, as_is=True, session_entries=entries)
+        )
+        file = replace(file, bare_session_db=_per_seed(reference, bare))
     return Verification(
         file=file,
         match_bound_db=MATCH_BOUND_DB[dtype],
-        fake_quant_single_step_db=_single_step(reference, expected),
-        fake_quant_final_db=_per_seed(reference, expected),
+        fake_quant_single_step_db=_single_step(wanted, expected),
+        fake_quant_final_db=finals,
         fake_quant_not_finite=expected.not_finite,
         settings=settings,
     )
@@ -251,42 +285,68 @@ def _findings(
     path: Path,
     open_file: Callable[[Path], FileRunner],
     runs: _Runs,
-    reference: _Run,
-    expected: _Run,
+    reference: _Sampled,
+    wanted: _Probed,
+    expected: _Probed,
 ) -> FileFindings:
-    """Run the file and hold it against the float and the fake-quantized run."""
-    found = runs.of("file", lambda: open_file(path))
-    is_onnxruntime = open_file is not OpenVINORunner
-    broken = found.not_finite or expected.not_finite
+    """Run the file and hold it against the float run and the fake-quantized answers."""
+    sampled = runs.sampled("file", lambda: open_file(path))
+    probed = runs.probed("file", lambda: open_file(path))
     kernels = runs.kept.take(
         "kernels",
-        lambda: Part(facts=_counted_kernels(path) if is_onnxruntime else {}),
+        lambda: Part(facts={} if open_file is OpenVINORunner else _counted_kernels(path)),
     )
-    pairs = zip(expected.probes, found.probes, strict=True)
-    match_db = -math.inf if broken else min(snr_db(wanted, got) for wanted, got in pairs)
     return FileFindings(
-        match_db=match_db,
-        single_step_db=_single_step(reference, found),
-        final_db=_per_seed(reference, found),
+        match_db=_match(expected, probed),
+        runner_match_db=None,
+        single_step_db=_single_step(wanted, probed),
+        final_db=_per_seed(reference, sampled),
         kernels=kernels.facts,
-        runtime=found.runtime,
-        not_finite=broken,
+        runner_kernels=None,
+        runtime=probed.runtime,
+        not_finite=sampled.not_finite or probed.not_finite or expected.not_finite,
     )
 
 
-def _counted_kernels(path: Path) -> dict[str, int]:
+def _of_two_forms(
+    file: FileFindings, path: Path, runs: _Runs, expected: _Probed, fastest: _Probed
+) -> FileFindings:
+    """Return the findings of a file that our runners run in another form: a match of either."""
+    as_is = runs.probed("as-is", lambda: OnnxRuntimeRunner(path, as_is=True))
+    ours = runs.probed("file", lambda: OnnxRuntimeRunner(path))
+    kernels = runs.kept.take(
+        "kernels-fastest", lambda: Part(facts=_counted_kernels(path, as_is=False))
+    )
+    return replace(
+        file,
+        match_db=_match(expected, as_is),
+        runner_match_db=_match(fastest, ours),
+        runner_kernels=kernels.facts,
+        not_finite=file.not_finite or as_is.not_finite or fastest.not_finite,
+    )
+
+
+def _match(expected: _Probed, found: _Probed) -> float:
+    """Return the worst SNR of the probed steps; −infinity where one is not finite."""
+    if expected.not_finite or found.not_finite:
+        return -math.inf
+    pairs = zip(expected.outputs, found.outputs, strict=True)
+    return min(snr_db(wanted, got) for wanted, got in pairs)
+
+
+def _counted_kernels(path: Path, *, as_is: bool = True) -> dict[str, int]:
     """Return ONNX Runtime's kernels of a file's products, in order of name, and how many each."""
-    return dict(sorted(Counter(matmul_kernels(path).values()).items()))
+    return dict(sorted(Counter(matmul_kernels(path, as_is=as_is).values()).items()))
 
 
-def _single_step(reference: _Run, other: _Run) -> float:
+def _single_step(reference: _Probed, other: _Probed) -> float:
     """Return the SNR over all probed steps."""
     if other.not_finite:
         return -math.inf
-    return snr_db(torch.cat(reference.probes), torch.cat(other.probes))
+    return snr_db(torch.cat(reference.outputs), torch.cat(other.outputs))
 
 
-def _per_seed(reference: _Run, other: _Run) -> tuple[float, ...]:
+def _per_seed(reference: _Sampled, other: _Sampled) -> tuple[float, ...]:
     """Return the SNR of the final latents, seed by seed."""
     return tuple(
         snr_db(wanted, got) for wanted, got in zip(reference.finals, other.finals, strict=True)
@@ -302,8 +362,8 @@ class _Runs:
     count: Callable[[int], None]
     inputs: list[ModelInputs] = field(default_factory=list)
 
-    def of(self, name: str, open_runner: Callable[[], Runner]) -> _Run:
-        """Sample every seed, then answer at the probed inputs; open the backend if need be."""
+    def sampled(self, name: str, open_runner: Callable[[], Runner]) -> _Sampled:
+        """Sample every seed; open the backend if need be."""
         parts: list[Part] = []
         with ExitStack() as stack:
             runner = cache(lambda: stack.enter_context(open_runner()))
@@ -311,21 +371,27 @@ class _Runs:
                 if found := self.kept.find(f"{name}-{seed}"):
                     self.count(self.settings.steps)
                 part = found or self.kept.take(
-                    f"{name}-{seed}", partial(self._sampled, runner, seed)
+                    f"{name}-{seed}", partial(self._trajectory, runner, seed)
                 )
                 parts.append(part)
                 self.inputs = self.inputs or _probed_inputs(part)
-            probed = self.kept.take(f"{name}-probes", partial(self._probed, runner))
-        outputs = [probed.tensors[str(index)] for index in range(len(self.inputs))]
-        facts = [part.facts for part in (*parts, probed)]
-        return _Run(
-            probes=outputs,
+        return _Sampled(
             finals=[part.tensors["final"] for part in parts],
-            runtime=probed.facts["runtime"],
-            not_finite=next((fact["not_finite"] for fact in facts if "not_finite" in fact), None),
+            not_finite=_first_not_finite(*parts),
         )
 
-    def _sampled(self, runner: Callable[[], Runner], seed: int) -> Part:
+    def probed(self, name: str, open_runner: Callable[[], Runner]) -> _Probed:
+        """Answer at the probed inputs; open the backend if need be."""
+        with ExitStack() as stack:
+            runner = cache(lambda: stack.enter_context(open_runner()))
+            part = self.kept.take(f"{name}-probes", partial(self._answers, runner))
+        return _Probed(
+            outputs=[part.tensors[str(index)] for index in range(len(self.inputs))],
+            runtime=part.facts["runtime"],
+            not_finite=_first_not_finite(part),
+        )
+
+    def _trajectory(self, runner: Callable[[], Runner], seed: int) -> Part:
         """Sample one seed; with its final latents goes what the very first run is probed at."""
         settings, probes = self.settings, []
         every = max(1, settings.steps // PROBES)
@@ -354,7 +420,7 @@ class _Runs:
         }
         return Part(tensors={"final": last, **gathered}, facts=facts)
 
-    def _probed(self, runner: Callable[[], Runner]) -> Part:
+    def _answers(self, runner: Callable[[], Runner]) -> Part:
         """Answer at the probed inputs."""
         facts: dict[str, Any] = {"runtime": runner().description}
         answers = {}
@@ -363,13 +429,18 @@ class _Runs:
                 answer = runner()(probe.latents, probe.timesteps, probe.class_labels)
             except NonFiniteError as error:
                 answer = torch.full((1,), torch.nan)
-                facts.setdefault("not_finite", str(error))
+                facts.setdefault("not_finite", f"time step {int(probe.timesteps[0])}: {error}")
             answers[str(index)] = answer
         return Part(tensors=answers, facts=facts)
 
 
 _PROBE_PARTS = ("latents", "timesteps", "class_labels")
 """What a probe is made of."""
+
+
+def _first_not_finite(*parts: Part) -> str | None:
+    """Return where the first of some parts put out NaN or infinity, None if none did."""
+    return next((part.facts["not_finite"] for part in parts if "not_finite" in part.facts), None)
 
 
 def _probed_inputs(part: Part) -> list[ModelInputs]:

@@ -12,6 +12,7 @@ import torch
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.export import read_form, record_form, save_model
 from ditas_export.onnx_export.external_data import load_mapped
+from ditas_export.onnx_export.lowered import GRAPH_KEY, digest_of_graph, record_graph
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
 
@@ -36,10 +37,13 @@ def expand(source: Path, target: Path) -> None:
         raise OnnxExportError(
             f"{source} holds no INT4 weights under INT8 activations; there is nothing to expand"
         )
+    is_whole = model.metadata_props.get(GRAPH_KEY) == digest_of_graph(model.graph)
     for chain in chains:
         expand_chain(model.graph, chain)
     ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
     record_form(model, dataclasses.replace(form, layout="int8"))
+    if is_whole:
+        record_graph(model)
     save_model(model, target)
 
 

@@ -110,7 +110,7 @@ def export_onnx(
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
-    if target == "portable" and folded.activation_bits == 8:
+    if target == "portable":
         record_linears(model, folded.linears)
     form = FileForm(
         float_type=float_type,

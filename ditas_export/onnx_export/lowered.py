@@ -7,6 +7,7 @@ round.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,15 +28,43 @@ from ditas_export.quantization.integer import IntegerWeight, LowRank
 LINEARS_KEY = "ditas_export.linears"
 """Metadata entry of a portable file: module path -> `static_range`, and `divisor` of a branch."""
 
+GRAPH_KEY = "ditas_export.graph"
+"""Metadata entry of a portable file: the hash of its nodes, by which a changed graph is known."""
+
 
 def record_linears(model: ir.Model, linears: Mapping[str, FoldedLinear]) -> None:
-    """State in a file what its graph does not hold of quantized linears."""
+    """State in a file what its graph does not hold of quantized linears, and which graph it is."""
     facts: dict[str, dict[str, Any]] = {}
     for module, linear in linears.items():
         facts[module] = {"static_range": linear.static_range}
         if linear.low_rank is not None:
             facts[module]["divisor"] = linear.low_rank.divisor.tolist()
     model.metadata_props[LINEARS_KEY] = json.dumps(facts, sort_keys=True)
+    record_graph(model)
+
+
+def record_graph(model: ir.Model) -> None:
+    """State in a file which graph it holds."""
+    model.metadata_props[GRAPH_KEY] = digest_of_graph(model.graph)
+
+
+def digest_of_graph(graph: ir.Graph) -> str:
+    """Return the hex SHA-256 of a graph's nodes: operators, names, attributes, connections."""
+    digest = hashlib.sha256()
+    for node in graph:
+        attributes = sorted((name, _written(value)) for name, value in node.attributes.items())
+        values = [
+            [None if value is None else value.name for value in each]
+            for each in (node.inputs, node.outputs)
+        ]
+        digest.update(f"{node.domain} {node.op_type} {node.name} {attributes} {values};".encode())
+    return digest.hexdigest()
+
+
+def _written(attribute: ir.Attr) -> str:
+    """Return an attribute's value as a file has it: floats in single precision."""
+    value = attribute.value
+    return str(np.float32(value)) if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

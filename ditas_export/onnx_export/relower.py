@@ -23,7 +23,6 @@ from ditas_export.onnx_export.export import (
     CONFIG_KEY,
     FLOAT_TYPES,
     FORM_KEY,
-    file_metadata,
     lower_placeholders,
     read_form,
     record_choices,
@@ -32,7 +31,13 @@ from ditas_export.onnx_export.export import (
 )
 from ditas_export.onnx_export.external_data import load_mapped
 from ditas_export.onnx_export.form import FileForm
-from ditas_export.onnx_export.lowered import LINEARS_KEY, lowered_linears, read_linear
+from ditas_export.onnx_export.lowered import (
+    GRAPH_KEY,
+    LINEARS_KEY,
+    digest_of_graph,
+    lowered_linears,
+    read_linear,
+)
 from ditas_export.onnx_export.lowering import (
     Choice,
     activation_codes,
@@ -42,8 +47,11 @@ from ditas_export.onnx_export.lowering import (
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.subgraph import Subgraph
 
+OtherTarget = Literal["onnxruntime", "tensorrt"]
+"""A target that has a form of its own."""
 
-def relower(source: Path, path: Path, target: Literal["onnxruntime", "tensorrt"]) -> None:
+
+def relower(source: Path, path: Path, target: OtherTarget) -> None:
     """Write a portable file in another target's form; float type, ranges and layout stay.
 
     Args:
@@ -52,51 +60,44 @@ def relower(source: Path, path: Path, target: Literal["onnxruntime", "tensorrt"]
         target: the runtime whose form to write.
 
     Raises:
-        OnnxExportError: no such file, see `require_relowerable`, or a graph that was changed.
+        OnnxExportError: no such file, or see `relower_model`.
         ArtifactError: the file cannot be written.
     """
-    require_relowerable(source)
+    read_form(source)  # says what is wrong with a file of another origin
     model = load_mapped(source)
     relower_model(model, target)
     ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
     save_model(model, path)
 
 
-def can_relower(path: Path) -> bool:
-    """Return whether `relower` takes a file; see `require_relowerable`."""
-    try:
-        require_relowerable(path)
-    except OnnxExportError:
-        return False
-    return True
+def why_not_relowerable(model: ir.Model) -> str | None:
+    """Return why a model of this package cannot be written in another form, None if it can.
 
-
-def require_relowerable(path: Path) -> None:
-    """Refuse a file that cannot be written in another form.
-
-    Raises:
-        OnnxExportError: the float model, another target's form, or a portable file of an earlier
-            version, which does not state all that it takes.
+    It is the float model, or in another target's form, or of an earlier version, which does not
+    state all that it takes, or a tool has changed its graph since it was written.
     """
-    form, metadata = read_form(path), file_metadata(path)
-    if not form.is_quantized or form.target != "portable":
-        raise OnnxExportError(
-            f"{path} holds {f'the form for {form.target}' if form.target else 'a float model'}; "
-            f"only a portable file (--target portable) can be written in another form"
-        )
-    if form.activation_bits == 8 and LINEARS_KEY not in metadata:
-        raise OnnxExportError(
-            f"{path} was written by an earlier version, and does not state what other forms take; "
-            f"export it again"
-        )
+    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
+    if not form.is_quantized:
+        return "it holds a float model, which has one form"
+    if form.target != "portable":
+        return f"it is in the form for {form.target}; only --target portable has all others in it"
+    if not {LINEARS_KEY, GRAPH_KEY} <= model.metadata_props.keys():
+        return "an earlier version wrote it, which does not state what other forms take"
+    if model.metadata_props[GRAPH_KEY] != digest_of_graph(model.graph):
+        return "its graph was changed since it was exported"
+    return None
 
 
-def relower_model(model: ir.Model, target: Literal["onnxruntime", "tensorrt"]) -> None:
+def relower_model(model: ir.Model, target: OtherTarget) -> None:
     """Turn the model of a portable file into another target's form, in place; see `relower`.
 
     Raises:
-        OnnxExportError: a graph that is not as `export_onnx` wrote it.
+        OnnxExportError: see `why_not_relowerable`, or a record that does not fit its linears.
     """
+    if reason := why_not_relowerable(model):
+        raise OnnxExportError(
+            f"this file cannot be written for {target}: {reason}; export it again"
+        )
     form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
     config = DiTConfig.from_dict(json.loads(model.metadata_props[CONFIG_KEY]))
     assert form.activation_bits is not None  # a quantized file's form has them
@@ -113,7 +114,8 @@ def relower_model(model: ir.Model, target: Literal["onnxruntime", "tensorrt"]) -
         )
         for each in ("portable", target)
     )
-    facts = json.loads(model.metadata_props.pop(LINEARS_KEY, "{}"))
+    facts = json.loads(model.metadata_props.pop(LINEARS_KEY))
+    del model.metadata_props[GRAPH_KEY]
     layout = form.layout
 
     def lower(

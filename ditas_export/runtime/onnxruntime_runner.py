@@ -19,11 +19,12 @@ import onnx_ir as ir
 
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.expand import expand_chain
-from ditas_export.onnx_export.external_data import load_mapped, plain_files, sha256_of_onnx
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.fastest_form import fastest_file, load_fastest
 from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
@@ -66,7 +67,7 @@ _SLOWER_WHEN_FUSED = "SkipLayerNormFusion"
 """Its kernel on CPUs takes six times as long as the Add and the LayerNormalization it is made of
 (1.3 ms against 0.2 ms for 512 tokens of width 1152; onnxruntime 1.31.1)."""
 
-_PREPARED_FORMAT = 1
+_PREPARED_FORMAT = 2
 """Of what `_prepare` writes; raised with every change of it, so that nothing earlier is found."""
 
 _MODEL_NAME = "model.onnx"
@@ -78,8 +79,12 @@ _PRODUCTS = ("MatMul", "QLinearMatMul", "Gemm", "FusedMatMul")
 class OnnxRuntimeRunner(ExportedFileRunner):
     """Runs an exported file; the session lives until the runner is closed.
 
+    On the CPU a portable file runs in the form of `--target onnxruntime`, written from the same
+    integers.
+
     Args:
         path: written by `export_onnx` or `export_reference`.
+        as_is: run the file's own graph all the same, as a session of its own would.
         threads: of one operator; None leaves the choice to ONNX Runtime.
         providers: execution providers, in order of preference.
         device_id: GPU of the providers that have one.
@@ -97,6 +102,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         self,
         path: Path,
         *,
+        as_is: bool = False,
         threads: int | None = None,
         providers: Sequence[str] = CPU,
         device_id: int = 0,
@@ -109,7 +115,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         self._kernels: Counter[str] | None = None
         self._entry: Entry | None = None
         if cache is not None and tuple(providers) == CPU:
-            self._entry = _prepared(path, Cache.at(cache), entries, sha256)
+            self._entry = _prepared(path, Cache.at(cache), entries, sha256, as_is=as_is)
         if cache is not None and providers[0] in GPU_BUILDERS:
             self._entry = _engines(path, Cache.at(cache), providers, device_id, sha256)
         folder = None if self._entry is None else self._entry.path
@@ -120,9 +126,9 @@ class OnnxRuntimeRunner(ExportedFileRunner):
             self._backend = _open_prepared(self._entry, options, source=path)
             self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
         else:
-            with plain_files(path) as plain:
+            with fastest_file(path, as_is=as_is or tuple(providers) != CPU) as file:
                 self._backend = open_session(
-                    plain, options, providers, device_id, source=path, own_options=own_options
+                    file, options, providers, device_id, source=path, own_options=own_options
                 )
         self._providers = ", ".join(self._backend.get_providers())
 
@@ -150,8 +156,10 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         return np.asarray(output)
 
 
-def matmul_kernels(path: Path) -> dict[str, str]:
+def matmul_kernels(path: Path, *, as_is: bool = True) -> dict[str, str]:
     """Return, for every matrix product of a file, the operator that ONNX Runtime's CPU runs.
+
+    Of the file's own form, or of the one that `OnnxRuntimeRunner` runs.
 
     Loads the file once and reads the optimized graph: "blocks.0.attn.qkv/MatMul" ->
     "MatMulIntegerToFloat" where the INT8 kernel runs, "MatMul" where it fell back to float.
@@ -162,13 +170,18 @@ def matmul_kernels(path: Path) -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        with plain_files(path) as plain:
-            _optimize(plain, optimized, {}, source=path)
+        with fastest_file(path, as_is=as_is) as file:
+            _optimize(file, optimized, {}, source=path)
         return _product_kernels(optimized)
 
 
 def _prepared(
-    path: Path, cache: Cache, session_entries: Mapping[str, str], sha256: str | None
+    path: Path,
+    cache: Cache,
+    session_entries: Mapping[str, str],
+    sha256: str | None,
+    *,
+    as_is: bool,
 ) -> Entry | None:
     """Return the cache's entry of a file, made now if need be; None if the cache takes nothing."""
     key = Key(
@@ -179,10 +192,13 @@ def _prepared(
             "format": _PREPARED_FORMAT,
             "onnxruntime": _onnxruntime().__version__,
             "entries": {**session_entries, **_KEEP_PACKED},
+            "as_is": as_is,
         },
         hash_source=lambda: sha256_of_onnx(path),
     )
-    return cache.entry(key, lambda folder: _prepare(path, folder / _MODEL_NAME, session_entries))
+    return cache.entry(
+        key, lambda folder: _prepare(path, folder / _MODEL_NAME, session_entries, as_is=as_is)
+    )
 
 
 def _engines(
@@ -215,7 +231,7 @@ def _open_prepared(entry: Entry, options: Any, *, source: Path) -> Any:
         ) from error
 
 
-def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> None:
+def _prepare(path: Path, target: Path, session_entries: Mapping[str, str], *, as_is: bool) -> None:
     """Write what a session of ONNX Runtime's CPU provider opens at once: nothing is left to make.
 
     INT4 chains are expanded here: ONNX Runtime's constant folding makes the same numbers in four
@@ -228,7 +244,7 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> No
     with tempfile.TemporaryDirectory(prefix="expanded-", dir=target.parent) as folder:
         expanded = Path(folder) / target.name
         try:
-            _write_expanded(path, expanded)
+            _write_expanded(path, expanded, as_is=as_is)
         except ValueError as error:  # such as a tensor that does not begin where one may
             reason = str(error).splitlines()[0]
             raise RunnerError(f"the tensors of {path} cannot be read: {reason}") from error
@@ -241,9 +257,9 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str]) -> No
     _forget_unaligned_packing(target)
 
 
-def _write_expanded(path: Path, target: Path) -> None:
-    """Write a file with its INT4 chains as INT8 rows and its tensors beside it."""
-    model = load_mapped(path)
+def _write_expanded(path: Path, target: Path, *, as_is: bool) -> None:
+    """Write a file in its form here, its INT4 chains as INT8 rows and its tensors beside it."""
+    model = load_fastest(path, as_is=as_is)
     for chain in list(int4_chains(model.graph)):
         expand_chain(model.graph, chain)
     ir.save(model, target, external_data=f"{target.name}.data")

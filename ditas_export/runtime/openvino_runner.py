@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
+from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
+from ditas_export.runtime.fastest_form import fastest_file
 from ditas_export.runtime.inputs import Feed
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
@@ -25,6 +26,9 @@ INSTALL = 'run: pip install "ditas-export[openvino]"'
 FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Setting under which weight-only linears keep float activations, as in the other backends; by
 itself OpenVINO rounds them to 8 bits."""
+
+_COMPILED_FORMAT = 2
+"""Of what is compiled; raised with every change of the graph that OpenVINO is given."""
 
 _BLOB_NAME = "model.blob"
 """The compiled model's name in its cache entry."""
@@ -54,8 +58,11 @@ class OpenVINORunner(ExportedFileRunner):
     results are those of the other backends. A file in bfloat16 keeps its type all the same, where
     the processor has it; `description` tells what was compiled.
 
+    A portable file runs in the form of `--target onnxruntime`, which OpenVINO runs faster too.
+
     Args:
         path: written by `export_onnx` or `export_reference`.
+        as_is: run the file's own graph all the same.
         threads: of inference; None leaves the choice to OpenVINO.
         precision: to ask for in the float parts, "f32", or "bf16" for speed.
         cache: folder that keeps the compiled model, so that the next start need not compile; None
@@ -71,6 +78,7 @@ class OpenVINORunner(ExportedFileRunner):
         self,
         path: Path,
         *,
+        as_is: bool = False,
         threads: int | None = None,
         precision: str = "f32",
         cache: Path | None = None,
@@ -82,9 +90,13 @@ class OpenVINORunner(ExportedFileRunner):
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._version = str(_openvino().__version__)
-        self._entry = None if cache is None else _compiled(path, Cache.at(cache), numeric, sha256)
+        self._entry = (
+            None
+            if cache is None
+            else _compiled(path, Cache.at(cache), numeric, sha256, as_is=as_is)
+        )
         self._backend = (
-            _Compiled(model=_compile(path, settings))
+            _Compiled(model=_compile(path, settings, as_is=as_is))
             if self._entry is None
             else _import(self._entry, settings, source=path)
         )
@@ -119,7 +131,7 @@ class OpenVINORunner(ExportedFileRunner):
 
 
 def _compiled(
-    path: Path, cache: Cache, numeric: Mapping[str, str], sha256: str | None
+    path: Path, cache: Cache, numeric: Mapping[str, str], sha256: str | None, *, as_is: bool
 ) -> Entry | None:
     """Return the cache's entry of a file, made now if need be; None if the cache takes nothing.
 
@@ -130,6 +142,8 @@ def _compiled(
         source=path,
         sha256=sha256 or sha256_of_onnx(path, hash_file=cache.hash_of_file),
         facts={
+            "format": _COMPILED_FORMAT,
+            "as_is": as_is,
             "openvino": _openvino().__version__,
             "settings": dict(numeric),
             "instructions": os.environ.get(_INSTRUCTIONS, ""),
@@ -138,16 +152,16 @@ def _compiled(
     )
 
     def make(folder: Path) -> None:
-        compiled = _compile(path, numeric)
+        compiled = _compile(path, numeric, as_is=as_is)
         (folder / _BLOB_NAME).write_bytes(compiled.export_model().getbuffer())
 
     return cache.entry(key, make)
 
 
-def _compile(path: Path, settings: Mapping[str, Any]) -> Any:
+def _compile(path: Path, settings: Mapping[str, Any], *, as_is: bool) -> Any:
     """Return the compiled model of a file."""
-    with plain_files(path) as plain, _refusals(path):
-        return _openvino().Core().compile_model(str(plain), "CPU", dict(settings))
+    with fastest_file(path, as_is=as_is) as file, _refusals(path):
+        return _openvino().Core().compile_model(str(file), "CPU", dict(settings))
 
 
 def _import(entry: Entry, settings: Mapping[str, Any], *, source: Path) -> _Compiled:
