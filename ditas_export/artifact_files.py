@@ -218,6 +218,10 @@ def _lock(handle: int, *, wait: bool) -> None:
             raise
 
 
+_CONTENT = "content_sha256"
+"""Entry of a header that `save_tensors` adds and `load_tensors` takes away."""
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -240,8 +244,12 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, file_format: str, header: Mapping[str, Any]
 ) -> None:
-    """Write one safetensors file whose metadata says what it is and holds `header` as JSON."""
+    """Write one safetensors file whose metadata says what it is and holds `header` as JSON.
+
+    The hash of tensors and header goes with them, by which damage is known.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {**header, _CONTENT: _content_sha256(contiguous, header)}
     # One entry: safetensors writes several in no fixed order, and the bytes are to be the same.
     metadata = {file_format: json.dumps(header, sort_keys=True, allow_nan=False)}
     with atomic_path(path) as partial:
@@ -262,7 +270,7 @@ def load_tensors(
         earlier: an earlier format that the caller reads as well.
 
     Raises:
-        ArtifactError: no such file, a truncated file, or a file of another kind.
+        ArtifactError: no such file, a truncated or a damaged file, or one of another kind.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -281,10 +289,19 @@ def load_tensors(
             header = json.loads(metadata[found])
             if not isinstance(header, dict):
                 raise ArtifactError(f"{path} is damaged: its header is no JSON object")
-            return tensors, header
     except (OSError, SafetensorError, ValueError) as error:
         reason = why_unreadable(path, error)
         raise ArtifactError(f"{path} is no readable {file_format} file: {reason}") from error
+    recorded = header.pop(_CONTENT, None)  # earlier versions wrote none
+    if recorded is not None and recorded != _content_sha256(tensors, header):
+        raise ArtifactError(f"{path} is damaged: it holds something else than was written")
+    return tensors, header
+
+
+def _content_sha256(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the hex SHA-256 of all that a safetensors file of this package holds."""
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(f"{sha256_of_tensors(tensors)} {text}".encode()).hexdigest()
 
 
 def differences(found: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:

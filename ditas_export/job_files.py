@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ditas_export.artifact_files import require_writable, sole_process
+from ditas_export.artifact_files import partial_path, require_writable, sole_process
 from ditas_export.errors import ArtifactError
 
 Kind = Callable[[Path], bool]
@@ -82,17 +82,24 @@ class JobFiles:
         """Refuse a working folder that is not one, and files of the job inside it."""
         folder = self.work_path
         files = {**self.inputs, **{output.what: output.path for output in self.outputs}}
+        reserved = {folder.resolve(), done_name(folder).resolve()}
+        reserved |= {partial_path(output.path).resolve() for output in self.outputs}
         for path in files.values():
+            if path.resolve() in reserved:
+                raise ArtifactError(
+                    f"{path} is the name of something that the job itself writes; name another"
+                )
             if folder.resolve() in path.resolve().parents:
                 raise ArtifactError(
                     f"{path} lies in {folder}, which is removed when the job is done; move it, or "
                     f"name another"
                 )
-        if os.path.lexists(folder) and not _is_work(folder):
-            raise ArtifactError(
-                f"{folder} is there already, and is no folder of unfinished work; delete it, or "
-                f"name another output"
-            )
+        for each in (folder, done_name(folder)):
+            if os.path.lexists(each) and not _is_work(each):
+                raise ArtifactError(
+                    f"{each} is there already, and is no folder of unfinished work; delete it, or "
+                    f"name another output"
+                )
         for suffix in ("states", "progress"):
             left = folder.with_suffix(f".{suffix}")
             if tensors_kind("ditas-export calibration")(left) or tensors_kind(
@@ -122,6 +129,9 @@ class JobFiles:
 _LOCK = "lock"
 _PARTS = re.compile(r"(lock|(sampled|solved|written)-[0-9a-f]{16})")
 """Names in a working folder."""
+
+_OWN_SUFFIXES = (".safetensors", ".json", ".data", ".partial", ".lock")
+"""Of the files in its parts, beside the exported file's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,7 @@ class WorkFolder:
     @property
     def _done(self) -> Path:
         """What the folder is called while it is being removed."""
-        return self.path.with_name(f".{self.path.name}.done")
+        return done_name(self.path)
 
     def remove_if_empty(self) -> None:
         """Remove the folder where nothing is kept in it."""
@@ -191,11 +201,25 @@ def _make_folder(path: Path) -> None:
         raise ArtifactError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
+def done_name(folder: Path) -> Path:
+    """Return what a working folder is called while it is being removed."""
+    return folder.with_name(f".{folder.name}.done")
+
+
 def _is_work(path: Path) -> bool:
     """Return whether a folder holds unfinished work and nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(_PARTS.fullmatch(entry.name) for entry in path.iterdir())
+    return all(
+        _PARTS.fullmatch(entry.name)
+        and (not entry.is_dir() or all(_is_own(file) for file in entry.rglob("*")))
+        for entry in path.iterdir()
+    )
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a part of unfinished work has such a file, by its name."""
+    return path.is_dir() or path.suffix in _OWN_SUFFIXES or ".onnx" in path.suffixes
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -52,6 +52,9 @@ FAST_WALK_TOKENS = 19_200
 VAE_FILE = "vae_decoder.onnx"
 """The VAE's decoder, beside the model that makes its latents."""
 
+LARGEST_SEED = 2**62
+"""torch takes seeds of 64 bits; verification adds to that of the calibration."""
+
 DEFAULTS: Mapping[str, Any] = {
     "classes": "random",
     "w": 4,
@@ -152,6 +155,8 @@ class ExportOptions:
                 raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
         if self.min_db is not None and not math.isfinite(self.min_db):
             raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
+        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
+            raise OnnxExportError(f"seed={self.seed}; pick 0 to {LARGEST_SEED}")
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
         if self.w == 8 and self.block_size is not None:

@@ -23,13 +23,12 @@ from ditas_export.calibration.calibrate import (
     quantize_dit,
     solving_key,
 )
+from ditas_export.calibration.calibration_settings import CalibrationSettings, SamplingPrecision
 from ditas_export.calibration.methods import ALPHA_GRID
 from ditas_export.calibration.noise_check import NoiseCheck, check_noise
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import (
-    CalibrationSettings,
     CalibrationStates,
-    SamplingPrecision,
     collect_states,
     has_bfloat16_products,
     sampling_facts,
@@ -161,6 +160,7 @@ def _solved(job: ExportJob) -> Solved:
     if artifact is not None:
         quantized = ranks.together(lambda: QuantizedDiT.load(artifact, model=loaded.identity))
         check_artifact(artifact, options, quantized)
+        ranks.first(lambda: quantized.require_parameters_of(loaded.model))
         return Solved(quantized=quantized, key=sha256_of_file(artifact))
     settings = quantization_settings(options)
     config = loaded.model.config

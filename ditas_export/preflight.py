@@ -5,6 +5,7 @@ Everything here takes seconds, and what it refuses would else be found after an 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from ditas_export.artifact_files import require_writable
 from ditas_export.calibration.adaln import adaln_block_size
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes
+from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.fold import require_representable
 from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
-from ditas_export.calibration.states import STATES_KIND, CalibrationSettings
+from ditas_export.calibration.states import STATES_KIND
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.distributed import Ranks
@@ -31,6 +33,8 @@ from ditas_export.vae.shape import is_decoder_file, require_fitting_vae
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".sft", ".tar")
 """Names that no exported file has."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def job_files(options: ExportOptions) -> JobFiles:
@@ -78,6 +82,12 @@ def check_files(options: ExportOptions) -> None:
             f"{output} is the file to write, and "
             f"{'is there already' if is_strange else 'has the name of a checkpoint'}; did you mean "
             f"--model {output}? Else name another, such as out.onnx"
+        )
+    looks_like_hub = _HUB_ID.fullmatch(str(output)) and not output.suffix
+    if options.model == "digits" and looks_like_hub and not output.parent.exists():
+        raise ArtifactError(
+            f"{output} is the file to write, and looks like a hub id; did you mean --model "
+            f"{output}? Else make the folder {output.parent} first"
         )
     job_files(options).check()
     if options.artifact is not None and options.calibration is not None:

@@ -43,3 +43,9 @@ def test_random_names_every_class_before_one_comes_again() -> None:
 def test_what_names_no_class_is_refused(text: str, count: int | None, message: str) -> None:
     with pytest.raises(RunnerError, match=message):
         parsed(text, count)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes(seed: int) -> None:
+    with pytest.raises(RunnerError, match=f"seed={seed}; for random classes pick 0 to"):
+        parse_classes("random", num_labels=10, seed=seed)

@@ -89,7 +89,10 @@ def test_an_overflow_is_named(tmp_path: Path) -> None:
     result = run(*words, "--threshold-db", 20)
     assert result.exit_code == 1, result.output
     printed = " ".join(result.stdout.split())
-    assert "puts out NaN or infinity, first at time step 999; a float16 file overflows" in printed
+    assert (
+        "puts out NaN or infinity, first at time step 999; what computes in float16 overflows"
+        in printed
+    )
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["not_finite_timestep"] == 999
     assert facts["total_snr_db"] is None

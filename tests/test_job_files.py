@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -161,6 +162,20 @@ def test_a_working_folder_of_others_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is no folder of unfinished work"):
         check_files(options(tmp_path))
     assert (folder / "thesis.tex").read_text() == "years of work"
+    (folder / "thesis.tex").rename(folder / "solved-0123456789abcdef" / "thesis.tex")
+    with pytest.raises(ArtifactError, match=r"out\.onnx\.work is there already, and is no folder"):
+        check_files(options(tmp_path))
+    shutil.rmtree(folder)
+    (tmp_path / ".out.onnx.work.done").mkdir()
+    (tmp_path / ".out.onnx.work.done" / "thesis.tex").touch()
+    with pytest.raises(ArtifactError, match=r"\.done is there already, and is no folder of unfini"):
+        check_files(options(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["out.onnx.work", ".out.onnx.work.done", ".out.onnx.partial"])
+def test_no_output_has_a_name_that_the_job_writes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match="is the name of something that the job itself writes"):
+        check_files(options(tmp_path, save_artifact=tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,15 @@ def test_a_checkpoint_for_an_output_is_asked_about(tmp_path: Path, name: str) ->
     if path.suffix:
         with pytest.raises(ArtifactError, match=r"has the name of a checkpoint; did you mean"):
             check_files(ExportOptions(output=path))
+
+
+def test_a_hub_id_for_an_output_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = options(tmp_path, output=Path("facebook/DiT-XL-2-256"), model="digits")
+    with pytest.raises(ArtifactError, match="did you mean --model facebook/DiT-XL-2-256"):
+        check_files(asked)
 
 
 def test_requests_that_exclude_each_other(tmp_path: Path) -> None:

@@ -34,13 +34,14 @@ from ditas_export.calibration.states import (
 from ditas_export.cli import build, compare, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
-from ditas_export.errors import ArtifactError, DitasExportError, OtherModelError
+from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, OtherModelError
 from ditas_export.onnx_export.export import CONFIG_KEY, IDENTITY_KEY
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, require_own_manifest
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.open_runner import open_runner
 
 FORMER_CONFIG = (
@@ -292,6 +293,22 @@ QKV = "blocks.0.attn.qkv"
         (lambda _t, h: h.pop("settings"), "settings"),
         (lambda _t, h: h["linears"].pop(QKV), "damaged"),
         (lambda _t, h: h["settings"].update(ranges="row"), "ranges='row'"),
+        (
+            lambda t, _h: t.update({f"{QKV}.codes": t[f"{QKV}.codes"][None]}),
+            r"codes are \(1,",
+        ),
+        (lambda t, _h: t.update({f"{QKV}.codes": t[f"{QKV}.codes"].short()}), "torch.int16"),
+        (lambda t, _h: t.update({f"{QKV}.row_scale": t[f"{QKV}.row_scale"].double()}), "float64"),
+        (lambda t, _h: t.update(stray=torch.ones(2)), "tensors of no use: stray"),
+        (lambda _t, h: h["linears"][QKV].update(rank=7), "damaged"),
+        (lambda _t, h: h["linears"][QKV].update(alpha="x"), "alpha=x"),
+        (lambda _t, h: h["settings"].update(alpha_grid=5), "alpha_grid=5"),
+        (lambda _t, h: h["settings"]["calibration"].pop("classes"), "at least one sample"),
+        (lambda _t, h: h["settings"]["calibration"].update(classes=[99]), "no class 99"),
+        (lambda _t, h: h["settings"]["calibration"].update(cfg_scale="1.5"), "expected a number"),
+        (lambda _t, h: h["settings"]["calibration"].update(cfg_scale=0.5), "guidance starts at 1"),
+        (lambda _t, h: h["settings"]["calibration"].update(seed=2**70), "seed="),
+        (lambda _t, h: h["settings"]["calibration"].update(steps=0), "steps=0"),
         (lambda _t, h: h["identity"]["config"].update(depth=1), "damaged|mlp"),
     ],
 )
@@ -306,7 +323,38 @@ def test_damaged_artifacts_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_that_changed_is_noticed(kept: Path, tmp_path: Path) -> None:
+    """Within the range of its codes, so that nothing but the hash tells."""
+    content = bytearray((kept / "model").read_bytes())
+    content[-1000] ^= 1
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged: it holds something else than was written"):
+        QuantizedDiT.load(tmp_path / "model")
+
+
+def test_float_parameters_are_the_model_s_own(kept: Path) -> None:
+    quantized = QuantizedDiT.load(kept / "model")
+    quantized.require_parameters_of(tiny_dit())
+    parameters = dict(quantized.float_parameters)
+    parameters["pos_embed"] = parameters["pos_embed"].roll(1, 1)
+    with pytest.raises(ArtifactError, match="not the model's own: pos_embed; the quant"):
+        replace(quantized, float_parameters=parameters).require_parameters_of(tiny_dit())
+
+
 def test_settings_that_no_calibration_had_are_refused(kept: Path) -> None:
     states = CalibrationStates.load(kept / "states", identity=identity_of(tiny_dit()))
     with pytest.raises(ArtifactError, match="the model has no class 10"):
         replace(states, settings=CalibrationSettings(steps=4, classes=(1, 10)))
+
+
+@pytest.mark.parametrize("change", [{"null_row": False}, {"num_classes": 9}, {"input_size": 16}])
+def test_a_configuration_that_was_changed_is_no_model_s(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Also of a file without a manifest: the fingerprint stands beside the configuration."""
+    model = onnx.load(str(exported()))
+    (entry,) = (entry for entry in model.metadata_props if entry.key == CONFIG_KEY)
+    entry.value = json.dumps(json.loads(entry.value) | change)
+    onnx.save(model, str(tmp_path / "out.onnx"))
+    with pytest.raises(OnnxExportError, match="damaged record of its model"):
+        OnnxRuntimeRunner(tmp_path / "out.onnx")

@@ -17,7 +17,7 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks
 from ditas_export.dit.identity import identity_of
-from ditas_export.errors import DitasExportError
+from ditas_export.errors import DitasExportError, OnnxExportError
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export
 from ditas_export.preflight import check_artifact, check_calibration, check_states
@@ -183,3 +183,9 @@ def test_an_artifact_that_does_not_say_how_it_was_calibrated(artifact: Quantized
     silent = replace(artifact, settings={"ranges": "token"})
     with pytest.raises(DitasExportError, match="does not say how it was calibrated"):
         check_artifact(Path("kept"), ExportOptions(output=Path("out.onnx")), silent)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_seeds_that_no_generator_takes_are_refused(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(OnnxExportError, match=f"seed={seed}; pick 0 to"):
+        ExportOptions(output=tmp_path / "out.onnx", seed=seed)

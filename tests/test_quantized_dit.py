@@ -162,3 +162,15 @@ def test_sites_and_bits_are_checked() -> None:
         replace(quantized, linears=linears)
     with pytest.raises(ArtifactError, match="8 or 16, not 4"):
         replace(quantized, activation_bits=4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"), [(0, "tensors of no use"), (7, "has rank 4, said to be 7")]
+)
+def test_a_branch_of_another_rank_than_is_said(tmp_path: Path, rank: int, message: str) -> None:
+    quantized_tiny_dit(tiny_dit()).save(tmp_path / "model")
+    tensors, header = load_tensors(tmp_path / "model", file_format=ARTIFACT_FORMAT)
+    header["linears"]["blocks.1.mlp.fc1"]["rank"] = rank
+    save_tensors(tmp_path / "model", tensors, file_format=ARTIFACT_FORMAT, header=header)
+    with pytest.raises(ArtifactError, match=message):
+        QuantizedDiT.load(tmp_path / "model")

@@ -19,6 +19,7 @@ from ditas_export.artifact_files import (
     save_tensors,
     sha256_of_tensors,
 )
+from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
 from ditas_export.calibration.quantized_dit import (
     QuantizedDiT,
@@ -28,7 +29,6 @@ from ditas_export.calibration.quantized_dit import (
 )
 from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
 from ditas_export.calibration.states import (
-    CalibrationSettings,
     CalibrationStates,
     sampling_facts,
     walk_states,

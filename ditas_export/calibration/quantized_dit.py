@@ -7,6 +7,7 @@ so are the modulation weights, as floats or as the integers nearest to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import differences, json_number, load_tensors, save_tensors
+from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import (
@@ -28,6 +30,7 @@ from ditas_export.dit.sites import (
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import (
     ArtifactError,
+    CalibrationError,
     CheckpointError,
     DitasExportError,
     OtherModelError,
@@ -103,6 +106,41 @@ class QuantizedDiT:
         for site in linear_sites(self.config.depth):
             _require_shapes(self.linears[site.name], site, self.config)
         self._require_parameters()
+        self._require_settings()
+
+    def _require_settings(self) -> None:
+        """Check what is said of the calibration, where something is."""
+        found = self.settings.get("calibration")
+        if found is None:
+            return
+        try:
+            CalibrationSettings.from_dict(found).require_model(self.config)
+        except (CheckpointError, CalibrationError) as error:
+            raise ArtifactError(f"the settings of its calibration: {error}") from error
+        grid = self.settings.get("alpha_grid")
+        if grid is not None and not _are_numbers(grid):
+            raise ArtifactError(f"alpha_grid={str(grid)[:40]}; expected numbers")
+
+    def require_parameters_of(self, model: DiT) -> None:
+        """Refuse float parameters that are not those of the model that this was made from.
+
+        Biases of integer modulation weights differ: they take up what rounding lost.
+
+        Raises:
+            ArtifactError: names them.
+        """
+        parameters = model.state_dict()
+        odd = [
+            name
+            for name, tensor in self.float_parameters.items()
+            if name.removesuffix(".bias") not in self.adaln
+            and not torch.equal(tensor, parameters[name].cpu())
+        ]
+        if odd:
+            raise ArtifactError(
+                f"float parameters are not the model's own: {abbreviated(odd)}; the quantized "
+                f"model was changed, calibrate again"
+            )
 
     def _require_parameters(self) -> None:
         """Check what is not a quantized linear."""
@@ -178,6 +216,7 @@ class QuantizedDiT:
                 site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
                 for site in linear_sites(identity.config.depth)
             }
+            _require_no_strays(tensors, header, linears)
             prefix = "float."
             return cls(
                 identity=identity,
@@ -264,7 +303,10 @@ def _require_shapes(linear: QuantizedLinear, site: LinearSite, config: DiTConfig
     if not bool((linear.smoothing_scale > 0).all()):
         raise ArtifactError(f"{site.name} has a smoothing scale that is not positive")
     steps = linear.step_ranges
+    _require_float(f"{site.name} row scales", linear.weight.row_scale, (rows,))
     _require_float(f"{site.name} step ranges", steps, (steps.numel(),))
+    if linear.alpha is not None and not _are_numbers([linear.alpha]):
+        raise ArtifactError(f"{site.name} has alpha={str(linear.alpha)[:40]}, expected a number")
     if not steps.numel() or bool((steps < 0).any()):
         raise ArtifactError(f"{site.name} has step ranges that are none or negative")
 
@@ -277,6 +319,34 @@ def _require_float(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
     if not bool(tensor.isfinite().all()):
         raise ArtifactError(f"{name} has NaN or infinity")
+
+
+def _are_numbers(values: Any) -> bool:
+    """Return whether these are finite numbers, one at least."""
+    return (
+        isinstance(values, list | tuple)
+        and bool(values)
+        and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            for value in values
+        )
+    )
+
+
+def _require_no_strays(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    linears: Mapping[str, QuantizedLinear],
+) -> None:
+    """Refuse tensors that nothing reads: a branch whose linear says that it has none, say."""
+    known = {
+        f"{name}.{part}" for name, each in linears.items() for part in linear_to_parts(each)[0]
+    }
+    if header.get("adaln_bits", 16) != 16:
+        known |= {name for name in tensors if name.endswith((".1.codes", ".1.scale"))}
+    strays = [name for name in tensors if not name.startswith("float.") and name not in known]
+    if strays:
+        raise ArtifactError(f"it holds tensors of no use: {abbreviated(sorted(strays))}")
 
 
 def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -311,6 +381,8 @@ def linear_from_parts(
     codes = tensors[f"{name}.codes"]
     if facts["bits"] == 4:
         codes = unpack_int4(codes, tuple(facts["shape"]))
+    elif list(codes.shape) != facts["shape"]:
+        raise ArtifactError(f"{name} has codes {tuple(codes.shape)}, said to be {facts['shape']}")
     low_rank = None
     if facts["rank"]:
         low_rank = LowRank(
@@ -318,6 +390,8 @@ def linear_from_parts(
             right_codes=tensors[f"{name}.low_rank.right_codes"],
             divisor=tensors[f"{name}.low_rank.divisor"],
         )
+        if low_rank.rank != facts["rank"]:
+            raise ArtifactError(f"{name} has rank {low_rank.rank}, said to be {facts['rank']}")
     return QuantizedLinear(
         weight=IntegerWeight(
             codes=codes,

@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
+from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.walk import WalkStates
 from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.sampling import Step, make_scheduler, trajectory
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import checked_fields
 from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError, NonFiniteError
@@ -35,67 +35,8 @@ STATES_KIND = "ditas-export calibration states"
 STATES_FORMAT = f"{STATES_KIND} 2"
 BATCH_FORMAT = "ditas-export sampled batch 1"
 
-SamplingPrecision = Literal["fp32", "bf16"]
-"""Float types that the model may sample in."""
-
 SAMPLES_PER_BATCH = 2
 """Samples that go through the model at once, however many ranks share them: the same numbers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSettings:
-    """How the float model samples for calibration; the defaults are the paper's."""
-
-    steps: int = 50
-    cfg_scale: float = 1.5
-    classes: tuple[int, ...] = ()  # one per sample
-    seed: int = 0
-    precision: SamplingPrecision = "fp32"  # of the model; the sampler's own arithmetic is float32
-
-    def __post_init__(self) -> None:
-        """Refuse settings that no sampler can follow."""
-        numbers = (self.steps, self.seed, *self.classes)
-        if any(isinstance(value, bool) or not isinstance(value, int) for value in numbers):
-            raise CalibrationError("steps, seed and classes of a calibration are whole numbers")
-        if isinstance(self.cfg_scale, bool) or not isinstance(self.cfg_scale, int | float):
-            raise CalibrationError(f"cfg_scale={self.cfg_scale!r}; expected a number")
-        if self.steps < 2:
-            raise CalibrationError(f"steps={self.steps}; pick 2 or more")
-        if not self.classes:
-            raise CalibrationError("calibration needs at least one sample")
-        if not self.cfg_scale >= 0:
-            raise CalibrationError(f"cfg_scale={self.cfg_scale} is negative or no number")
-        if self.precision not in get_args(SamplingPrecision):
-            known = ", ".join(get_args(SamplingPrecision))
-            raise CalibrationError(f"precision={self.precision!r} of sampling; pick one of {known}")
-
-    @classmethod
-    def from_dict(cls, values: object) -> CalibrationSettings:
-        """Return the settings that `to_dict` gave.
-
-        Raises:
-            CheckpointError: no mapping, or an unknown name.
-            CalibrationError: a value that no sampler can follow.
-        """
-        fields = checked_fields(cls, values)
-        if isinstance(fields.get("classes"), list):
-            fields["classes"] = tuple(fields["classes"])
-        return cls(**fields)
-
-    @property
-    def rows_per_state(self) -> int:
-        """Rows of the model's batch for each x_t: with and without class where both are blended."""
-        return 2 if blends(self.cfg_scale) else 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return {
-            "steps": self.steps,
-            "cfg_scale": self.cfg_scale,
-            "classes": list(self.classes),
-            "seed": self.seed,
-            "precision": self.precision,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -146,8 +87,10 @@ class CalibrationStates:
             raise ArtifactError(
                 f"calibration states: time steps do not descend within {last}; calibrate again"
             )
-        if odd_label := [label for label in settings.classes if not 0 <= label < config.num_labels]:
-            raise ArtifactError(f"calibration states: the model has no class {odd_label[0]}")
+        try:
+            settings.require_model(config)
+        except CalibrationError as error:
+            raise ArtifactError(f"calibration states: {error}; calibrate again") from error
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

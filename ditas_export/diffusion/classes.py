@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ditas_export.errors import RunnerError
+from ditas_export.options import LARGEST_SEED
 
 RANDOM_IMAGES = 8
 """Images of `random` where no number is asked for."""
@@ -27,6 +28,8 @@ def parse_classes(
     if count is not None and count < 1:
         raise RunnerError(f"{count} images; ask for at least one")
     if text == "random":
+        if not 0 <= seed <= LARGEST_SEED:
+            raise RunnerError(f"seed={seed}; for random classes pick 0 to {LARGEST_SEED}")
         generator = torch.Generator().manual_seed(seed)
         named = torch.randperm(num_labels, generator=generator).tolist()
         count = RANDOM_IMAGES if count is None else count

@@ -179,8 +179,8 @@ def trajectory(
 
 
 REMEDY = (
-    "a float16 file overflows: use bf16 or fp32; else check the checkpoint, or take fewer steps or "
-    "another sampler"
+    "what computes in float16 overflows: use bf16 or fp32; else check the checkpoint, or take "
+    "another number of steps or another sampler"
 )
 """What to do about NaN in a trajectory."""
 

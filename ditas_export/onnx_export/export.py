@@ -247,15 +247,10 @@ def read_config(path: Path) -> DiTConfig:
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
 
     Raises:
-        OnnxExportError: no ONNX file, or one of another origin.
+        OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
-    text = _metadata_entry(path, CONFIG_KEY)
-    try:
-        return DiTConfig.from_dict(json.loads(text))
-    except (ValueError, CheckpointError) as error:
-        raise OnnxExportError(
-            f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
-        ) from error
+    config, _ = _read_model(path)
+    return config
 
 
 def read_identity(path: Path) -> ModelIdentity | None:
@@ -264,15 +259,27 @@ def read_identity(path: Path) -> ModelIdentity | None:
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
-    text = file_metadata(path).get(IDENTITY_KEY)
-    if text is None:
-        return None
-    config = read_config(path)
+    _, identity = _read_model(path)
+    return identity
+
+
+def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
+    """Return a file's configuration, and the identity that holds it where one is recorded."""
+    text = _metadata_entry(path, CONFIG_KEY)
+    try:
+        config = DiTConfig.from_dict(json.loads(text))
+    except (ValueError, CheckpointError) as error:
+        raise OnnxExportError(
+            f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
+        ) from error
+    text = file_metadata(path).get(IDENTITY_KEY, "")
+    if not text:
+        return config, None
     try:
         recorded = json.loads(text)
         identity = ModelIdentity(tensors_sha256=recorded["tensors_sha256"], config=config)
         if identity.fingerprint == recorded["fingerprint"]:
-            return identity
+            return config, identity
         reason = "its fingerprint is not that of its configuration and tensors"
     except (ValueError, TypeError, KeyError, CheckpointError) as error:
         reason = str(error)

@@ -8,6 +8,7 @@ Shapes: N output channels, K input channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -375,6 +376,15 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the int8 codes that `pack_int4` packed, in `shape`."""
+    """Return the int8 codes that `pack_int4` packed, in `shape`.
+
+    Raises:
+        QuantizationError: another type, or not one row of half as many bytes.
+    """
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (math.prod(shape) // 2,):
+        raise QuantizationError(
+            f"packed codes are {tuple(packed.shape)} {packed.dtype}, expected "
+            f"({math.prod(shape) // 2},) torch.uint8"
+        )
     pairs = torch.stack([packed & 0x0F, packed >> 4], dim=1).flatten().to(torch.int8)
     return torch.where(pairs > 7, pairs - 16, pairs).reshape(shape)
