@@ -57,7 +57,16 @@ def build(
     ] = None,
     layout: Annotated[
         str | None,
-        _option("--layout", "int8 expands an int4 file before it is built (default: as it is)."),
+        _option(
+            "--layout", "int4, or int8 rows (default: int8 for a portable file, else as it is)."
+        ),
+    ] = None,
+    as_is: Annotated[
+        bool | None,
+        _option(
+            "--as-is/--fewest-kernels",
+            "Build the form that the file has (default: a portable file is written for TensorRT).",
+        ),
     ] = None,
     workspace: Annotated[
         float | None,
@@ -154,7 +163,13 @@ def _make(
             )
 
         return make_engine(
-            model, plan, product=product, options=options, layout=settings.layout, build=build
+            model,
+            plan,
+            product=product,
+            options=options,
+            layout=settings.layout,
+            as_is=settings.as_is,
+            build=build,
         )
 
 

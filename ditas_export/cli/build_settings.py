@@ -17,6 +17,7 @@ SETTINGS = frozenset(
         "backend",
         "batch",
         "layout",
+        "as_is",
         "workspace",
         "opt_level",
         "compute_capability",
@@ -36,6 +37,7 @@ class BuildSettings:
 
     backend: str
     layout: Literal["int4", "int8"] | None
+    as_is: bool
     options: BuildOptions
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ def merge_settings(profile: str | None, given: Mapping[str, Any]) -> BuildSettin
     )
     return BuildSettings(
         backend=merged.get("backend", "auto"),
+        as_is=_switch(merged, "as_is"),
         layout=cast('Literal["int4", "int8"] | None', merged.get("layout")),
         options=options,
     )

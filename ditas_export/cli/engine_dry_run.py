@@ -10,7 +10,7 @@ import typer
 
 from ditas_export.cli.build_settings import BuildSettings
 from ditas_export.engine.build import input_shapes
-from ditas_export.engine.make import needs_expansion
+from ditas_export.engine.make import BuiltForm
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
@@ -30,10 +30,10 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
     require_form_for_tensorrt(model)
     require_external_data(model)
     require_own_manifest(model)
-    if needs_expansion(model, settings.layout):
+    if wanted := str(BuiltForm.of(model, settings.layout, as_is=settings.as_is)):
         raise EngineError(
-            f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
-            f"ditas-export --layout int8, or build without --trtexec"
+            f"{model} has to be {wanted} first, which no program of NVIDIA's does; export it with "
+            f"--target tensorrt, take it as it is with --as-is, or build without --dry-run"
         )
     refusals = []
     for product in candidates(settings.backend):
@@ -61,9 +61,11 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
     require_own_manifest(model)
     products = candidates(settings.backend)
     _require_possible(products, settings.options)
+    wanted = BuiltForm.of(model, settings.layout, as_is=settings.as_is)
     intent = {
         "model": str(model),
-        "expands": needs_expansion(model, settings.layout),
+        "relowers": wanted.is_relowered,
+        "expands": wanted.is_expanded,
         "plan": str(plan),
         "backends": {product.name: _presence(product) for product in products},
         "shapes": input_shapes(read_config(model), settings.options.batch),
@@ -72,7 +74,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
     if as_json:
         typer.echo(json.dumps(intent, indent=2, allow_nan=False))
         return
-    typer.echo(f"{model}{' (expanded to int8)' if intent['expands'] else ''} -> {plan}")
+    typer.echo(f"{model}{f' ({wanted})' if str(wanted) else ''} -> {plan}")
     for product in products:
         typer.echo(f"  {product.title}: {_presence(product)}")
     for name, shapes in input_shapes(read_config(model), settings.options.batch).items():

@@ -14,6 +14,7 @@ from ditas_export.engine.make import MadeEngine
 from ditas_export.engine.metadata import metadata_path
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.engine.report import LayerReport
+from ditas_export.onnx_export.form import FileForm
 
 
 def print_engine(console: Console, made: MadeEngine, plan: Path, *, detailed: bool) -> None:
@@ -23,6 +24,7 @@ def print_engine(console: Console, made: MadeEngine, plan: Path, *, detailed: bo
     table.add_column(style="bold")
     table.add_column()
     table.add_row("built with", f"{PRODUCTS[metadata.product].title} {metadata.version}")
+    table.add_row("graph", _graph(metadata.form))
     if made.report is not None:
         _add_summary(table, made.report)
     table.add_row("metadata", str(metadata_path(plan)))
@@ -30,6 +32,16 @@ def print_engine(console: Console, made: MadeEngine, plan: Path, *, detailed: bo
     if detailed and made.report is not None:
         console.print(_linear_table(made.report))
         console.print(_block_table(made.report))
+
+
+def _graph(form: FileForm) -> str:
+    """Return the form that was built, and what another float side would give."""
+    if not form.is_quantized:
+        return f"float, {form.float_type}"
+    said = f"for {form.target}, {form.layout}, float side {form.float_type}"
+    if form.float_type != "fp32":
+        return said
+    return f"{said} (fp16 takes fewer kernels: export with --target tensorrt)"
 
 
 def _add_summary(table: Table, report: LayerReport) -> None:

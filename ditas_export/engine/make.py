@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from ditas_export.artifact_files import atomic_path, sha256_of_file, sole_process
@@ -27,15 +28,22 @@ from ditas_export.engine.products import Product
 from ditas_export.engine.report import LayerReport, expected_kernels, layer_report
 from ditas_export.errors import EngineError
 from ditas_export.job_files import JobFiles, Output, json_kind
-from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import read_config, read_form, require_form_for_tensorrt
+from ditas_export.onnx_export.expand import expand_model
+from ditas_export.onnx_export.export import (
+    read_config,
+    read_form,
+    require_form_for_tensorrt,
+    save_model,
+)
 from ditas_export.onnx_export.external_data import (
+    load_mapped,
     plain_files,
     require_external_data,
     sha256_of_onnx,
 )
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
 
 Build = Callable[[Path, Path], BuiltEngine]
 """Builds an ONNX file into a plan: `build_engine` or `run_tool`, all but the paths bound."""
@@ -58,6 +66,7 @@ def make_engine(
     options: BuildOptions,
     layout: Layout | None,
     build: Build,
+    as_is: bool = False,
 ) -> MadeEngine:
     """Build a file and write the plan with its metadata, both whole or not at all.
 
@@ -68,8 +77,9 @@ def make_engine(
         plan_path: the file to write; its metadata go to `metadata_path(plan_path)`.
         product: what `build` builds with.
         options: what `build` is bound to.
-        layout: to build in; "int8" expands an int4 file first, None takes the file as it is.
+        layout: to build in; "int8" expands an int4 file first, None takes what `BuiltForm` does.
         build: does the building.
+        as_is: build the form that the file has, not the one of fewest kernels.
 
     Raises:
         EngineError: the product refuses, or an int8 file is asked for as int4.
@@ -80,13 +90,14 @@ def make_engine(
     config = read_config(onnx_path)
     require_external_data(onnx_path)
     require_form_for_tensorrt(onnx_path)
+    wanted = BuiltForm.of(onnx_path, layout, as_is=as_is)
     job_files(onnx_path, plan_path, options).check()
     onnx_sha256 = sha256_of_onnx(onnx_path)
     require_own_manifest(onnx_path, onnx_sha256)
     earlier = metadata_of(plan_path) if plan_path.exists() else None
     with (
         sole_process(plan_path.with_name(f".{plan_path.name}.lock"), what=plan_path),
-        _in_layout(onnx_path, layout) as graph,
+        _in_form(onnx_path, wanted) as graph,
         atomic_path(plan_path) as partial,
     ):
         form = read_form(graph)
@@ -137,30 +148,66 @@ def current_gpu() -> Gpu | None:
     return Gpu.at(torch.device("cuda", torch.cuda.current_device()))
 
 
-def needs_expansion(path: Path, layout: Layout | None) -> bool:
-    """Return whether a file is in another layout than is asked for, and can be turned into it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltForm:
+    """What is done to a file before it is built; its float type stays in any case.
 
-    Raises:
-        EngineError: an int8 file is asked for as int4.
-        OnnxExportError: no file of this package.
+    By itself, a portable file of INT8 activations is written for TensorRT, in INT8 rows: the form
+    of the fewest kernels (docs/tensorrt.md). Every other file is built as it is.
     """
-    found = read_form(path).layout
-    if layout == "int4" and found != "int4":
-        raise EngineError(
-            f"{path} holds no int4 layout, and INT8 rows do not turn back; export it again with "
-            f"--layout int4"
+
+    is_relowered: bool  # written in TensorRT's form
+    is_expanded: bool  # INT4 chains become INT8 rows
+
+    @classmethod
+    def of(cls, path: Path, layout: Layout | None, *, as_is: bool) -> BuiltForm:
+        """Return what is done to a file.
+
+        Args:
+            path: the file.
+            layout: as asked for, None leaves the choice.
+            as_is: leave the file's form alone.
+
+        Raises:
+            EngineError: an int8 file is asked for as int4.
+            OnnxExportError: no file of this package.
+        """
+        form = read_form(path)
+        if layout == "int4" and form.layout != "int4":
+            raise EngineError(
+                f"{path} holds no int4 layout, and INT8 rows do not turn back; export it again "
+                f"with --layout int4"
+            )
+        if not form.is_quantized:
+            return cls(is_relowered=False, is_expanded=False)
+        is_relowered = (
+            not as_is
+            and form.activation_bits == 8
+            and why_not_relowerable(load_mapped(path)) is None
         )
-    return layout == "int8" and found != "int8"
+        wanted = layout or ("int8" if is_relowered else form.layout)
+        return cls(is_relowered=is_relowered, is_expanded=wanted != form.layout)
+
+    def __str__(self) -> str:
+        """Return what is done, in words; "" for nothing."""
+        done = ("written for TensorRT", self.is_relowered), ("expanded to int8", self.is_expanded)
+        return ", ".join(words for words, is_done in done if is_done)
 
 
 @contextlib.contextmanager
-def _in_layout(path: Path, layout: Layout | None) -> Iterator[Path]:
-    """Yield a file in the layout asked for, as parsers take it: itself, or another for a while."""
-    if not needs_expansion(path, layout):
+def _in_form(path: Path, wanted: BuiltForm) -> Iterator[Path]:
+    """Yield a file in the form to build, as parsers take it: itself, or another for a while."""
+    if not (wanted.is_relowered or wanted.is_expanded):
         with plain_files(path) as plain:
             yield plain
         return
+    model = load_mapped(path)
+    if wanted.is_relowered:
+        relower_model(model, "tensorrt")
+    if wanted.is_expanded:
+        expand_model(model)
     with tempfile.TemporaryDirectory() as folder:
-        expanded = Path(folder) / path.name
-        expand(path, expanded)
-        yield expanded
+        written = Path(folder) / path.name
+        ir.external_data.load_to_model(model)
+        save_model(model, written)
+        yield written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import onnx_ir as ir
 import torch
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.export import read_form, record_form, save_model
+from ditas_export.onnx_export.export import FORM_KEY, read_form, record_form, save_model
 from ditas_export.onnx_export.external_data import load_mapped
+from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.lowered import GRAPH_KEY, digest_of_graph, record_graph
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
@@ -30,21 +32,33 @@ def expand(source: Path, target: Path) -> None:
         OnnxExportError: no such file, or nothing in it to expand.
         ArtifactError: the target cannot be written.
     """
-    form = read_form(source)
+    read_form(source)  # says what is wrong with a file of another origin
     model = load_mapped(source)
-    chains = list(int4_chains(model.graph))
-    if not chains:
+    if not expand_model(model):
         raise OnnxExportError(
             f"{source} holds no INT4 weights under INT8 activations; there is nothing to expand"
         )
-    is_whole = model.metadata_props.get(GRAPH_KEY) == digest_of_graph(model.graph)
+    ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
+    save_model(model, target)
+
+
+def expand_model(model: ir.Model) -> bool:
+    """Write the INT4 chains of a model of this package as INT8 rows, in place.
+
+    Returns:
+        False where it has none, and stays as it is.
+    """
+    chains = list(int4_chains(model.graph))
+    if not chains:
+        return False
+    is_unchanged = model.metadata_props.get(GRAPH_KEY) == digest_of_graph(model.graph)
     for chain in chains:
         expand_chain(model.graph, chain)
-    ir.external_data.load_to_model(model)  # what is kept may have to lie in the file itself
+    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
     record_form(model, dataclasses.replace(form, layout="int8"))
-    if is_whole:
+    if is_unchanged:
         record_graph(model)
-    save_model(model, target)
+    return True
 
 
 def expand_chain(graph: ir.Graph, chain: Int4Chain) -> None:
