@@ -92,13 +92,13 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, err
     flat = " ".join(out.split())
-    for wanted in ("TensorRT for RTX 1.", "8 INT8×INT8 GEMM", "8 of 8", "attn.qkv", "0-1"):
+    for wanted in ("TensorRT for RTX 1.", "8 INT8×INT8 GEMM", "0 of 8", "attn.qkv", "0-1"):
         assert wanted in flat
     known = EngineMetadata.load(metadata_path(plan))
     assert (known.product, known.plan_bytes) == ("rtx", plan.stat().st_size)
     assert known.plan_sha256 == sha256_of_file(plan)
     assert (known.onnx_name, known.onnx_sha256) == (model.name, sha256_of_file(model))
-    assert known.form.layout == "int4"
+    assert (known.form.layout, known.form.target) == ("int8", "tensorrt")  # the fewest kernels
     assert known.options.batch == BatchRange(smallest=1, usual=2, largest=4)
     assert known.options.compute_capabilities == ("8.9", "12.0")
     assert known.layers is not None
@@ -109,6 +109,21 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
     return dict(expected_kernels(known.dit, known.form))
+
+
+@needs_rtx
+def test_a_portable_file_takes_the_fewest_kernels_at_its_own_precision(tmp_path: Path) -> None:
+    kernels = {}
+    for name, more in {"own": ["--as-is"], "fewest": [], "int4": ["--layout", "int4"]}.items():
+        plan = tmp_path / f"{name}.plan"
+        model = exported(dtype=torch.float16)
+        code, out, err = run(model, "-o", plan, "--backend", "rtx", "--json", *more)
+        assert code == 0, err
+        built = json.loads(out)
+        assert built["form"]["float_type"] == "fp16"
+        assert built["layers"]["lost"] == []
+        kernels[name] = built["layers"]["kernels"]
+    assert kernels["fewest"] <= min(kernels.values())  # of the bundled model 16, 20 and 28 a block
 
 
 @needs_rtx
@@ -185,8 +200,10 @@ def test_the_command_lines(tmp_path: Path) -> None:
         "--maxShapes=latents:8x3x8x8,timesteps:8,class_labels:8",
         "--skipInference",
     ]
-    code, out, _ = run(exported(), "-o", plan, "--dry-run", "--trtexec")
+    code, out, err = run(exported(), "-o", plan, "--dry-run", "--trtexec")
     assert code == 0
+    assert "as it is; ditas-build takes fewer kernels, by writing it for TensorRT first" in err
+    assert run(exported(), "-o", plan, "--dry-run", "--trtexec", "--as-is")[1:] == (out, "")
     tensorrt, rtx = map(shlex.split, out.splitlines())
     words = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--verbose"]
     assert tensorrt == ["trtexec", *common, *words]

@@ -30,10 +30,17 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
     require_form_for_tensorrt(model)
     require_external_data(model)
     require_own_manifest(model)
-    if wanted := str(BuiltForm.of(model, settings.layout, as_is=settings.as_is)):
+    wanted = BuiltForm.of(model, settings.layout, as_is=settings.as_is)
+    if wanted.is_expanded and settings.layout is not None:
         raise EngineError(
-            f"{model} has to be {wanted} first, which no program of NVIDIA's does; export it with "
-            f"--target tensorrt, take it as it is with --as-is, or build without --dry-run"
+            f"{model} has to be expanded first, which no program of NVIDIA's does; write it with "
+            f"ditas-export --layout int8, or build without --trtexec"
+        )
+    if wanted.is_relowered:
+        typer.echo(
+            f"# of {model} as it is; ditas-build takes fewer kernels, by writing it for TensorRT "
+            f"first, as ditas-export --target tensorrt does",
+            err=True,
         )
     refusals = []
     for product in candidates(settings.backend):
