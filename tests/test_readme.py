@@ -44,7 +44,13 @@ MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in P
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
 LAUNCHER = torch.distributed.run.get_args_parser()
 
-RUN = ("InferenceSession", "steps=50))", "seeds=(1, 1, 2)", "onnx_export.expand")
+RUN = (
+    "InferenceSession",
+    "steps=50))",
+    "seeds=(1, 1, 2)",
+    "onnx_export.expand",
+    "onnx_export.relower",
+)
 """What the Python snippets that are run here have in them, one each."""
 
 COMPILED = {
@@ -124,8 +130,10 @@ def first_command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_command_gives_what_the_readme_says(first_command: Path) -> None:
     manifest = json.loads((first_command / "out.json").read_text())
     assert manifest["model"]["source"]
-    # 40 dB are the README's figure; seeds and processors move it by about one.
-    assert manifest["verification"]["final_latents_snr_db_mean"] > 36
+    # 40.9 and 40.8 dB here; another processor's sums flip codes, which moved it by half a decibel.
+    proof = manifest["verification"]
+    assert proof["final_latents_snr_db_mean"] > 39.5
+    assert sum(proof["bare_session_final_latents_snr_db"]) / 3 > 39.5
     assert manifest["verification"]["matches_fake_quantized_forward"] is True
     kernels = manifest["verification"]["kernels"]
     assert kernels["MatMulIntegerToFloat"] == 2 * len(manifest["linears"])  # each with its branch
@@ -145,14 +153,16 @@ def snippets() -> list[str]:
 
 def test_the_snippets_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first_command)
-    plain, service, listed, expansion = map(run_snippet, RUN)
+    plain, service, listed, expansion, _ = map(run_snippet, RUN)
     assert plain["model_output"].shape == (2, 2, 16, 16)
     assert service["batch"].pixels.shape == (2, 16, 16, 1)
     assert listed["made"].pixels.shape == (3, 16, 16, 1)
     assert expansion["expand"] is expand
-    expanded = onnxruntime.InferenceSession("out-int8.onnx")
-    found = expanded.run(None, plain["inputs"])[0]
-    assert snr_db(*map(torch.from_numpy, (plain["model_output"], found))) > 40  # rounding ties
+    for written in ("out-int8.onnx", "out-onnxruntime.onnx"):
+        session = onnxruntime.InferenceSession(written)
+        found = session.run(None, plain["inputs"])[0]
+        # Rounding ties, and in the second the inner product of the branch, which is rounded there.
+        assert snr_db(*map(torch.from_numpy, (plain["model_output"], found))) > 40
 
 
 def test_every_snippet_is_run_or_named_as_not_run() -> None:

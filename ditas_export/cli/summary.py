@@ -68,23 +68,23 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
     file = verification.file
     finals = ", ".join(f"{value:.1f}" for value in verification.final_db)
     whose = "" if file else ", fake-quantized forward"
-    match = (
-        f"{file.match_db:.1f} dB (at least {verification.match_bound_db:.0f})"
-        if file
-        else "not measured: the file was not run"
-    )
     bare = file and file.bare_session_db
     rows = [] if not bare else [_bare(bare)]
+    ours = file and file.runner_match_db
+    bound = f"(at least {verification.match_bound_db:.0f})"
+    forms = [] if ours is None else [("the same of our runners' form", f"{ours:.1f} dB {bound}")]
+    match = f"{file.match_db:.1f} dB {bound}" if file else "not measured: the file was not run"
     return [
         ("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals}){whose}"),
         *rows,
         ("single step against float", f"{verification.single_step_db:.1f} dB{whose}"),
         ("file against fake-quantized forward", match),
+        *forms,
     ]
 
 
 def _bare(finals: Sequence[float]) -> tuple[str, str]:
-    """Return what a session gives that is told nothing: it rounds weight-only linears' inputs."""
+    """Return what a session that is told nothing gives, in the file's own form."""
     figures = ", ".join(f"{value:.1f}" for value in finals)
     mean = sum(finals) / len(finals)
     return "the same, a bare onnxruntime session", f"{mean:.1f} dB ({figures})"
