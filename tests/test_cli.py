@@ -31,6 +31,7 @@ def test_the_table_says_what_matters(checkpoint: Path, tmp_path: Path) -> None:
     for wanted in ("bits per weight, all in", "worst linears", "MatMulIntegerToFloat", "dB"):
         assert wanted in flat
     assert "final_layer.linear" in flat
+    assert out.splitlines()[-1] == f"next: ditas-sample {tmp_path / 'out.onnx'} -o samples"
 
 
 def test_json_prints_the_manifest_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:

@@ -97,6 +97,75 @@ def test_records_are_found_where_training_leaves_them(
     assert config_of(tmp_path / "dit.pt", num_heads=12).num_heads == 12
 
 
+ANYWHERE: dict[str, dict[str, Any]] = {
+    "a part of another name": {"config": {"model_config": {"num_heads": 4}}},
+    "parts in parts": {"hyper_parameters": {"config": {"model": {"params": {"num_heads": 4}}}}},
+    "any part": {"opt": argparse.Namespace(num_heads=4)},
+    "JSON text": {"args": json.dumps({"num_heads": 4})},
+    "a command line": {"args": ["train.py", "--num-heads", "4", "--fast"]},
+    "a command line with =": {"args": ["--num-heads=4"]},
+    "dashes": {"args": {"num-heads": 4}},
+    "dots": {"cfg": {"model.num_heads": 4}},
+    "a float": {"args": {"num_heads": 4.0}},
+    "text": {"args": {"num_heads": "4"}},
+    "a tensor": {"args": {"num_heads": torch.tensor(4)}},
+}
+
+
+@pytest.mark.parametrize("beside", ANYWHERE.values(), ids=ANYWHERE)
+def test_records_are_found_anywhere_and_however_written(
+    tmp_path: Path, state: State, beside: dict[str, Any]
+) -> None:
+    torch.save({"ema": state, **beside}, tmp_path / "dit.pt")
+    assert load_dit(tmp_path / "dit.pt").model.config.num_heads == 4
+
+
+def test_records_of_other_things_are_none(tmp_path: Path, state: State) -> None:
+    others = {
+        "optimizer": {"num_heads": 8},
+        "opt": {"state": {}, "param_groups": [{"lr": 1.0}], "num_heads": 8},
+        "text_encoder": {"num_heads": 8},
+        "config": {"vae": {"num_heads": 8}, "dataset": {"num_classes": 3}},
+        "args": {"num_heads": 4},
+    }
+    torch.save({"ema": state, **others}, tmp_path / "dit.pt")
+    loaded = load_dit(tmp_path / "dit.pt")
+    assert (loaded.model.config.num_heads, loaded.model.config.num_classes) == (4, 10)
+    assert any(note.startswith("not used: optimizer, opt, text_enc") for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"cfg": {"training": {"prediction_type": "v_prediction"}}},
+            "cfg.training.prediction_type",
+        ),
+        ({"config": {"loss": {"prediction": "velocity"}}}, "config.loss.prediction='velocity'"),
+        ({"config": {"model": {"_target_": "models.sit.SiT"}}}, "flow matching"),
+        ({"config": {"scheduler": {"_target_": "FlowMatchEulerDiscreteScheduler"}}}, "flow match"),
+        ({"args": {"diffusion_steps": 4000, "rescale_timesteps": True}}, "rescaled to 1000"),
+        ({"args": {"num_heads": True}}, "args.num_heads=True; expected a whole number"),
+        ({"args": {"num_heads": 5}}, "(args.num_heads gives num_heads 5): correct what says so"),
+        ({"args": {"beta_end": float("nan")}}, "args.beta_end=nan; expected a finite number"),
+    ],
+)
+def test_what_is_said_anywhere_is_refused_by_name(
+    tmp_path: Path, state: State, beside: dict[str, Any], message: str
+) -> None:
+    torch.save({"ema": state, "hparams": {}, **beside}, tmp_path / "dit.pt")
+    hints = CheckpointHints() if "num_heads" in str(beside) else CheckpointHints(num_heads=4)
+    assert message in refusal(tmp_path / "dit.pt", hints=hints)
+
+
+def test_metadata_may_hold_a_whole_record(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "dit.safetensors"
+    save_file(state, path, metadata={"config": json.dumps({"num_heads": 4})})
+    assert load_dit(path).model.config.num_heads == 4
+    save_file(state, path, metadata={"config": json.dumps({"prediction_type": "v_prediction"})})
+    assert "metadata config.prediction_type" in refusal(path, hints=CheckpointHints(num_heads=4))
+
+
 def test_a_record_wins_over_the_published_size_and_the_one_it_names(tmp_path: Path) -> None:
     """The shape of DiT-S with other heads than its."""
     state = DiT(SMALL).state_dict()

@@ -33,7 +33,7 @@ from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
 from ditas_export.dit.process import Process, VaeFactors
 from ditas_export.generation import job
-from ditas_export.onnx_export.export import export_reference, read_config
+from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference, read_config
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.open_runner import open_runner
 from ditas_export.vae.export import export_vae_decoder
@@ -276,8 +276,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewritten(source: Path, path: Path, old: str, new: str) -> Path:
-    """Copy a file, a piece of its metadata replaced wherever it stands."""
+    """Copy a file, a piece of its metadata replaced wherever it stands; without its identity."""
     model = onnx.load(source)
+    kept = [entry for entry in model.metadata_props if entry.key != IDENTITY_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
     for entry in model.metadata_props:
         entry.value = entry.value.replace(old, new)
     onnx.save(model, path)

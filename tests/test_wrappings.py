@@ -234,6 +234,17 @@ UNREAD = {
 }
 
 
+@pytest.mark.parametrize("name", ["model_without_ema", "model_no_ema", "not_averaged"])
+def test_names_that_deny_an_average(tmp_path: Path, average: State, raw: State, name: str) -> None:
+    loaded = loaded_from(tmp_path / "dit.pt", {"model": average, name: raw})
+    assert_is(loaded, average)
+
+
+def test_a_class_s_name_may_say_it(tmp_path: Path, average: State, raw: State) -> None:
+    loaded = loaded_from(tmp_path / "dit.pt", {"model": raw, "EMAModel": average})
+    assert_is(loaded, average)
+
+
 @pytest.mark.parametrize("wrap", UNREAD.values(), ids=UNREAD)
 def test_averages_that_cannot_be_told_apart_are_no_reason_to_take_raw_weights(
     tmp_path: Path, average: State, raw: State, wrap: Callable[[State], Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -229,7 +230,10 @@ def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quie
         from ditas_export.cli.summary import print_summary
 
         print_summary(Console(), result, options)
-    if reason := _failure(result, options):
+    reason = _failure(result, options)
+    if reason is None and result.verification.matches and not (as_json or quiet):
+        typer.echo(f"next: ditas-sample {shlex.quote(str(result.file))} -o samples")
+    if reason is not None:
         line = f"[bold red]error:[/] {escape(reason)}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 

@@ -101,6 +101,8 @@ def open_folder(path: Path) -> DiffusersFolder:
     if folder != path and folder.name == "transformer_ema":
         beside = " (transformer/ is not used)" if (path / "transformer").is_dir() else ""
         notes.insert(0, f"took the averaged weights, {folder.name}/{beside}")
+    if folder != path and folder.name == "transformer" and (path / "transformer_ema").is_dir():
+        notes.insert(0, "transformer_ema/ has no weights: took transformer/")
     pipeline = _pipeline_of(path, folder)
     facts = _facts_of_settings(settings, folder)
     if pipeline is not None and (pipeline / "scheduler").is_dir():
@@ -124,10 +126,12 @@ def open_folder(path: Path) -> DiffusersFolder:
 def transformer_folder(path: Path) -> Path:
     """Return the transformer's folder of a pipeline, the averaged one's if there is one, or `path`.
 
-    A folder without config.json is no transformer's.
+    A folder without config.json is no transformer's; one without weights is taken only where there
+    is no other.
     """
-    inner = (path / name for name in _TRANSFORMERS)
-    return next((folder for folder in inner if (folder / "config.json").is_file()), path)
+    inner = [path / name for name in _TRANSFORMERS if (path / name / "config.json").is_file()]
+    whole = [folder for folder in inner if find_weights(folder)]
+    return (whole or inner or [path])[0]
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -180,9 +184,12 @@ def _pipeline_of(path: Path, folder: Path) -> Path | None:
     """Return the pipeline's folder: what was passed, or what a passed transformer lies in."""
     if folder != path:
         return path
-    above = path.absolute().parent
-    is_part = path.absolute().name in _TRANSFORMERS and (above / "model_index.json").is_file()
-    return above if is_part else None
+    marks = ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
+    for part in (path.absolute(), path.resolve()):  # a link to a pipeline's part is that part
+        above = part.parent
+        if part.name in _TRANSFORMERS and any((above / mark).is_file() for mark in marks):
+            return above
+    return None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

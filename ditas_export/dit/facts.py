@@ -84,6 +84,11 @@ def _with_conventions(
     if "linear_start" in values and is_linear:
         return facts | {"beta_schedule": Fact("scaled_linear", f"{path}linear_start")}
     steps = facts.get("train_timesteps")
+    if values.get("rescale_timesteps") is True and steps is not None and steps.value != 1000:
+        raise CheckpointError(
+            f"{path}rescale_timesteps=True with {steps.value} steps: the model was trained on time "
+            f"steps that are rescaled to 1000, which is not followed (yet)"
+        )
     if (
         "diffusion_steps" in values
         and steps is not None

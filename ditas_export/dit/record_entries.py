@@ -8,9 +8,12 @@ and `NotFollowedError` for what this package does not follow.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
+
+from torch import Tensor
 
 from ditas_export.dit.presets import SIZES
 from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
@@ -57,17 +60,31 @@ _Reader = Callable[[str, Any], Mapping[str, Any]]
 
 def _whole(field: str, *, least: int = 1) -> _Reader:
     def read(_name: str, value: Any) -> Mapping[str, Any]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        number = _whole_number(value)
+        if number is None or number < least:
             raise ValueError(f"expected a whole number of {least} or more")
-        return {field: value}
+        return {field: number}
 
     return read
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return a whole number however it is written: 12, 12.0, "12", a tensor of one; else None."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if math.isfinite(value) and value == int(value) else None
 
 
 def _number(field: str) -> _Reader:
     def read(_name: str, value: Any) -> Mapping[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError("expected a number")
+        if not math.isfinite(value):
+            raise ValueError("expected a finite number")
         return {field: float(value)}
 
     return read
@@ -131,11 +148,18 @@ def _refused(name: str, value: Any) -> Mapping[str, Any]:
 def _variance(_name: str, value: Any) -> Mapping[str, Any]:
     if value not in get_args(Variance):
         raise NotFollowedError(f"has another kind of variance than {', '.join(get_args(Variance))}")
-    return {"variance": value}
+    return {"variance": value} | ({"fixed_variance": value} if value != "learned_range" else {})
 
 
 def _sigma_small(_name: str, value: Any) -> Mapping[str, Any]:
     return {"fixed_variance": "fixed_small" if value else "fixed_large"}
+
+
+def _target(_name: str, value: Any) -> Mapping[str, Any]:
+    """The class that a configuration makes; those of flow matching are not followed."""
+    if isinstance(value, str) and _FLOW_NAMES.match(value.rpartition(".")[2]):
+        raise NotFollowedError("predicts something else than the noise (flow matching)")
+    return {}
 
 
 def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
@@ -190,7 +214,9 @@ _ENTRIES: Mapping[str, _Reader] = {
     "prediction prediction_type pred_type parameterization objective model_mean_type": _prediction,
     "variance variance_type var_type": _variance,
     "sigma_small": _sigma_small,
+    "rescale_timesteps": lambda _name, _value: {},  # with the number of steps, see `facts.py`
     "model model_name model_type arch": _model_name,
+    "_target_ target class_path": _target,
     "vae": _vae,
     " ".join(NOT_FOLLOWED_ENTRIES): _refused,
 }

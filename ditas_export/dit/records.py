@@ -6,10 +6,11 @@ stands. Two facts of one field that differ are an error that names both.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -22,23 +23,23 @@ from ditas_export.dit.record_entries import READERS
 from ditas_export.errors import CheckpointError
 from ditas_export.options import CheckpointHints
 
-RECORD_PARTS = {
-    "args", "config", "cfg", "conf", "hparams", "hyper_parameters", "model_args",
-    "model_kwargs", "model_config", "options",
-}  # fmt: skip
-"""Parts of a training checkpoint that say how it was trained."""
+_NOT_OF_THE_MODEL = re.compile(
+    r"optim.*|.*optimizers?|lr.*|.*lr_sched.*|data|.*dataset.*|.*dataloader.*|.*loader|ema.*|vae.*|"
+    r"first_stage.*|auto_?encoder.*|.*text.*|token.*|clip.*|t5.*|.*encoder.*|cond_.*|disc.*|"
+    r"teacher.*|repa.*|dino.*|eval.*|metrics?|log.*|wandb.*|trainer.*|callbacks?|param_groups|env.*",
+    re.IGNORECASE,
+)
+"""Parts of a checkpoint that are of something else, whatever they say."""
 
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
 """Objects of a pickle that are read as a dict, and hold nothing else."""
 
-_INNER_PARTS = {
-    "model", "params", "network", "net", "dit", "transformer", "diffusion", "scheduler",
-    "noise_scheduler", "model_args", "model_kwargs", "model_params", "init_args", "kwargs",
-    "transport",
-}  # fmt: skip
-"""Parts of those that are looked into."""
+_MEAN_TYPES = {1: "previous_x", 2: "start_x", 3: "epsilon"}
+"""Members of guided-diffusion's enumeration of what a model predicts, by value."""
 
-_DEPTH = 4
+_DEPTH = 6
+_MOST_ENTRIES = 10_000
+"""Bounds of what is looked into."""
 
 
 def facts_of_training(content: Mapping[Any, Any], *, where: str) -> dict[str, Fact]:
@@ -51,18 +52,21 @@ def facts_of_training(content: Mapping[Any, Any], *, where: str) -> dict[str, Fa
     Raises:
         CheckpointError: something that is not followed, no value of its kind, or two that differ.
     """
-    beside = {
-        name: plain(value)
-        for name, value in content.items()
-        if name in READERS and not isinstance(value, Mapping | list | tuple | Tensor)
-    }
-    facts = facts_of_values(beside, where=where)
-    for name in content:
-        if name in RECORD_PARTS and isinstance(values := plain(content[name]), Mapping):
-            for path, part in _inner(values, (str(name),)):
-                found = facts_of_values(part, where=where, path=".".join(path) + ".")
-                facts = merged(facts, found, where=where)
+    facts: dict[str, Fact] = {}
+    for path, part in _records(content):
+        found = facts_of_values(part, where=where, path=".".join(path) + "." if path else "")
+        facts = merged(facts, found, where=where)
     return facts
+
+
+def parts_with_records(content: Mapping[Any, Any]) -> set[str]:
+    """Return the outer names of a checkpoint under which something is said that is read."""
+    return {
+        str(path[0] if path else name)
+        for path, part in _records(content)
+        for name in part
+        if name in READERS
+    }
 
 
 def facts_of_metadata(metadata: Mapping[str, str], *, where: str) -> dict[str, Fact]:
@@ -71,8 +75,13 @@ def facts_of_metadata(metadata: Mapping[str, str], *, where: str) -> dict[str, F
     Raises:
         CheckpointError: see `facts_of_training`.
     """
-    values = {name: _json_or_text(text) for name, text in metadata.items() if name in READERS}
-    return facts_of_values(values, where=where, path="metadata ")
+    facts: dict[str, Fact] = {}
+    content = {name: _json_or_text(text) for name, text in metadata.items()}
+    for path, part in _records(content):
+        place = "".join(f"{name}." for name in path)
+        found = facts_of_values(part, where=where, path=f"metadata {place}")
+        facts = merged(facts, found, where=where)
+    return facts
 
 
 def facts_of_hints(hints: CheckpointHints) -> dict[str, Fact]:
@@ -145,8 +154,13 @@ def plain(value: Any, depth: int = 0) -> Any:
         return _numpy_scalar(*value.args)
     if value.name.startswith("pathlib."):
         return "/".join(map(str, value.args))
-    state = value.state if isinstance(value.state, Mapping) else {}
-    for inner in ("_content", "_val"):  # OmegaConf
+    if value.name.endswith("ModelMeanType") and len(value.args) == 1:
+        return _MEAN_TYPES.get(value.args[0], value.name)
+    state = value.state
+    if isinstance(state, tuple) and len(state) == 2:  # of an object with slots
+        state = {**(state[0] or {}), **(state[1] or {})}
+    state = state if isinstance(state, Mapping) else {}
+    for inner in ("_content", "_val", "_fields", "_cfg_dict"):  # OmegaConf, ConfigDict, mmengine
         if inner in state:
             return plain(state[inner], depth + 1)
     if state or value.entries:
@@ -162,14 +176,57 @@ def _numpy_scalar(kind: Any, raw: Any) -> Any:
     return np.frombuffer(raw, dtype=np.dtype(f"<{code}"))[0].item()
 
 
-def _inner(
-    values: Mapping[str, Any], path: tuple[str, ...]
+def _records(
+    content: Mapping[Any, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Yield a record's mappings that may say something of the model, and their paths."""
-    yield path, values
+    """Yield every mapping of plain values that may say something of the model, and its path.
+
+    Weights are no records, nor are parts that by their name are of something else. A name counts
+    without what stands before its last dot, dashes as underscores: `model.num-heads`.
+    """
+    values: dict[str, Any] = {}
+    for written, value in itertools.islice(content.items(), _MOST_ENTRIES):
+        if not isinstance(written, str) or _is_table(value) or _has_tables(value):
+            continue
+        name = written.rpartition(".")[2].replace("-", "_")
+        if name in READERS or not _NOT_OF_THE_MODEL.fullmatch(name):
+            values[name] = _readable(value)
+    yield path, {name: value for name, value in values.items() if name in READERS}
     for name, inner in values.items():
-        if name in _INNER_PARTS and isinstance(inner, Mapping) and len(path) < _DEPTH:
-            yield from _inner(inner, (*path, name))
+        is_other = _NOT_OF_THE_MODEL.fullmatch(name) or len(path) == _DEPTH
+        if isinstance(inner, Mapping) and "param_groups" not in inner and not is_other:
+            yield from _records(inner, (*path, name))
+
+
+def _is_table(value: Any) -> bool:
+    """Return whether a value is a tensor of more than a number."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _has_tables(value: Any) -> bool:
+    """Return whether a mapping holds weights itself."""
+    return isinstance(value, Mapping) and any(map(_is_table, value.values()))
+
+
+def _readable(value: Any) -> Any:
+    """Return an entry as plain values: JSON in text, and the words of a command line, as dicts."""
+    value = plain(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return _json_or_text(value)
+    if isinstance(value, list) and any(str(word).startswith("--") for word in value):
+        return _of_command_line([str(word) for word in value])
+    return value
+
+
+def _of_command_line(words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command line: `--name value`, `--name=value`, `--name` for true."""
+    options: dict[str, Any] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            is_flag = not equals and after.startswith("--")
+            options[name] = True if is_flag else _json_or_text(value if equals else after)
+    return options
 
 
 def _json_or_text(text: str) -> Any:

@@ -55,22 +55,28 @@ def resolve(source: Source) -> tuple[DiTConfig, tuple[str, ...]]:
     _require_shapes(geometry, facts, where)
     num_classes, null_row, label_notes = _labels(geometry.label_rows, facts, where)
     input_size, grid_notes = _input_size(source, facts)
-    config = DiTConfig(
-        input_size=input_size,
-        patch_size=geometry.patch_size,
-        in_channels=geometry.in_channels,
-        hidden_size=geometry.hidden_size,
-        depth=geometry.depth,
-        num_heads=_num_heads(source, facts),
-        mlp_ratio=geometry.mlp_ratio,
-        num_classes=num_classes,
-        null_row=null_row,
-        learn_sigma=geometry.learn_sigma,
-        layer_norm_eps=_value(facts, "layer_norm_eps", 1e-6),
-        mlp_norm_eps=_value(facts, "mlp_norm_eps", source.mlp_norm_eps),
-        frequency_shift=_value(facts, "frequency_shift", source.frequency_shift),
-        process=_process(source, facts),
-    )
+    try:
+        config = DiTConfig(
+            input_size=input_size,
+            patch_size=geometry.patch_size,
+            in_channels=geometry.in_channels,
+            hidden_size=geometry.hidden_size,
+            depth=geometry.depth,
+            num_heads=_num_heads(source, facts),
+            mlp_ratio=geometry.mlp_ratio,
+            num_classes=num_classes,
+            null_row=null_row,
+            learn_sigma=geometry.learn_sigma,
+            layer_norm_eps=_value(facts, "layer_norm_eps", 1e-6),
+            mlp_norm_eps=_value(facts, "mlp_norm_eps", source.mlp_norm_eps),
+            frequency_shift=_value(facts, "frequency_shift", source.frequency_shift),
+            process=_process(source, facts),
+        )
+    except CheckpointError as error:
+        said = [f"{fact.where} gives {field} {fact.value}" for field, fact in facts.items()]
+        raise CheckpointError(
+            f"{where}: {error} ({', '.join(said) or 'nothing is recorded'}): correct what says so"
+        ) from error
     return config, (*label_notes, *grid_notes)
 
 

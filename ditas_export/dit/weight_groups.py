@@ -19,7 +19,7 @@ MARKS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_modul
 """What torch.compile, activation checkpointing and FSDP put into names, anywhere."""
 
 _AVERAGED = {"ema", "shadow", "average", "averaged", "avg", "swa", "polyak"}
-_RAW = {"online", "non", "raw"}
+_RAW = {"online", "non", "no", "not", "without", "raw"}
 """Words in the name of a part or prefix; the latter win: `online_model`, `non_ema`."""
 
 _NO_WEIGHTS = re.compile(
@@ -98,6 +98,6 @@ def part_at(content: Any, path: tuple[str, ...]) -> Any:
 
 def says_averaged(names: Sequence[str]) -> bool:
     """Return whether the names of parts and prefixes say that weights are averaged."""
-    split = (re.sub(r"([a-z])([A-Z])", r"\1_\2", name) for name in names)
+    split = (re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name) for name in names)
     words = {word for name in split for word in re.split(r"[^a-z]+", name.lower())}
     return bool(words & _AVERAGED) and not words & _RAW

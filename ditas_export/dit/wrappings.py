@@ -21,7 +21,7 @@ from ditas_export.dit.averages import (
     with_positions,
 )
 from ditas_export.dit.pickle_machine import Inert
-from ditas_export.dit.records import NAMESPACES, RECORD_PARTS
+from ditas_export.dit.records import NAMESPACES, parts_with_records
 from ditas_export.dit.tensor_files import TensorFile, abbreviated
 from ditas_export.dit.weight_groups import MARKS, Group, find_groups, inner_parts, part_at
 from ditas_export.errors import CheckpointError
@@ -71,8 +71,9 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
     notes += _notes(chosen, groups)
     tensors, odd = _plain_tensors(with_positions(chosen, groups), where)
     beside = [*_beside(file.content, chosen, groups), *odd]
+    read = parts_with_records(file.content)
     betas = _tables_of_betas(file.content, chosen, beside)
-    if unused := [name for name in beside if name not in betas]:
+    if unused := [name for name in beside if name not in betas and name not in read]:
         notes.append(f"not used: {abbreviated(unused)}")
     return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes), betas=betas)
 
@@ -117,13 +118,13 @@ def _plain_tensors(group: Group, where: str) -> tuple[dict[str, Tensor], list[st
                 f"tensors, best as safetensors"
             )
         else:
-            odd.extend({f"{group.prefix}{name}"} - RECORD_PARTS)
+            odd.append(f"{group.prefix}{name}")
     return tensors, odd
 
 
 def _beside(content: Mapping[Any, Any], chosen: Group, groups: Sequence[Group]) -> Iterator[str]:
     """Yield what lies beside the chosen weights, group by group and not said otherwise."""
-    known = {group.path[0] for group in groups if group.path} | RECORD_PARTS
+    known = {group.path[0] for group in groups if group.path}
     prefixes = tuple(group.prefix for group in groups if not group.path)
     if chosen.path:
         yield from (
@@ -142,7 +143,8 @@ def _tables_of_betas(
     content: Mapping[Any, Any], chosen: Group, beside: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return the noise schedules that a wrapper around the network keeps as buffers, by name."""
-    part = part_at(content, chosen.path) if chosen.prefix else {}
+    part = part_at(content, chosen.path)
+    part = {**content, **part} if isinstance(part, Mapping) else content
     found = {name: part.get(name) for name in beside if name.split(".")[-1] == "betas"}
     return {
         name: table
