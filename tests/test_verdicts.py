@@ -210,3 +210,9 @@ def test_a_file_with_weight_only_linears_has_a_figure_for_a_bare_session(bits: i
     assert found.file.bare_session_db is not None
     assert len(found.file.bare_session_db) == 2
     assert found.file.bare_session_db != found.file.final_db
+
+
+@pytest.mark.parametrize(("own", "ours"), [(60.0, 20.0), (20.0, 60.0)])
+def test_either_form_must_match(own: float, ours: float) -> None:
+    assert verification(40.0, match_db=own, runner_match_db=ours).matches is False
+    assert verification(40.0, match_db=60.0, runner_match_db=60.0).matches is True

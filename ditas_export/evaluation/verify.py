@@ -84,6 +84,12 @@ class FileFindings:
     not_finite: str | None = None  # where it put out NaN or infinity, and the remedy
     bare_session_db: tuple[float, ...] | None = None  # final_db of an `InferenceSession` as it is
 
+    @property
+    def worst_match_db(self) -> float:
+        """The lesser match of the two forms that are run."""
+        found = (self.match_db, self.runner_match_db)
+        return min(db for db in found if db is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
@@ -99,10 +105,7 @@ class Verification:
     @property
     def matches(self) -> bool | None:
         """Whether the file computes what was calibrated; None if it was not run."""
-        if self.file is None:
-            return None
-        found = (self.file.match_db, self.file.runner_match_db)
-        return all(db >= self.match_bound_db for db in found if db is not None)
+        return None if self.file is None else self.file.worst_match_db >= self.match_bound_db
 
     @property
     def single_step_db(self) -> float:
