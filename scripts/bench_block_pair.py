@@ -87,7 +87,7 @@ def main() -> None:
                 export_onnx(folded, path, layout=layout, ranges=ranges, target="onnxruntime")
                 files[f"onnxruntime {layout} {ranges}"] = path
         forms: dict[str, Callable[[], Runner]] = {
-            name: lambda path=path: OnnxRuntimeRunner(path, threads=args.threads)
+            name: lambda path=path: OnnxRuntimeRunner(path, as_is=True, threads=args.threads)
             for name, path in files.items()
         }
         if args.openvino:
@@ -100,7 +100,7 @@ def main() -> None:
                 export_onnx(folded, path, layout="int4", ranges=ranges)
             for name, path in by_openvino.items():
                 forms[f"openvino {name}"] = lambda path=path: OpenVINORunner(
-                    path, threads=args.threads
+                    path, as_is=True, threads=args.threads
                 )
         times: dict[str, list[float]] = {name: [] for name in forms}
         for round_index in range(args.rounds):

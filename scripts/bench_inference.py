@@ -144,15 +144,19 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     }
     for (target, ranges), path in files.items():
         openers[f"onnxruntime {_form(target, ranges)}"] = partial(
-            OnnxRuntimeRunner, path, threads=threads, cache=cache
+            OnnxRuntimeRunner, path, as_is=True, threads=threads, cache=cache
         )
+        if target == "portable":
+            openers[f"onnxruntime {_form(target, ranges)}, by our runner"] = partial(
+                OnnxRuntimeRunner, path, threads=threads, cache=cache
+            )
     for precision in ("f32", "bf16"):
         openers[f"OpenVINO float, {precision}"] = partial(
             OpenVINORunner, reference, threads=threads, precision=precision
         )
         for (target, ranges), path in files.items():
             openers[f"OpenVINO {_form(target, ranges)}, {precision} beside it"] = partial(
-                OpenVINORunner, path, threads=threads, precision=precision
+                OpenVINORunner, path, as_is=True, threads=threads, precision=precision
             )
     openers["PyTorch float32"] = partial(TorchRunner, model)
     openers["PyTorch float32, compiled"] = partial(TorchRunner, compiled(model))

@@ -162,7 +162,11 @@ def check(form: Form, product: Product, config: DiTConfig, folder: Path) -> None
 def run_once(form: Form, onnx: Path, config: DiTConfig, written: FileForm) -> None:
     """Compare one step with the file on the CPU, and read the inspector."""
     inputs = example_inputs(config, batch=2)
-    with OnnxRuntimeRunner(onnx) if onnxruntime_takes(onnx) else OpenVINORunner(onnx) as runner:
+    with (
+        OnnxRuntimeRunner(onnx, as_is=True)
+        if onnxruntime_takes(onnx)
+        else OpenVINORunner(onnx) as runner
+    ):
         expected = runner(*inputs)
     with TensorRTRunner(form.plan) as runner:
         form.snr_db = snr_db(expected, runner(*inputs))
