@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import json
+import shutil
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -74,6 +76,34 @@ class OmegaNode:
         self.__dict__.update(state)
 
 
+@dataclass(slots=True)
+class Slotted:
+    num_heads: int = 12
+
+
+class Unnamed(NamedTuple):
+    """A pickle has its values alone."""
+
+    num_heads: int = 12
+
+
+class MmDict(dict[str, Any]):
+    """As mmengine's containers pickle themselves."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return (MmDict, (dict(self),), None, None, None)
+
+
+class MmConfig:
+    """The same of its files."""
+
+    def __init__(self) -> None:
+        self._cfg_dict = MmDict(model=MmDict(num_heads=12))
+
+    def __getstate__(self) -> Any:
+        return (self._cfg_dict, "config.py", "text", {})
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "Namespace": {"args": argparse.Namespace(num_heads=12)},
     "dict": {"args": {"num_heads": 12}},
@@ -83,6 +113,37 @@ FORMS: dict[str, dict[str, Any]] = {
     "config": {"config": {"network": {"n_heads": 12}, "vae": {"num_heads": 1}}},
     "OmegaConf": {"cfg": OmegaNode(_content={"num_heads": OmegaNode(_val=12)}, _metadata=None)},
     "beside": {"num_heads": 12},
+    "model_config": {"config": {"model_config": {"num_heads": 12}}},
+    "args in args": {"config": {"model": {"args": {"num_heads": 12}}}},
+    "cfg in hyper_parameters": {"hyper_parameters": {"cfg": {"num_heads": 12}}},
+    "deep": {"hyper_parameters": {"config": {"model": {"params": {"num_heads": 12}}}}},
+    "JSON": {"args": json.dumps({"num_heads": 12})},
+    "words": {"args": ["train.py", "--num-heads", "12", "--quiet"]},
+    "one word": {"argv": ["--num-heads=12"]},
+    "overrides": {"overrides": ["model.num_heads=12", "+data.num_heads=3"]},
+    "dashes": {"args": {"num-heads": 12}},
+    "dots": {"cfg": {"model.num_heads": 12, "vae.num_heads": 1}},
+    "any name": {"opt": argparse.Namespace(num_heads=12)},
+    "list": {"settings": [{"name": "x"}, {"num_heads": 12}]},
+    "ConfigDict": {"flags": OmegaNode(_fields={"num_heads": 12}, _locked=True)},
+    "mmengine": {"cfg": MmConfig()},
+    "slots": {"args": Slotted()},
+    "float": {"args": {"num_heads": 12.0}},
+    "text": {"args": {"num_heads": "12"}},
+    "tensor": {"args": {"num_heads": torch.tensor(12)}},
+    "agreeing": {"args": {"num_heads": 12}, "settings": {"model": {"n_heads": 12}}},
+    "of other things": {
+        "args": {"num_heads": 12, "text_encoder": {"num_heads": 1}, "ema": {"num_heads": 1}},
+        "optimizer": {"param_groups": [{"num_heads": 1, "betas": [0.9, 0.95]}], "state": {}},
+        "opt": {"param_groups": [{"num_heads": 1}], "state": {0: {"num_heads": 1}}},
+        "config": {
+            "data": {"num_classes": 3, "image_size": 7},
+            "first_stage_config": {"params": {"num_heads": 1}},
+            "stage": {"target": "ldm.models.AutoencoderKL", "params": {"in_channels": 9}},
+            "discriminator.num_heads": 1,
+            "sampler": {"num_timesteps": 50},
+        },
+    },
 }
 
 
@@ -97,73 +158,62 @@ def test_records_are_found_where_training_leaves_them(
     assert config_of(tmp_path / "dit.pt", num_heads=12).num_heads == 12
 
 
-ANYWHERE: dict[str, dict[str, Any]] = {
-    "a part of another name": {"config": {"model_config": {"num_heads": 4}}},
-    "parts in parts": {"hyper_parameters": {"config": {"model": {"params": {"num_heads": 4}}}}},
-    "any part": {"opt": argparse.Namespace(num_heads=4)},
-    "JSON text": {"args": json.dumps({"num_heads": 4})},
-    "a command line": {"args": ["train.py", "--num-heads", "4", "--fast"]},
-    "a command line with =": {"args": ["--num-heads=4"]},
-    "dashes": {"args": {"num-heads": 4}},
-    "dots": {"cfg": {"model.num_heads": 4}},
-    "a float": {"args": {"num_heads": 4.0}},
-    "text": {"args": {"num_heads": "4"}},
-    "a tensor": {"args": {"num_heads": torch.tensor(4)}},
+DISTANT: dict[str, dict[str, Any]] = {
+    "training": {"cfg": {"training": {"prediction_type": "v_prediction"}}},
+    "loss": {"config": {"loss": {"prediction": "velocity"}}},
+    "scheduler": {"config": {"scheduler": {"_target_": "FlowMatchEulerDiscreteScheduler"}}},
+    "class": {"config": {"model": {"_target_": "models.sit.SiT"}}},
+    "module": {"hparams": {"model": {"class_path": "flow_matching.models.DiT"}}},
+    "path": {"train_args": {"transport": {"path-type": "Linear"}}},
 }
 
 
-@pytest.mark.parametrize("beside", ANYWHERE.values(), ids=ANYWHERE)
-def test_records_are_found_anywhere_and_however_written(
-    tmp_path: Path, state: State, beside: dict[str, Any]
+@pytest.mark.parametrize("form", DISTANT.values(), ids=DISTANT)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_is_not_followed_is_refused_wherever_it_stands(
+    tmp_path: Path, state: State, form: dict[str, Any], suffix: str
 ) -> None:
-    torch.save({"ema": state, **beside}, tmp_path / "dit.pt")
-    assert load_dit(tmp_path / "dit.pt").model.config.num_heads == 4
+    path = tmp_path / f"dit.{suffix}"
+    if suffix == "pt":
+        torch.save({"ema": state, **form}, path)
+    else:
+        save_file(state, path, metadata={name: json.dumps(each) for name, each in form.items()})
+    assert "the model predicts something else than the noise" in refusal(path, num_heads=4)
 
 
-def test_records_of_other_things_are_none(tmp_path: Path, state: State) -> None:
-    others = {
-        "optimizer": {"num_heads": 8},
-        "opt": {"state": {}, "param_groups": [{"lr": 1.0}], "num_heads": 8},
-        "text_encoder": {"num_heads": 8},
-        "config": {"vae": {"num_heads": 8}, "dataset": {"num_classes": 3}},
-        "args": {"num_heads": 4},
+def test_metadata_have_parts_too(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "dit.safetensors"
+    metadata = {
+        "config": json.dumps({"model": {"num_heads": 12}}),
+        "modelspec.resolution": "64x64",
+        "modelspec.prediction_type": "epsilon",
     }
-    torch.save({"ema": state, **others}, tmp_path / "dit.pt")
-    loaded = load_dit(tmp_path / "dit.pt")
-    assert (loaded.model.config.num_heads, loaded.model.config.num_classes) == (4, 10)
-    assert any(note.startswith("not used: optimizer, opt, text_enc") for note in loaded.notes)
+    save_file(state, path, metadata=metadata)
+    assert config_of(path).num_heads == 12
+    assert "metadata config.model.num_heads gives num_heads 12" in refusal(path, num_heads=6)
 
 
 @pytest.mark.parametrize(
-    ("beside", "message"),
+    ("form", "said"),
     [
-        (
-            {"cfg": {"training": {"prediction_type": "v_prediction"}}},
-            "cfg.training.prediction_type",
-        ),
-        ({"config": {"loss": {"prediction": "velocity"}}}, "config.loss.prediction='velocity'"),
-        ({"config": {"model": {"_target_": "models.sit.SiT"}}}, "flow matching"),
-        ({"config": {"scheduler": {"_target_": "FlowMatchEulerDiscreteScheduler"}}}, "flow match"),
-        ({"args": {"diffusion_steps": 4000, "rescale_timesteps": True}}, "rescaled to 1000"),
-        ({"args": {"num_heads": True}}, "args.num_heads=True; expected a whole number"),
-        ({"args": {"num_heads": 5}}, "(args.num_heads gives num_heads 5): correct what says so"),
-        ({"args": {"beta_end": float("nan")}}, "args.beta_end=nan; expected a finite number"),
+        ({"args": Unnamed()}, "not used: args"),
+        ({"args": {"lr": 1e-4}}, "not used: args"),
+        ({"config": "model: {num_heads: 12}"}, "not used: config"),
+        ({"settings": {"num_heads": 4}, "epoch": 3}, "not used: epoch"),
     ],
 )
-def test_what_is_said_anywhere_is_refused_by_name(
-    tmp_path: Path, state: State, beside: dict[str, Any], message: str
+def test_parts_that_say_nothing_are_said(
+    tmp_path: Path, state: State, form: dict[str, Any], said: str
 ) -> None:
-    torch.save({"ema": state, "hparams": {}, **beside}, tmp_path / "dit.pt")
-    hints = CheckpointHints() if "num_heads" in str(beside) else CheckpointHints(num_heads=4)
-    assert message in refusal(tmp_path / "dit.pt", hints=hints)
+    torch.save({"ema": state, **form}, tmp_path / "dit.pt")
+    assert said in load_dit(tmp_path / "dit.pt", num_heads=4).notes
 
 
-def test_metadata_may_hold_a_whole_record(tmp_path: Path, state: State) -> None:
-    path = tmp_path / "dit.safetensors"
-    save_file(state, path, metadata={"config": json.dumps({"num_heads": 4})})
-    assert load_dit(path).model.config.num_heads == 4
-    save_file(state, path, metadata={"config": json.dumps({"prediction_type": "v_prediction"})})
-    assert "metadata config.prediction_type" in refusal(path, hints=CheckpointHints(num_heads=4))
+def test_records_of_two_parts_that_differ_are_named(tmp_path: Path, state: State) -> None:
+    content = {"ema": state, "args": {"num_heads": 4}, "train_args": ["--num-heads", "6"]}
+    torch.save(content, tmp_path / "dit.pt")
+    message = "args.num_heads gives num_heads 4, train_args.num_heads gives 6; correct the record"
+    assert message in refusal(tmp_path / "dit.pt")
 
 
 def test_a_record_wins_over_the_published_size_and_the_one_it_names(tmp_path: Path) -> None:
@@ -269,6 +319,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rope": {"use_rope": True},
     "grid": {"input_size": [8, 32]},
     "image": {"image_size": (64, 256)},
+    "scaled steps": {"rescale_timesteps": True, "diffusion_steps": 4000},
 }
 
 
@@ -281,6 +332,46 @@ def test_what_is_not_followed_is_refused_by_name(
     assert any(f"args.{name}=" in message for name in args)
 
 
+class ModelMeanType(enum.Enum):
+    """As guided-diffusion's."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """The same of its variances."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class Named(enum.Enum):
+    """One whose values are text."""
+
+    EPSILON = "epsilon"
+    V = "v"
+
+
+def test_members_of_enums_are_read_by_number(train: Callable[..., Path]) -> None:
+    for member in (ModelMeanType.EPSILON, Named.EPSILON, "EPSILON"):
+        assert config_of(train(model_mean_type=member)).process == DIT_PROCESS
+    for odd in (ModelMeanType.START_X, ModelMeanType.PREVIOUS_X, Named.V):
+        message = refusal(train(model_mean_type=odd))
+        assert "the model predicts something else than the noise" in message
+    assert config_of(train(model_var_type=ModelVarType.LEARNED_RANGE)).process == DIT_PROCESS
+    message = refusal(train(model_var_type=ModelVarType.LEARNED))
+    assert "args.model_var_type=test_records.ModelVarType(1): the model has another kind" in message
+
+
+def test_steps_of_a_thousand_are_not_rescaled(train: Callable[..., Path]) -> None:
+    assert config_of(train(rescale_timesteps=True, diffusion_steps=1000)).process == DIT_PROCESS
+    assert config_of(train(rescale_timesteps=False)).process == DIT_PROCESS
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -288,7 +379,28 @@ def test_what_is_not_followed_is_refused_by_name(
         ({"class_dropout_prob": 3}, "args.class_dropout_prob=3; expected a share between 0 and 1"),
         ({"learn_sigma": 1}, "args.learn_sigma=1; expected true or false"),
         ({"beta_start": "x"}, "args.beta_start='x'; expected a number"),
-        ({"beta_end": 2.0}, "betas from 0.0001 to 2.0; expected 0 < beta_start"),
+        (
+            {"beta_end": 2.0},
+            "train.pt: betas from 0.0001 to 2.0; expected 0 < beta_start <= beta_end < 1; correct "
+            "args.beta_end",
+        ),
+        ({"beta_end": float("nan")}, "train.pt: args.beta_end=nan; expected a finite number"),
+        ({"num_heads": True}, "args.num_heads=True; expected a whole number of 1 or more"),
+        ({"num_heads": 4.5}, "args.num_heads=4.5; expected a whole number of 1 or more"),
+        (
+            {"num_heads": 5},
+            "train.pt: hidden_size=48 is no multiple of num_heads=5 (args.num_heads); correct the "
+            "record",
+        ),
+        (
+            {"layer_norm_eps": -1.0},
+            "train.pt: layer_norm_eps='-1.0'; expected a positive number; correct "
+            "args.layer_norm_eps",
+        ),
+        (
+            {"vae": {"scaling_factor": 0.0}},
+            "train.pt: args.vae: scaling_factor=0.0; expected more than 0; correct the record",
+        ),
         ({"diffusion_steps": 1}, "args.diffusion_steps=1; expected a whole number of 2 or more"),
     ],
 )
@@ -322,19 +434,73 @@ TABLES: dict[str, tuple[np.ndarray, Process | None]] = {
 }
 
 
-@pytest.mark.parametrize(("betas", "expected"), TABLES.values(), ids=TABLES)
-def test_a_table_of_betas_beside_the_weights_is_a_record(
-    tmp_path: Path, state: State, betas: np.ndarray, expected: Process | None
-) -> None:
+def products(betas: np.ndarray) -> np.ndarray:
+    return np.cumprod(1 - betas)
+
+
+def wrapped(state: State, table: Any) -> dict[str, Any]:
     """As GaussianDiffusion and latent diffusion's modules keep it."""
     content = {f"model.{name}": tensor for name, tensor in state.items()}
-    content["betas"] = torch.from_numpy(betas).float()
+    return {"state_dict": {**content, "betas": torch.from_numpy(table).float()}}
+
+
+PLACES: dict[str, tuple[str, Callable[[State, np.ndarray], dict[str, Any]]]] = {
+    "wrapper": ("betas", wrapped),
+    "beside": (
+        "betas",
+        lambda state, betas: {"model": state, "betas": torch.from_numpy(betas).float()},
+    ),
+    "dotted": (
+        "diffusion.betas",
+        lambda state, betas: {"model": state, "diffusion.betas": torch.from_numpy(betas)},
+    ),
+    "part": (
+        "diffusion.betas",
+        lambda state, betas: {"model": state, "diffusion": {"betas": torch.from_numpy(betas)}},
+    ),
+    "NumPy": ("betas", lambda state, betas: {"model": state, "betas": betas}),
+    "NumPy, float32": (
+        "betas",
+        lambda state, betas: {"model": state, "betas": betas.astype(np.float32)},
+    ),
+    "list": ("betas", lambda state, betas: {"model": state, "betas": betas.tolist()}),
+    "products": (
+        "alphas_cumprod",
+        lambda state, betas: {"model": state, "alphas_cumprod": products(betas)},
+    ),
+    "float32 products": (
+        "alphas_cumprod",
+        lambda state, betas: {
+            "model": state,
+            "alphas_cumprod": torch.from_numpy(1 - betas).float().cumprod(dim=0),
+        },
+    ),
+    "both": (
+        "betas",
+        lambda state, betas: {"model": state, "betas": betas, "alphas_cumprod": products(betas)},
+    ),
+}
+"""Where a table lies: its name in messages, and the checkpoint."""
+
+
+@pytest.mark.parametrize(("name", "content"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("betas", "expected"), TABLES.values(), ids=TABLES)
+def test_a_table_of_the_schedule_is_a_record(
+    tmp_path: Path,
+    state: State,
+    name: str,
+    content: Callable[[State, np.ndarray], dict[str, Any]],
+    betas: np.ndarray,
+    expected: Process | None,
+) -> None:
     path = tmp_path / "dit.ckpt"
-    torch.save({"state_dict": content, "args": {"num_heads": 4}}, path)
+    torch.save({**content(state, betas), "args": {"num_heads": 4}}, path)
     if expected is not None:
-        assert config_of(path).process == expected
+        loaded = load_dit(path)
+        assert loaded.model.config.process == expected
+        assert f"not used: {name}" not in loaded.notes
         message = refusal(path, hints=CheckpointHints(betas="linear,0.001,0.01,50"))
-        assert "betas gives" in message
+        assert f"{name} gives" in message
         assert "--betas gives" in message
     else:
         assert "a noise schedule that is not followed (yet); expected linear" in refusal(path)
@@ -474,6 +640,7 @@ def test_a_model_without_label_table_is_one_of_a_row_of_zeros(tmp_path: Path) ->
         ({"sigma_small": True}, "fixed_small"),
         ({"sigma_small": False}, "fixed_large"),
         ({"variance_type": "fixed_small"}, "fixed_small"),
+        ({"variance_type": "fixed_small", "sigma_small": True}, "fixed_small"),
     ],
 )
 def test_outputs_without_variance(tmp_path: Path, args: dict[str, Any], variance: str) -> None:
@@ -484,6 +651,16 @@ def test_outputs_without_variance(tmp_path: Path, args: dict[str, Any], variance
     assert load_dit(path).model.config == config
     path = written(tmp_path / "dit.pt", state, num_heads=4, variance_type="learned_range")
     assert "variance learned_range (args.variance_type), but the output has 4" in refusal(path)
+
+
+def test_two_names_of_a_fixed_variance_that_differ(tmp_path: Path) -> None:
+    state = random_dit(
+        replace(TINY, learn_sigma=False, process=replace(DIT_PROCESS, variance="fixed_small"))
+    ).state_dict()
+    args = {"num_heads": 4, "sigma_small": True, "variance": "fixed_large"}
+    message = refusal(written(tmp_path / "dit.pt", state, **args))
+    assert "args.variance gives variance 'fixed_large', args.sigma_small gives 'fixed_sm" in message
+    assert message.endswith("correct the record")
 
 
 # --- Positions ----------------------------------------------------------------------------------
@@ -546,6 +723,25 @@ def test_a_table_that_is_not_there_is_computed(
     loaded = load_dit(written(tmp_path / "dit.pt", rest, num_heads=4, **args))
     assert torch.equal(loaded.model.pos_embed, state["pos_embed"])
     assert "it has no pos_embed: the sin-cos table is computed" in loaded.notes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"input_size": 10**6}, "args.input_size gives inputs of 1000000 pixels a side; expected"),
+        ({"image_size": 10**8}, "args.image_size gives inputs of 12500000 pixels a side; expected"),
+        ({"image_size": 4}, "args.image_size gives inputs of 0 pixels a side; expected 1 to 2048"),
+        (
+            {"input_size": 7},
+            "dit.pt: input_size=7 is no multiple of patch_size=2; correct args.input_size",
+        ),
+    ],
+)
+def test_sizes_of_which_no_table_is_computed(
+    tmp_path: Path, state: State, args: dict[str, Any], message: str
+) -> None:
+    rest = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+    assert message in refusal(written(tmp_path / "dit.pt", rest, num_heads=4, **args))
 
 
 # --- Pipelines ----------------------------------------------------------------------------------
@@ -655,6 +851,9 @@ def test_options_against_a_pipeline_name_both(pipeline: Path) -> None:
     message = refusal(pipeline, hints=CheckpointHints(num_classes=9))
     assert "config.json num_embeds_ada_norm gives num_classes 10, --num-classes gives 9" in message
     assert "config.json num_attention_heads gives num_heads 4" in refusal(pipeline, num_heads=2)
+    message = refusal(pipeline, hints=CheckpointHints(no_null_class=True))
+    assert "10 classes (config.json num_embeds_ada_norm) and no null row (--no-null-cl" in message
+    assert message.endswith("leave --no-null-class out")
 
 
 @pytest.mark.parametrize("out_channels", [4, None])
@@ -707,6 +906,34 @@ def test_the_factors_of_a_pipeline_s_vae(
     loaded = load_dit(pipeline)
     assert loaded.model.config.process.vae == factors
     assert loaded.vae == str(pipeline)
-    assert load_dit(pipeline / "transformer").model.config.process.vae == factors
+    alone = load_dit(pipeline / "transformer")
+    assert alone.model.config.process.vae == factors
+    assert alone.vae == str(pipeline)
     edit_json(pipeline / "vae" / "config.json", scaling_factor="x")
-    assert "scaling_factor='x'; expected a finite number" in refusal(pipeline)
+    assert "vae/config.json: scaling_factor='x'; expected a finite number" in refusal(pipeline)
+
+
+def test_statistics_of_a_vae_are_said(pipeline: Path) -> None:
+    (pipeline / "vae").mkdir()
+    content = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5}
+    statistics = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
+    (pipeline / "vae" / "config.json").write_text(json.dumps({**content, **statistics}))
+    loaded = load_dit(pipeline)
+    assert loaded.model.config.process.vae == VaeFactors(scaling_factor=0.5)
+    said = "vae/config.json has latents_mean and latents_std: the VAE's decoder applies them"
+    assert any(note.startswith(said) for note in loaded.notes)
+
+
+@pytest.mark.parametrize("link", ["", "linked", "transformer"], ids=["folder", "name", "same name"])
+def test_a_transformer_alone_knows_its_pipeline(
+    tmp_path: Path, transformer: Path, link: str
+) -> None:
+    """Without model_index.json, and through a link."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(transformer, pipeline / "transformer")
+    diffusers.DDIMScheduler(**COSINE).save_pretrained(pipeline / "scheduler")
+    passed = pipeline / "transformer"
+    if link:
+        passed = tmp_path / link
+        passed.symlink_to(pipeline / "transformer")
+    assert config_of(passed).process == Process(**COSINE)

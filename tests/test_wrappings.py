@@ -171,6 +171,9 @@ AVERAGES: dict[str, Callable[[State, State], dict[str, Any]]] = {
     "modelEMA": lambda average, raw: {"modelEMA": average, "model": raw},
     "ema_0.9999": lambda average, raw: {"model": raw, "ema_0.9999": average},
     "non_ema": lambda average, raw: {"non_ema": raw, "ema": average},
+    "no_ema": lambda average, raw: {"model_no_ema": raw, "ema": average},
+    "without_ema": lambda average, raw: {"model_without_ema": raw, "ema": average},
+    "EMAModel": lambda average, raw: {"model": raw, "EMAModel": average},
     "ema-pytorch": ema_pytorch,
     "lightning": lightning,
     "latent diffusion": latent_diffusion,
@@ -234,17 +237,6 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("name", ["model_without_ema", "model_no_ema", "not_averaged"])
-def test_names_that_deny_an_average(tmp_path: Path, average: State, raw: State, name: str) -> None:
-    loaded = loaded_from(tmp_path / "dit.pt", {"model": average, name: raw})
-    assert_is(loaded, average)
-
-
-def test_a_class_s_name_may_say_it(tmp_path: Path, average: State, raw: State) -> None:
-    loaded = loaded_from(tmp_path / "dit.pt", {"model": raw, "EMAModel": average})
-    assert_is(loaded, average)
-
-
 @pytest.mark.parametrize("wrap", UNREAD.values(), ids=UNREAD)
 def test_averages_that_cannot_be_told_apart_are_no_reason_to_take_raw_weights(
     tmp_path: Path, average: State, raw: State, wrap: Callable[[State], Any]
@@ -258,6 +250,15 @@ def test_averages_that_cannot_be_told_apart_are_no_reason_to_take_raw_weights(
 def test_an_average_that_is_none_is_ignored(tmp_path: Path, raw: State) -> None:
     for nothing in (None, 0.9999, {}, {"decay": 0.9, "num_updates": 3}):
         assert_is(loaded_from(tmp_path / "dit.pt", {"model": raw, "ema": nothing}), raw)
+
+
+@pytest.mark.parametrize("name", ["model_no_ema", "model_without_ema", "modelNoEMA"])
+def test_weights_without_average_are_raw_ones(
+    tmp_path: Path, average: State, raw: State, name: str
+) -> None:
+    loaded = loaded_from(tmp_path / "dit.pt", {"model": raw, name: average})
+    assert_is(loaded, raw)
+    assert f"took the raw weights, model; not used: {name}" in loaded.notes
 
 
 def test_a_partial_average_is_no_smaller_model(tmp_path: Path, average: State, raw: State) -> None:
@@ -512,6 +513,16 @@ def test_the_averaged_folder_wins(tmp_path: Path) -> None:
     assert "took the averaged weights, transformer_ema/ (transformer/ is not used)" in loaded.notes
     shutil.rmtree(tmp_path / "transformer_ema")
     assert not torch.equal(first_query(load_dit(tmp_path)), qkv_of(average))
+
+
+def test_an_averaged_folder_without_weights_is_passed_over(tmp_path: Path) -> None:
+    raw = in_folder(tmp_path / "transformer", 0)
+    in_folder(tmp_path / "transformer_ema", 1)
+    (tmp_path / "transformer_ema" / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = load_dit(tmp_path)
+    assert torch.equal(first_query(loaded), qkv_of(raw))
+    said = "took the raw weights, transformer/: transformer_ema/ has no whole model"
+    assert said in loaded.notes
 
 
 def test_wrapped_names_in_a_folder(tmp_path: Path) -> None:

@@ -24,15 +24,20 @@ from ditas_export.dit.diffusers_folder import (
     HUB_PATTERNS,
     find_weights,
     open_folder,
-    transformer_folder,
+    transformer_folders,
 )
 from ditas_export.dit.facts import Fact, merged
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, assemble, infer_geometry
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.records import facts_of_hints, facts_of_metadata, facts_of_training
+from ditas_export.dit.record_parts import record_parts
+from ditas_export.dit.records import (
+    facts_of_hints,
+    facts_of_metadata,
+    facts_of_training,
+    places_read,
+)
 from ditas_export.dit.resolve import Source, resolve
-from ditas_export.dit.schedules import facts_of_betas
 from ditas_export.dit.tensor_files import read_tensor_file
 from ditas_export.dit.wrappings import choose_weights
 from ditas_export.errors import CheckpointError
@@ -87,7 +92,7 @@ def load_dit(
             return _load_file(path, hints, f"{BUNDLED_MODEL} (bundled)", known=_BUNDLED_FACTS)
     path = Path(source)
     if path.is_dir():
-        return _load_diffusers(path, hints, str(source), vae=str(source))
+        return _load_diffusers(path, hints, str(source))
     if path.is_file():
         return _load_file(path, hints, str(source))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
@@ -103,7 +108,9 @@ def _load_file(
 ) -> LoadedDiT:
     """Load a file with the published names."""
     file = read_tensor_file(path)
-    weights = choose_weights(file, (OFFICIAL.patch_weight, DIFFUSERS.patch_weight), where=what)
+    parts = tuple(record_parts(file.content))
+    anchors = (OFFICIAL.patch_weight, DIFFUSERS.patch_weight)
+    weights = choose_weights(file, anchors, where=what, read=places_read(parts))
     if DIFFUSERS.patch_weight in weights.tensors:
         raise CheckpointError(
             f"{path} has diffusers' tensor names; pass its folder, whose config.json is needed"
@@ -111,8 +118,7 @@ def _load_file(
     record = merged(
         known or {},
         facts_of_metadata(file.metadata, where=what),
-        facts_of_training(file.content, where=what),
-        *(facts_of_betas(table, name=name, where=what) for name, table in weights.betas.items()),
+        facts_of_training(parts, where=what),
         where=what,
     )
     config, notes = resolve(
@@ -137,8 +143,10 @@ def _load_file(
     )
 
 
-def _load_diffusers(path: Path, hints: CheckpointHints, what: str, *, vae: str) -> LoadedDiT:
-    """Load a folder written by diffusers."""
+def _load_diffusers(
+    path: Path, hints: CheckpointHints, what: str, *, vae: str | None = None
+) -> LoadedDiT:
+    """Load a folder written by diffusers; its VAE goes by a name, or by the pipeline's folder."""
     opened = open_folder(path)
     file = read_tensor_file(opened.weights)
     weights = choose_weights(file, (DIFFUSERS.patch_weight,), where=what)
@@ -160,7 +168,7 @@ def _load_diffusers(path: Path, hints: CheckpointHints, what: str, *, vae: str) 
         source=f"{what} (diffusers)",
         dtype=weights.tensors[DIFFUSERS.fc1_weight].dtype,
         notes=(*opened.notes, *weights.notes, *notes),
-        vae=vae if opened.has_vae else None,
+        vae=None if opened.vae is None else vae or str(opened.vae),
     )
 
 
@@ -173,7 +181,7 @@ def _download(hub_id: str) -> Path:
         for patterns in HUB_PATTERNS:
             fetched = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns))
             folder = Path(fetched)
-            if find_weights(transformer_folder(folder)):
+            if find_weights(transformer_folders(folder)[0]):
                 break
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         reason = str(error).partition("\n")[0] or type(error).__name__

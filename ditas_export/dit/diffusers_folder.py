@@ -38,6 +38,12 @@ HUB_PATTERNS = (
 _TRANSFORMERS = ("transformer_ema", "transformer")
 """Folders of a pipeline, the better one first."""
 
+_OF_PIPELINES = ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
+"""Files of which a pipeline's folder has one."""
+
+_STATISTICS = ("latents_mean", "latents_std")
+"""Of the latents of a VAE, by channel."""
+
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
 _FIXED = {
     "norm_type": "ada_norm_zero",
@@ -84,7 +90,7 @@ class DiffusersFolder:
     weights: Path  # a file, or an index of shards
     facts: Mapping[str, Fact]  # of config.json, scheduler/ and vae/
     norm_eps: float
-    has_vae: bool  # whether a VAE lies beside it, in the pipeline's folder
+    vae: Path | None  # the pipeline's folder, where a VAE lies in it
     notes: tuple[str, ...]
 
 
@@ -95,43 +101,39 @@ def open_folder(path: Path) -> DiffusersFolder:
         CheckpointError: no such folder, a class or setting of another model, no weights, or records
             that are not followed or differ.
     """
-    folder = transformer_folder(path)
+    folders = transformer_folders(path)
+    folder = next((each for each in folders if find_weights(each)), folders[0])
     settings = _settings(folder)
     weights, notes = _weights(folder)
-    if folder != path and folder.name == "transformer_ema":
-        beside = " (transformer/ is not used)" if (path / "transformer").is_dir() else ""
-        notes.insert(0, f"took the averaged weights, {folder.name}/{beside}")
-    if folder != path and folder.name == "transformer" and (path / "transformer_ema").is_dir():
-        notes.insert(0, "transformer_ema/ has no weights: took transformer/")
+    notes[:0] = _choice_notes(path, folder)
     pipeline = _pipeline_of(path, folder)
     facts = _facts_of_settings(settings, folder)
     if pipeline is not None and (pipeline / "scheduler").is_dir():
         scheduler = pipeline / "scheduler" / "scheduler_config.json"
         facts = merged(facts, _facts_of_scheduler(scheduler), where=str(path))
         notes += _scheduler_notes(scheduler)
-    vae = None if pipeline is None else pipeline / "vae" / "config.json"
-    has_vae = vae is not None and vae.is_file()
-    if vae is not None and has_vae:
+    has_vae = pipeline is not None and (pipeline / "vae" / "config.json").is_file()
+    if pipeline is not None and has_vae:
+        vae = pipeline / "vae" / "config.json"
         facts = merged(facts, _facts_of_vae(vae), where=str(path))
+        notes += _vae_notes(vae)
     return DiffusersFolder(
         folder=folder,
         weights=weights,
         facts=facts,
         norm_eps=settings["norm_eps"],
-        has_vae=has_vae,
+        vae=pipeline if has_vae else None,
         notes=tuple(notes),
     )
 
 
-def transformer_folder(path: Path) -> Path:
-    """Return the transformer's folder of a pipeline, the averaged one's if there is one, or `path`.
+def transformer_folders(path: Path) -> list[Path]:
+    """Return the transformers' folders of a pipeline, the averaged one's first, or `path` alone.
 
-    A folder without config.json is no transformer's; one without weights is taken only where there
-    is no other.
+    A folder without config.json is no transformer's.
     """
-    inner = [path / name for name in _TRANSFORMERS if (path / name / "config.json").is_file()]
-    whole = [folder for folder in inner if find_weights(folder)]
-    return (whole or inner or [path])[0]
+    inner = (path / name for name in _TRANSFORMERS)
+    return [folder for folder in inner if (folder / "config.json").is_file()] or [path]
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -160,6 +162,17 @@ def variant_of(path: Path) -> str | None:
     return ".".join(words) or None
 
 
+def _choice_notes(path: Path, folder: Path) -> list[str]:
+    """Return what is to be said of the choice between a pipeline's transformers."""
+    averaged, plain = (path / name for name in _TRANSFORMERS)
+    if folder == averaged:
+        beside = f" ({plain.name}/ is not used)" if plain.is_dir() else ""
+        return [f"took the averaged weights, {averaged.name}/{beside}"]
+    if folder == plain and averaged.is_dir():
+        return [f"took the raw weights, {plain.name}/: {averaged.name}/ has no whole model"]
+    return []
+
+
 def _worse(path: Path) -> tuple[int, int, int, str]:
     """Return what weight files are sorted by."""
     words = set(re.split(r"[._-]", path.name.removeprefix(_STEM)))
@@ -181,15 +194,21 @@ def _weights(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _pipeline_of(path: Path, folder: Path) -> Path | None:
-    """Return the pipeline's folder: what was passed, or what a passed transformer lies in."""
+    """Return the pipeline's folder: what was passed, or what a passed transformer lies in.
+
+    A link may lie in one, or lead to one.
+    """
     if folder != path:
         return path
-    marks = ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
-    for part in (path.absolute(), path.resolve()):  # a link to a pipeline's part is that part
-        above = part.parent
-        if part.name in _TRANSFORMERS and any((above / mark).is_file() for mark in marks):
-            return above
-    return None
+    return next(
+        (
+            place.parent
+            for place in (path.absolute(), path.resolve())
+            if place.name in _TRANSFORMERS
+            and any((place.parent / name).is_file() for name in _OF_PIPELINES)
+        ),
+        None,
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -305,11 +324,24 @@ def _facts_of_vae(path: Path) -> dict[str, Fact]:
     scaling = written.get("scaling_factor")
     if scaling is None and written.get("_class_name") != "AutoencoderKL":
         return {}
-    factors = VaeFactors(
-        scaling_factor=0.18215 if scaling is None else scaling,  # AutoencoderKL's default
-        shift_factor=written.get("shift_factor") or 0.0,
-    )
+    try:
+        factors = VaeFactors(
+            scaling_factor=0.18215 if scaling is None else scaling,  # AutoencoderKL's default
+            shift_factor=written.get("shift_factor") or 0.0,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; correct the record") from None
     return {"vae": Fact(factors, f"{path.parent.name}/{path.name}")}
+
+
+def _vae_notes(path: Path) -> list[str]:
+    """Return a line for statistics of latents, which are the decoder's and not the process's."""
+    found = [name for name in _STATISTICS if read_json(path).get(name) is not None]
+    return [
+        f"{path.parent.name}/{path.name} has {' and '.join(found)}: the VAE's decoder applies them "
+        f"channel by channel, and the model's file records the scaling factor alone"
+        for _ in found[:1]
+    ]
 
 
 def _scheduler_defaults(name: str, keys: list[str], path: Path) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def facts_of_values(values: Mapping[str, Any], *, where: str, path: str = "") ->
             ) from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{where}: {place}={_shown(value)}; {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {place}: {error}; correct the record") from None
         facts = merged(
             facts, {field: Fact(each, place) for field, each in found.items()}, where=where
         )
@@ -84,11 +86,6 @@ def _with_conventions(
     if "linear_start" in values and is_linear:
         return facts | {"beta_schedule": Fact("scaled_linear", f"{path}linear_start")}
     steps = facts.get("train_timesteps")
-    if values.get("rescale_timesteps") is True and steps is not None and steps.value != 1000:
-        raise CheckpointError(
-            f"{path}rescale_timesteps=True with {steps.value} steps: the model was trained on time "
-            f"steps that are rescaled to 1000, which is not followed (yet)"
-        )
     if (
         "diffusion_steps" in values
         and steps is not None
@@ -104,5 +101,9 @@ def _shown(value: object) -> str:
     """Return a value as one short piece of text."""
     if isinstance(value, VaeFactors):
         return str(value)
-    text = value.name if isinstance(value, Inert) else repr(value)
+    if isinstance(value, Inert):
+        args = ", ".join(repr(arg) for arg in value.args if isinstance(arg, str | int))
+        text = f"{value.name}({args})"
+    else:
+        text = repr(value)
     return " ".join(text.split())[:60]

@@ -1,8 +1,9 @@
 """The names under which records say something of a model, and what reads each.
 
-A reader turns an entry into values of fields of `DiTConfig` and `Process`, and of three more:
+A reader turns an entry into values of fields of `DiTConfig` and `Process`, and of four more:
 `named_heads`, heads of the size that a model's name tells; `image_size`, in pixels;
-`fixed_variance`, where none is learned. It raises TypeError or ValueError with what was expected,
+`fixed_variance`, where none is learned; `rescale_timesteps`, whether the network is fed steps of
+1000. It raises TypeError or ValueError with what was expected,
 and `NotFollowedError` for what this package does not follow.
 """
 
@@ -15,11 +16,19 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.presets import SIZES
 from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
+from ditas_export.dit.record_parts import CLASS_ENTRIES
 
 _NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"}
 """Names of a prediction that is followed."""
+
+_MEMBERS: Mapping[str, Mapping[Any, str]] = {
+    "ModelMeanType": {1: "previous_x", 2: "start_x", 3: "epsilon"},
+    "ModelVarType": {1: "learned", 2: "fixed_small", 3: "fixed_large", 4: "learned_range"},
+}
+"""guided-diffusion's enums, by class and number."""
 
 _SCHEDULES = {
     **{name: name for name in get_args(BetaSchedule)},
@@ -49,6 +58,9 @@ NOT_FOLLOWED_ENTRIES = {
 _FLOW_NAMES = re.compile(r"sit(?![a-z])|.*flow", re.IGNORECASE)
 """Models that are trained by flow matching, and have a DiT's tensors."""
 
+_FLOW_MODULES = re.compile(r"flow_?match|rectified_?flow", re.IGNORECASE)
+"""Modules of such."""
+
 
 class NotFollowedError(Exception):
     """A record of something that is not followed; the message goes on after "the model"."""
@@ -58,30 +70,32 @@ _Reader = Callable[[str, Any], Mapping[str, Any]]
 """From an entry's name and value to fields; raises ValueError with what was expected."""
 
 
+def _as_number(value: Any) -> int | float | None:
+    """Return a number, a whole one as an int, written as text or not; None for all else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _whole(field: str, *, least: int = 1) -> _Reader:
     def read(_name: str, value: Any) -> Mapping[str, Any]:
-        number = _whole_number(value)
-        if number is None or number < least:
+        value = _as_number(value)
+        if not isinstance(value, int) or value < least:
             raise ValueError(f"expected a whole number of {least} or more")
-        return {field: number}
+        return {field: value}
 
     return read
 
 
-def _whole_number(value: Any) -> int | None:
-    """Return a whole number however it is written: 12, 12.0, "12", a tensor of one; else None."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if math.isfinite(value) and value == int(value) else None
-
-
 def _number(field: str) -> _Reader:
     def read(_name: str, value: Any) -> Mapping[str, Any]:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        value = _as_number(value)
+        if not isinstance(value, int | float):
             raise TypeError("expected a number")
         if not math.isfinite(value):
             raise ValueError("expected a finite number")
@@ -104,6 +118,8 @@ def _side(field: str) -> _Reader:
     one = _whole(field)
 
     def read(name: str, value: Any) -> Mapping[str, Any]:
+        if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+            value = value.split("x")
         if isinstance(value, list | tuple) and len(value) == 2:
             if value[0] != value[1]:
                 raise NotFollowedError("has a grid that is not square")
@@ -114,9 +130,10 @@ def _side(field: str) -> _Reader:
 
 
 def _label_dropout(_name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    share = int(value) if isinstance(value, bool) else _as_number(value)
+    if share is None or not 0 <= share <= 1:
         raise ValueError("expected a share between 0 and 1")
-    return {"null_row": value > 0}
+    return {"null_row": share > 0}
 
 
 def _schedule(_name: str, value: Any) -> Mapping[str, Any]:
@@ -129,37 +146,38 @@ def _schedule(_name: str, value: Any) -> Mapping[str, Any]:
 
 def _steps_if_whole(name: str, value: Any) -> Mapping[str, Any]:
     """`timesteps`, which are those of the schedule, or a list of those to take."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_whole = isinstance(_as_number(value), int)
     return _whole("train_timesteps", least=2)(name, value) if is_whole else {}
 
 
+def _member(value: Any) -> Any:
+    """Return the name of a member of guided-diffusion's enums, which a pickle numbers."""
+    if isinstance(value, Inert) and len(value.args) == 1:
+        members = _MEMBERS.get(value.name.rpartition(".")[2], {})
+        return members.get(value.args[0], value)
+    return value.lower() if isinstance(value, str) else value
+
+
 def _prediction(_name: str, value: Any) -> Mapping[str, Any]:
-    if str(value).lower() not in _NOISE:
+    if (value := _member(value)) not in _NOISE:
         raise NotFollowedError("predicts something else than the noise")
     return {}
 
 
 def _refused(name: str, value: Any) -> Mapping[str, Any]:
-    if value:
+    if value.numel() if isinstance(value, Tensor) else value:
         raise NotFollowedError(NOT_FOLLOWED_ENTRIES[name])
     return {}
 
 
 def _variance(_name: str, value: Any) -> Mapping[str, Any]:
-    if value not in get_args(Variance):
+    if (value := _member(value)) not in get_args(Variance):
         raise NotFollowedError(f"has another kind of variance than {', '.join(get_args(Variance))}")
-    return {"variance": value} | ({"fixed_variance": value} if value != "learned_range" else {})
+    return {"variance": value}
 
 
 def _sigma_small(_name: str, value: Any) -> Mapping[str, Any]:
     return {"fixed_variance": "fixed_small" if value else "fixed_large"}
-
-
-def _target(_name: str, value: Any) -> Mapping[str, Any]:
-    """The class that a configuration makes; those of flow matching are not followed."""
-    if isinstance(value, str) and _FLOW_NAMES.match(value.rpartition(".")[2]):
-        raise NotFollowedError("predicts something else than the noise (flow matching)")
-    return {}
 
 
 def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
@@ -178,6 +196,14 @@ def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
         "patch_size": int(match[2]),
         "named_heads": size.num_heads,
     }
+
+
+def _class_name(_name: str, value: Any) -> Mapping[str, Any]:
+    """The class that a part configures; it says something where it is one of flow matching."""
+    path = value if isinstance(value, str) else ""
+    if _FLOW_NAMES.match(path.rpartition(".")[2]) or _FLOW_MODULES.search(path):
+        raise NotFollowedError("predicts something else than the noise (flow matching)")
+    return {}
 
 
 def _vae(_name: str, value: Any) -> Mapping[str, Any]:
@@ -212,12 +238,12 @@ _ENTRIES: Mapping[str, _Reader] = {
     "num_diffusion_steps num_timesteps": _whole("train_timesteps", least=2),
     "timesteps": _steps_if_whole,
     "prediction prediction_type pred_type parameterization objective model_mean_type": _prediction,
-    "variance variance_type var_type": _variance,
+    "variance variance_type var_type model_var_type": _variance,
     "sigma_small": _sigma_small,
-    "rescale_timesteps": lambda _name, _value: {},  # with the number of steps, see `facts.py`
+    "rescale_timesteps": _flag("rescale_timesteps"),
     "model model_name model_type arch": _model_name,
-    "_target_ target class_path": _target,
     "vae": _vae,
+    " ".join(CLASS_ENTRIES): _class_name,
     " ".join(NOT_FOLLOWED_ENTRIES): _refused,
 }
 """Names under which records say something, and what reads them."""

@@ -7,6 +7,9 @@ convention, which is said where it is a guess.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,12 @@ _LATENT_CHANNELS = 4
 """Channels of the latents of the published models."""
 
 _PIXEL_CHANNELS = (1, 3)
+
+_MOST_PATCHES = 1024
+"""Patches a side for which a position table is computed; published models have 32 at most."""
+
+_FED_STEPS = 1000
+"""Steps to which OpenAI's `rescale_timesteps` scales what the network is fed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +64,15 @@ def resolve(source: Source) -> tuple[DiTConfig, tuple[str, ...]]:
     _require_shapes(geometry, facts, where)
     num_classes, null_row, label_notes = _labels(geometry.label_rows, facts, where)
     input_size, grid_notes = _input_size(source, facts)
-    try:
+    num_heads, process = _num_heads(source, facts), _process(source, facts)
+    with _naming(facts, where):
         config = DiTConfig(
             input_size=input_size,
             patch_size=geometry.patch_size,
             in_channels=geometry.in_channels,
             hidden_size=geometry.hidden_size,
             depth=geometry.depth,
-            num_heads=_num_heads(source, facts),
+            num_heads=num_heads,
             mlp_ratio=geometry.mlp_ratio,
             num_classes=num_classes,
             null_row=null_row,
@@ -70,14 +80,21 @@ def resolve(source: Source) -> tuple[DiTConfig, tuple[str, ...]]:
             layer_norm_eps=_value(facts, "layer_norm_eps", 1e-6),
             mlp_norm_eps=_value(facts, "mlp_norm_eps", source.mlp_norm_eps),
             frequency_shift=_value(facts, "frequency_shift", source.frequency_shift),
-            process=_process(source, facts),
+            process=process,
         )
-    except CheckpointError as error:
-        said = [f"{fact.where} gives {field} {fact.value}" for field, fact in facts.items()]
-        raise CheckpointError(
-            f"{where}: {error} ({', '.join(said) or 'nothing is recorded'}): correct what says so"
-        ) from error
     return config, (*label_notes, *grid_notes)
+
+
+@contextmanager
+def _naming(facts: Facts, where: str) -> Iterator[None]:
+    """Add to a refusal of values the file, and where those that it names stand."""
+    try:
+        yield
+    except CheckpointError as error:
+        fields = re.findall(r"\w+", str(error).replace("input_size", "input_size image_size"))
+        places = [facts[field].where for field in dict.fromkeys(fields) if field in facts]
+        remedy = f"; correct {', '.join(dict.fromkeys(places))}" if places else ""
+        raise CheckpointError(f"{where}: {error}{remedy}") from None
 
 
 def _value(facts: Facts, field: str, default: Any) -> Any:
@@ -99,6 +116,11 @@ def _require_shapes(geometry: Geometry, facts: Facts, where: str) -> None:
         )
 
 
+def _is_option(fact: Fact | None) -> bool:
+    """Return whether a caller says it."""
+    return fact is not None and fact.where.startswith("--")
+
+
 def _agree(told: Any, found: Any) -> bool:
     """Return whether two values are one; ratios of widths to a hundred-thousandth."""
     return bool(abs(told - found) <= 1e-5 * found) if isinstance(found, float) else told == found
@@ -112,12 +134,18 @@ def _disagreement(fact: Fact, field: str, found: object) -> str:
 def _num_heads(source: Source, facts: Facts) -> int:
     """Return the number of heads: recorded, of the size that is named, told, or published."""
     told, named = facts.get("num_heads"), source.record.get("named_heads")
-    if told is not None and told.where.startswith("--") and named is not None:
+    if told is not None and _is_option(told) and named is not None:
         merged({"num_heads": named}, {"num_heads": told}, where=source.where,
                remedy="leave the option out")  # fmt: skip
-    if (fact := told or named) is not None:
-        return int(fact.value)
     geometry = source.geometry
+    if (fact := told or named) is not None:
+        if geometry.hidden_size % fact.value:
+            remedy = "pass another" if _is_option(fact) else "correct the record"
+            raise CheckpointError(
+                f"{source.where}: hidden_size={geometry.hidden_size} is no multiple of "
+                f"num_heads={fact.value} ({fact.where}); {remedy}"
+            )
+        return int(fact.value)
     known = preset_num_heads(depth=geometry.depth, hidden_size=geometry.hidden_size)
     if known is None:
         raise CheckpointError(
@@ -153,10 +181,12 @@ def _labels(rows: int, facts: Facts, where: str) -> tuple[int, bool, list[str]]:
         null = "" if null_row is None else (
             f" and {'a' if null_row.value else 'no'} null row ({null_row.where})"
         )  # fmt: skip
+        options = [fact.where for fact in (told, null_row) if fact and _is_option(fact)]
+        remedy = f"; leave {' and '.join(options)} out" if options else "; correct the record"
         raise CheckpointError(
             f"{where}: record and tensors disagree: {told.value} classes ({told.where}){null}, but "
             f"a label table of {rows} rows; expected one row a class, and one for the null class "
-            f"where there is one"
+            f"where there is one{remedy}"
         )
     without = f"its label table has no null row: {rows} rows, {told.value} classes ({told.where})"
     has_null = rows > told.value
@@ -201,34 +231,67 @@ def _told_size(source: Source, told: Fact | None, image: Fact | None) -> int:
     """Return the latent's side as recorded, where no position table shows it."""
     channels = source.geometry.in_channels
     if told is not None:
-        return int(told.value)
+        return _bounded_size(source, told, int(told.value))
     if image is not None and channels == _LATENT_CHANNELS:
-        return int(image.value) // LATENT_DOWNSCALE
+        return _bounded_size(source, image, int(image.value) // LATENT_DOWNSCALE)
     if image is not None and channels in _PIXEL_CHANNELS:
-        return int(image.value)
+        return _bounded_size(source, image, int(image.value))
     raise CheckpointError(
         f"{source.where} has no pos_embed, and nothing says how large its latents are; add it, or "
         f"write the weights as safetensors with input_size in the metadata"
     )
 
 
+def _bounded_size(source: Source, fact: Fact, size: int) -> int:
+    """Return a recorded side, whose position table is computed; refuse one of another order."""
+    most = _MOST_PATCHES * source.geometry.patch_size
+    if not 0 < size <= most:
+        raise CheckpointError(
+            f"{source.where}: {fact.where} gives inputs of {size} pixels a side; expected 1 to "
+            f"{most} ({_MOST_PATCHES} patches); correct {fact.where}"
+        )
+    return size
+
+
 def _process(source: Source, facts: Facts) -> Process:
     """Return the process, the published one where nothing is said."""
+    _refuse_rescaled(facts, source.where)
     default = DIT_PROCESS.variance
     if not source.geometry.learn_sigma:
-        default = _value(facts, "fixed_variance", source.fixed_variance)
-        told = facts.get("variance")
-        if told is not None and told.value == "learned_range":
-            raise CheckpointError(
-                f"{source.where}: record and tensors disagree: variance learned_range "
-                f"({told.where}), but the output has {source.geometry.in_channels} channels: no "
-                f"learned variance"
-            )
-    return Process(
-        beta_schedule=_value(facts, "beta_schedule", DIT_PROCESS.beta_schedule),
-        beta_start=_value(facts, "beta_start", DIT_PROCESS.beta_start),
-        beta_end=_value(facts, "beta_end", DIT_PROCESS.beta_end),
-        train_timesteps=_value(facts, "train_timesteps", DIT_PROCESS.train_timesteps),
-        variance=_value(facts, "variance", default),
-        vae=_value(facts, "vae", None),
+        default = _fixed_variance(source, facts)
+    with _naming(facts, source.where):
+        return Process(
+            beta_schedule=_value(facts, "beta_schedule", DIT_PROCESS.beta_schedule),
+            beta_start=_value(facts, "beta_start", DIT_PROCESS.beta_start),
+            beta_end=_value(facts, "beta_end", DIT_PROCESS.beta_end),
+            train_timesteps=_value(facts, "train_timesteps", DIT_PROCESS.train_timesteps),
+            variance=_value(facts, "variance", default),
+            vae=_value(facts, "vae", None),
+        )
+
+
+def _fixed_variance(source: Source, facts: Facts) -> Variance:
+    """Return the variance of a model that puts none out: as recorded, under either name."""
+    told, fixed = facts.get("variance"), facts.get("fixed_variance")
+    if told is not None and told.value == "learned_range":
+        raise CheckpointError(
+            f"{source.where}: record and tensors disagree: variance learned_range "
+            f"({told.where}), but the output has {source.geometry.in_channels} channels: no "
+            f"learned variance"
+        )
+    both = [{"variance": fact} for fact in (told, fixed) if fact is not None]
+    variance: Variance = _value(
+        merged(*both, where=source.where), "variance", source.fixed_variance
     )
+    return variance
+
+
+def _refuse_rescaled(facts: Facts, where: str) -> None:
+    """Refuse a network that is fed other numbers than its time steps."""
+    rescaled = facts.get("rescale_timesteps")
+    steps = _value(facts, "train_timesteps", DIT_PROCESS.train_timesteps)
+    if rescaled is not None and rescaled.value and steps != _FED_STEPS:
+        raise CheckpointError(
+            f"{where}: {rescaled.where}=True: the model is fed its {steps} time steps scaled to "
+            f"{_FED_STEPS}, which is not followed (yet)"
+        )

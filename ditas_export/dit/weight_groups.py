@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ditas_export.dit.names import words_of
 from ditas_export.dit.pickle_machine import Inert
 
 _DEPTH = 4
@@ -98,6 +99,5 @@ def part_at(content: Any, path: tuple[str, ...]) -> Any:
 
 def says_averaged(names: Sequence[str]) -> bool:
     """Return whether the names of parts and prefixes say that weights are averaged."""
-    split = (re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name) for name in names)
-    words = {word for name in split for word in re.split(r"[^a-z]+", name.lower())}
+    words = {word for name in names for each in words_of(name) for word in re.split(r"\d+", each)}
     return bool(words & _AVERAGED) and not words & _RAW

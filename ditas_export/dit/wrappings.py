@@ -9,7 +9,7 @@ Averaged weights win over raw ones, and what was chosen, stripped or left out is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ditas_export.dit.averages import (
     with_positions,
 )
 from ditas_export.dit.pickle_machine import Inert
-from ditas_export.dit.records import NAMESPACES, parts_with_records
+from ditas_export.dit.records import NAMESPACES
 from ditas_export.dit.tensor_files import TensorFile, abbreviated
 from ditas_export.dit.weight_groups import MARKS, Group, find_groups, inner_parts, part_at
 from ditas_export.errors import CheckpointError
@@ -41,16 +41,22 @@ class Weights:
     tensors: Mapping[str, Tensor]
     part: str  # of a training checkpoint; empty where the file is nothing but weights
     notes: tuple[str, ...]  # one line each: what was chosen, stripped, left out
-    betas: Mapping[str, Tensor]  # tables of a diffusion wrapper beside them, by name
 
 
-def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> Weights:
+def choose_weights(
+    file: TensorFile,
+    anchors: Sequence[str],
+    *,
+    where: str,
+    read: Collection[tuple[str, ...]] = (),
+) -> Weights:
     """Return the weights of a checkpoint: the averaged ones if there are any.
 
     Args:
         file: what was read.
         anchors: names of which a DiT has one; they tell where its names start.
         where: the file, for messages.
+        read: where in it records were found.
 
     Raises:
         CheckpointError: adapters (LoRA) instead of weights, several models of which none is the
@@ -64,18 +70,16 @@ def choose_weights(file: TensorFile, anchors: Sequence[str], *, where: str) -> W
     if not groups:
         tensors = _all_tensors(file.content, where)
         _refuse_adapters(tensors, where)
-        return Weights(tensors=tensors, part="", notes=tuple(notes), betas={})
+        return Weights(tensors=tensors, part="", notes=tuple(notes))
     chosen = _best(groups, where)
     _refuse_adapters(chosen.entries, where)
     refuse_partial_average(chosen, groups, where)
     notes += _notes(chosen, groups)
     tensors, odd = _plain_tensors(with_positions(chosen, groups), where)
-    beside = [*_beside(file.content, chosen, groups), *odd]
-    read = parts_with_records(file.content)
-    betas = _tables_of_betas(file.content, chosen, beside)
-    if unused := [name for name in beside if name not in betas and name not in read]:
+    places = [*_beside(file.content, chosen, groups), *((*chosen.path, name) for name in odd)]
+    if unused := [place[-1] for place in places if place not in read]:
         notes.append(f"not used: {abbreviated(unused)}")
-    return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes), betas=betas)
+    return Weights(tensors=tensors, part="/".join(chosen.path), notes=tuple(notes))
 
 
 def _notes(chosen: Group, groups: Sequence[Group]) -> Iterator[str]:
@@ -122,13 +126,15 @@ def _plain_tensors(group: Group, where: str) -> tuple[dict[str, Tensor], list[st
     return tensors, odd
 
 
-def _beside(content: Mapping[Any, Any], chosen: Group, groups: Sequence[Group]) -> Iterator[str]:
-    """Yield what lies beside the chosen weights, group by group and not said otherwise."""
+def _beside(
+    content: Mapping[Any, Any], chosen: Group, groups: Sequence[Group]
+) -> Iterator[tuple[str, ...]]:
+    """Yield where something lies beside the chosen weights, not said otherwise."""
     known = {group.path[0] for group in groups if group.path}
     prefixes = tuple(group.prefix for group in groups if not group.path)
     if chosen.path:
         yield from (
-            name
+            (name,)
             for name in map(str, content)
             if name not in known and not name.startswith(prefixes)
         )
@@ -136,21 +142,7 @@ def _beside(content: Mapping[Any, Any], chosen: Group, groups: Sequence[Group]) 
         prefixes = tuple(group.prefix for group in groups if group.path == chosen.path)
         for name in part_at(content, chosen.path):
             if not MARKS.sub("", str(name)).startswith(prefixes):
-                yield str(name)
-
-
-def _tables_of_betas(
-    content: Mapping[Any, Any], chosen: Group, beside: Sequence[str]
-) -> dict[str, Tensor]:
-    """Return the noise schedules that a wrapper around the network keeps as buffers, by name."""
-    part = part_at(content, chosen.path)
-    part = {**content, **part} if isinstance(part, Mapping) else content
-    found = {name: part.get(name) for name in beside if name.split(".")[-1] == "betas"}
-    return {
-        name: table
-        for name, table in found.items()
-        if isinstance(table, Tensor) and table.ndim == 1 and table.numel() > 1
-    }
+                yield (*chosen.path, str(name))
 
 
 def _all_tensors(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
