@@ -368,6 +368,20 @@ def test_hub_id_fetches_the_transformer_only(
     assert not list((tmp_path / "cache" / "vae").glob("*.safetensors"))
 
 
+def test_an_average_on_the_hub_is_fetched_in_the_older_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    diffusers_model().save_pretrained(repository / "transformer")
+    diffusers_model(seed=1).save_pretrained(
+        repository / "transformer_ema", safe_serialization=False
+    )
+    asked = fake_hub(monkeypatch, repository, tmp_path / "cache")
+    said = "took the averaged weights, transformer_ema/ (transformer/ is not used)"
+    assert said in load_dit("someone/DiT-tiny").notes
+    assert len(asked) == 2
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(repo_id: str, **_: Any) -> str:
         raise ConnectionError("Name or service not known\nand a long story")

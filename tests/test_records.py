@@ -87,6 +87,10 @@ class Unnamed(NamedTuple):
     num_heads: int = 12
 
 
+class Entries(dict[str, Any]):
+    """A dict of a class of its own."""
+
+
 class MmDict(dict[str, Any]):
     """As mmengine's containers pickle themselves."""
 
@@ -127,16 +131,20 @@ FORMS: dict[str, dict[str, Any]] = {
     "list": {"settings": [{"name": "x"}, {"num_heads": 12}]},
     "ConfigDict": {"flags": OmegaNode(_fields={"num_heads": 12}, _locked=True)},
     "mmengine": {"cfg": MmConfig()},
+    "older mmengine": {"cfg": OmegaNode(_cfg_dict=Entries(num_heads=12))},
+    "pydantic": {"cfg": OmegaNode(**{"__dict__": {"num_heads": 12}, "__pydantic_extra__": None})},
     "slots": {"args": Slotted()},
     "float": {"args": {"num_heads": 12.0}},
     "text": {"args": {"num_heads": "12"}},
     "tensor": {"args": {"num_heads": torch.tensor(12)}},
+    "array": {"args": {"num_heads": 12, "patch_size": np.array([2, 2])}},
     "agreeing": {"args": {"num_heads": 12}, "settings": {"model": {"n_heads": 12}}},
     "of other things": {
         "args": {"num_heads": 12, "text_encoder": {"num_heads": 1}, "ema": {"num_heads": 1}},
         "optimizer": {"param_groups": [{"num_heads": 1, "betas": [0.9, 0.95]}], "state": {}},
         "opt": {"param_groups": [{"num_heads": 1}], "state": {0: {"num_heads": 1}}},
         "config": {
+            "classifier": {"num_classes": 3},
             "data": {"num_classes": 3, "image_size": 7},
             "first_stage_config": {"params": {"num_heads": 1}},
             "stage": {"target": "ldm.models.AutoencoderKL", "params": {"in_channels": 9}},
@@ -200,6 +208,7 @@ def test_metadata_have_parts_too(tmp_path: Path, state: State) -> None:
         ({"args": {"lr": 1e-4}}, "not used: args"),
         ({"config": "model: {num_heads: 12}"}, "not used: config"),
         ({"settings": {"num_heads": 4}, "epoch": 3}, "not used: epoch"),
+        ({"vae": {"decoder.weight": torch.ones(2)}}, "not used: vae"),
     ],
 )
 def test_parts_that_say_nothing_are_said(
@@ -319,6 +328,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rope": {"use_rope": True},
     "grid": {"input_size": [8, 32]},
     "image": {"image_size": (64, 256)},
+    "list": {"prediction": ["v"]},
+    "schedules": {"noise_schedule": ["linear"]},
     "scaled steps": {"rescale_timesteps": True, "diffusion_steps": 4000},
 }
 
@@ -385,6 +396,7 @@ def test_steps_of_a_thousand_are_not_rescaled(train: Callable[..., Path]) -> Non
             "args.beta_end",
         ),
         ({"beta_end": float("nan")}, "train.pt: args.beta_end=nan; expected a finite number"),
+        ({"beta_end": 10**400}, "; expected a number"),
         ({"num_heads": True}, "args.num_heads=True; expected a whole number of 1 or more"),
         ({"num_heads": 4.5}, "args.num_heads=4.5; expected a whole number of 1 or more"),
         (

@@ -70,6 +70,10 @@ _Reader = Callable[[str, Any], Mapping[str, Any]]
 """From an entry's name and value to fields; raises ValueError with what was expected."""
 
 
+_TOO_LARGE = 2**63
+"""Whole numbers that no field has, and no float may hold."""
+
+
 def _as_number(value: Any) -> int | float | None:
     """Return a number, a whole one as an int, written as text or not; None for all else."""
     if isinstance(value, str):
@@ -79,7 +83,9 @@ def _as_number(value: Any) -> int | float | None:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if abs(value) < _TOO_LARGE or isinstance(value, float) else None
 
 
 def _whole(field: str, *, least: int = 1) -> _Reader:
@@ -137,7 +143,7 @@ def _label_dropout(_name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _schedule(_name: str, value: Any) -> Mapping[str, Any]:
-    if value not in _SCHEDULES:
+    if not isinstance(value, str) or value not in _SCHEDULES:
         raise NotFollowedError(
             f"was trained on another noise schedule than {', '.join(_SCHEDULES)}"
         )
@@ -159,9 +165,14 @@ def _member(value: Any) -> Any:
 
 
 def _prediction(_name: str, value: Any) -> Mapping[str, Any]:
-    if (value := _member(value)) not in _NOISE:
+    if str(_member(value)) not in _NOISE:
         raise NotFollowedError("predicts something else than the noise")
     return {}
+
+
+def _objective(name: str, value: Any) -> Mapping[str, Any]:
+    """What is predicted, or what a search of hyperparameters does with a number."""
+    return {} if value in ("minimize", "maximize", "min", "max") else _prediction(name, value)
 
 
 def _refused(name: str, value: Any) -> Mapping[str, Any]:
@@ -208,7 +219,7 @@ def _class_name(_name: str, value: Any) -> Mapping[str, Any]:
 
 def _vae(_name: str, value: Any) -> Mapping[str, Any]:
     """Factors; a name, as DiT's training takes, or an architecture says none."""
-    if not isinstance(value, Mapping) or "scaling_factor" not in value:
+    if not isinstance(value, Mapping) or value.get("scaling_factor") is None:
         return {}
     shift = value.get("shift_factor") or 0.0
     return {"vae": VaeFactors(scaling_factor=value["scaling_factor"], shift_factor=shift)}
@@ -237,7 +248,8 @@ _ENTRIES: Mapping[str, _Reader] = {
     "train_timesteps num_train_timesteps diffusion_steps num_diffusion_timesteps "
     "num_diffusion_steps num_timesteps": _whole("train_timesteps", least=2),
     "timesteps": _steps_if_whole,
-    "prediction prediction_type pred_type parameterization objective model_mean_type": _prediction,
+    "prediction prediction_type pred_type parameterization model_mean_type": _prediction,
+    "objective": _objective,
     "variance variance_type var_type model_var_type": _variance,
     "sigma_small": _sigma_small,
     "rescale_timesteps": _flag("rescale_timesteps"),

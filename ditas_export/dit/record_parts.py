@@ -37,7 +37,7 @@ _NOT_THE_MODEL = {
     "conditioner", "discriminator", "disc", "logger", "loggers", "logging", "wandb",
     "callback", "callbacks", "clip", "t5", "teacher", "projector", "lpips", "metric",
     "metrics", "eval", "evaluation", "validation", "val", "test", "sampler", "sampling",
-    "sample", "inference",
+    "sample", "inference", "generate", "generation", "classifier", "inception", "fid", "probe",
 }  # fmt: skip
 """Words in the names of parts that say something of another thing."""
 
@@ -50,8 +50,8 @@ _NOT_THE_MODEL_S_CLASS = {
 CLASS_ENTRIES = ("_target_", "target", "class_path", "_class_name")
 """Names under which a part says which class it configures."""
 
-_CONTENTS = ("_content", "_val", "_fields", "_cfg_dict")
-"""Where OmegaConf, ml_collections and mmengine keep what their containers hold."""
+_CONTENTS = ("_content", "_val", "_fields", "_cfg_dict", "__dict__", "_items")
+"""Where OmegaConf, ml_collections, mmengine, pydantic and W&B keep what their containers hold."""
 
 Path = tuple[str, ...]
 
@@ -102,11 +102,13 @@ def opened(value: Any) -> Any:
 def plain(value: Any, depth: int = 0) -> Any:
     """Return an entry as plain values, an object that says nothing as it is.
 
-    NumPy's numbers and tensors of one number become numbers, paths and members of enums by name
-    text, and what OmegaConf wraps is unwrapped.
+    NumPy's numbers and tensors of one number become numbers, arrays lists, paths and members of
+    enums by name text, and what OmegaConf wraps is unwrapped.
     """
     if isinstance(value, Tensor):
         return value.item() if value.ndim == 0 and not value.is_meta else value
+    if isinstance(value, Inert) and (table := _numpy_table(value)) is not None:
+        return table.tolist()
     value = opened(value)
     if isinstance(value, Mapping) and depth < _DEPTH:
         return {name: plain(inner, depth + 1) for name, inner in value.items()}
@@ -208,8 +210,7 @@ def _opened_object(value: Inert) -> Any:
             return opened(value.state[inner])
     found: dict[Any, Any] = {}
     for each in (*value.args, *states, value.entries):
-        inner = each.args[0] if _is_wrapped_dict(each) else each
-        found |= inner if isinstance(inner, Mapping) else {}
+        found |= _dict_of(each)
     if found or value.state is not None:
         return found or value
     if value.items:
@@ -218,9 +219,11 @@ def _opened_object(value: Inert) -> Any:
     return value.args[0] if is_text else value
 
 
-def _is_wrapped_dict(value: Any) -> bool:
-    """Return whether an object is a dict of a class of its own, made of a plain one."""
-    return isinstance(value, Inert) and len(value.args) == 1 and isinstance(value.args[0], Mapping)
+def _dict_of(value: Any) -> Mapping[Any, Any]:
+    """Return a dict, of a class of its own or not; an empty one of anything else."""
+    if isinstance(value, Inert):
+        value = value.entries or (value.args[0] if len(value.args) == 1 else None)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _numpy_scalar(kind: Any, raw: Any) -> Any:

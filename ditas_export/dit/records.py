@@ -82,8 +82,10 @@ def _is_no_entry(name: str, value: Any) -> bool:
     """Return whether a value is none that an entry has: a tensor, or a part of its own."""
     if isinstance(value, Tensor):
         return value.ndim > 0 and name != "trained_betas"
-    is_whole_part = name == "vae" or name in NOT_FOLLOWED_ENTRIES
-    return isinstance(opened(value), Mapping) and not is_whole_part
+    part = opened(value)
+    if not isinstance(part, Mapping) or name in NOT_FOLLOWED_ENTRIES:
+        return False
+    return name != "vae" or "scaling_factor" not in part
 
 
 def facts_of_hints(hints: CheckpointHints) -> dict[str, Fact]:
