@@ -87,12 +87,12 @@ class Batcher:
         self._waiting: deque[Waiting] = deque()
         self._changed = Condition()
         self._stopped = False
-        self._thread = Thread(target=self._work, name="batches")
+        self._thread = Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
-        """Return how many wait."""
-        return len(self._waiting)
+        """Return how many wait; clients that left do not."""
+        return sum(not entry.picture.cancelled() for entry in list(self._waiting))
 
     def submit(self, wanted: Wanted) -> Waiting:
         """Put a request into the queue.
@@ -104,7 +104,7 @@ class Batcher:
         Sampler(self.runner, self._settings([wanted]), decoder=self.decoder)
         entry = Waiting(wanted=wanted)
         with self._changed:
-            if self._stopped or len(self._waiting) >= self.places:
+            if self._stopped or len(self) >= self.places:
                 raise FullError
             self._waiting.append(entry)
             self._changed.notify()
@@ -198,8 +198,10 @@ def create_app(batcher: Batcher) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(batcher.stop)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(batcher.stop)
 
     app = FastAPI(title="ditas-export", lifespan=lifespan)
 
@@ -239,6 +241,13 @@ async def _picture(entry: Waiting, request: Request) -> bytes:
     return await waiting
 
 
+def _positive(text: str) -> int:
+    """Return a number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; give 1 or more")
+    return int(text)
+
+
 def main() -> None:
     """Open the model and serve it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -246,8 +255,8 @@ def main() -> None:
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vae", help="for models of latents")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--places", type=int, default=64, help="requests that may wait")
+    parser.add_argument("--batch", type=_positive, default=8)
+    parser.add_argument("--places", type=_positive, default=64, help="requests that may wait")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
@@ -256,9 +265,12 @@ def main() -> None:
         channels = runner.config.in_channels
         if args.vae is None and channels not in PICTURE_CHANNELS:
             parser.error(f"{args.model} makes latents; pass its --vae")
-        decoder = open_decoder(args.vae, in_channels=channels, device=args.device)
+        decoder = open_decoder(args.vae, config=runner.config, device=args.device)
         batcher = Batcher(runner, decoder=decoder, batch=args.batch, places=args.places)
-        uvicorn.run(create_app(batcher), host=args.host, port=args.port)
+        try:
+            uvicorn.run(create_app(batcher), host=args.host, port=args.port)
+        finally:
+            batcher.stop()  # also where it never began to serve
 
 
 if __name__ == "__main__":

@@ -505,6 +505,11 @@ def test_hashes_are_remembered_by_the_state_of_a_file(
     assert cache.hash_of_file(path) == hash_of(path) != first[0]
     assert cache.verify() == []
     record = next((cache.root / ".hashes").iterdir())
+    whole = record.read_text()
+    for damaged in (whole.replace(hash_of(path), "0" * 64), whole.replace("sha256", "sha"), "{}"):
+        record.write_text(damaged)
+        assert cache.hash_of_file(path) == hash_of(path)
+        assert record.read_text() == whole
     record.write_text(record.read_text().replace(hash_of(path), first[0]))
     (fault,) = cache.verify()
     assert (fault.source, fault.what) == (str(path), "other bytes than its remembered hash")

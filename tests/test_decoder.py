@@ -77,6 +77,22 @@ def test_pixels_are_those_of_diffusers(vae_folder: Path) -> None:
     assert (decoder.in_channels, decoder.scale) == (4, 4)
 
 
+def test_another_vae_has_another_hash(vae_folder: Path, tmp_path: Path) -> None:
+    """Under the same name too: images that are there were decoded with other weights."""
+    other = tmp_path / "other"
+    random_vae(seed=1).save_pretrained(other)
+    with VaeDecoder(str(vae_folder)) as decoder, VaeDecoder(str(other)) as another:
+        assert len({decoder.sha256, another.sha256}) == 2
+    files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for folder, file in zip((vae_folder, other), files, strict=True):
+        export_vae_decoder(str(folder), file)
+    hashes = set()
+    for file in files:
+        with OnnxVaeDecoder(file) as decoder:
+            hashes.add(decoder.sha256)
+    assert len(hashes) == 2
+
+
 def test_pixels_are_clamped(vae_folder: Path) -> None:
     with VaeDecoder(str(vae_folder)) as decoder:
         images = decoder(300 * some_latents())

@@ -351,3 +351,32 @@ def test_what_is_expanded_from_data_elsewhere_stands_alone(tmp_path: Path) -> No
         expand(path, targets[-1])
         assert external_files(targets[-1]) == []
     assert targets[0].read_bytes() == targets[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"length": "8"}, "has 8 bytes from 0 on for its tensor 'a', which takes 16"),
+        ({"length": "-1"}, "has -1 bytes"),
+        ({"offset": "-4"}, "has 16 bytes from -4 on"),
+        ({"location": "out.onnx", "offset": "100000"}, "out.onnx"),
+        ({"Location": "a.data", "location": None}, "does not say whether its tensor 'a' lies in"),
+    ],
+)
+def test_tensors_are_as_long_as_they_say(
+    tmp_path: Path, entries: dict[str, str | None], message: str
+) -> None:
+    path = tmp_path / "out.onnx"
+    write_sum(path, "a.data")
+    (tmp_path / "a.data").write_bytes(bytes(64))
+    model = onnx.load(str(path), load_external_data=False)
+    (tensor,) = (each for each in model.graph.initializer if each.name == "a")
+    told = {entry.key: entry.value for entry in tensor.external_data} | entries
+    del tensor.external_data[:]
+    for key, value in told.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    for read in (sha256_of_onnx, require_external_data, load_mapped):
+        with pytest.raises(OnnxExportError, match=re.escape(message)):
+            read(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ditas_export.errors import ArtifactError
 from ditas_export.generation.image_folder import ImageFolder
@@ -116,4 +117,15 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path, count=1, pictures=True)
     folder.file(0).write_bytes(b"no png")
     with pytest.raises(ArtifactError, match=r"cannot read .*000000\.png.*delete it"):
+        folder.finish(tmp_path / "all.npz")
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (9, 9)), ("RGBA", (8, 8)), ("P", (8, 8))])
+def test_a_picture_of_another_kind_is_named(
+    tmp_path: Path, mode: str, size: tuple[int, int]
+) -> None:
+    folder = ImageFolder(tmp_path, count=2, pictures=True)
+    Image.new("RGB", (8, 8)).save(folder.file(0))
+    Image.new(mode, size).save(folder.file(1))
+    with pytest.raises(ArtifactError, match=r"000001\.png.*delete"):
         folder.finish(tmp_path / "all.npz")

@@ -102,6 +102,9 @@ LATENTS, TIMESTEPS, LABELS = example_inputs(batch=2)
         ({"latents": LATENTS[0]}, r"latents are \(3, 8, 8\)"),
         ({"latents": LATENTS[:0]}, "one row at least"),
         ({"latents": LATENTS.long()}, "takes floats"),
+        ({"latents": LATENTS.numpy()}, "latents are ndarray; the model takes torch tensors"),
+        ({"class_labels": [1, 2]}, "class_labels are list"),
+        ({"class_labels": LABELS.bool()}, "torch.bool; the model takes whole numbers"),
         ({"timesteps": TIMESTEPS[:1]}, r"timesteps are \(1,\); with 2 latents"),
         ({"timesteps": torch.tensor(5)}, r"timesteps are \(\)"),
         ({"timesteps": TIMESTEPS.float()}, "whole numbers"),
@@ -184,3 +187,10 @@ def test_calls_take_turns_where_they_would_share_memory() -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: runner(LATENTS, TIMESTEPS, LABELS), range(16)))
     assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16, torch.uint64])
+def test_whole_numbers_of_any_type_are_taken(runner: CheckedRunner, dtype: torch.dtype) -> None:
+    steps = torch.tensor([3, 200])
+    expected = runner(LATENTS, steps, LABELS)
+    assert torch.equal(runner(LATENTS, steps.to(dtype), LABELS.to(dtype)), expected)

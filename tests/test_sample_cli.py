@@ -92,6 +92,19 @@ def test_a_killed_run_goes_on_with_what_is_missing(six: Path, tmp_path: Path) ->
     assert bytes_of(folder) == bytes_of(six)
 
 
+def test_a_model_that_was_exported_again_is_another(six: Path, tmp_path: Path) -> None:
+    """Under the same name: the images that are there are not its own."""
+    path, folder = tmp_path / "out.onnx", tmp_path / "out"
+    path.write_bytes(exported().read_bytes())
+    assert run(path, "--runtime", "onnxruntime", *SIX, "-o", folder).exit_code == 0
+    (folder / "000001.png").unlink()
+    path.write_bytes(exported(rank=0).read_bytes())
+    result = run(path, "--runtime", "onnxruntime", *SIX, "-o", folder)
+    assert result.exit_code == 2
+    assert "sha256" in result.stderr
+    assert not (folder / "000001.png").exists()
+
+
 def test_two_ranks_make_the_same_bytes_as_one(six: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "ditas_export.cli.sample", str(exported())]

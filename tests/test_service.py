@@ -181,3 +181,37 @@ def test_a_fault_of_one_batch_is_an_answer_and_the_next_is_made() -> None:
         assert batcher.submit(service.Wanted(label=1, steps=2)).picture.result(30)
     finally:
         batcher.stop()
+
+
+def test_the_command_opens_a_model_and_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[dict[str, Any]] = []
+    monkeypatch.setattr(service.uvicorn, "run", lambda _app, **how: served.append(how))
+    monkeypatch.setattr(sys, "argv", ["service.py", "digits", "--port", "8123"])
+    service.main()  # ends, though nothing was served
+    assert served == [{"host": "127.0.0.1", "port": 8123}]
+    monkeypatch.setattr(sys, "argv", ["service.py", "digits", "--batch", "0"])
+    with pytest.raises(SystemExit):
+        service.main()
+
+
+def test_clients_that_left_keep_no_place() -> None:
+    release = threading.Event()
+
+    class Slow(TorchRunner):
+        def __call__(self, *inputs: Any, **named: Any) -> Any:
+            release.wait(30)
+            return super().__call__(*inputs, **named)
+
+    batcher = service.Batcher(Slow(load_dit("digits").model), batch=1, places=1)
+    wanted = service.Wanted(label=3, seed=0, steps=2)
+    try:
+        batcher.submit(wanted)
+        while len(batcher):  # the thread has taken it
+            time.sleep(0.01)
+        batcher.submit(wanted).picture.cancel()
+        batcher.submit(wanted)
+        with pytest.raises(service.FullError):
+            batcher.submit(wanted)
+    finally:
+        release.set()
+        batcher.stop()

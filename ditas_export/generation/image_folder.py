@@ -168,14 +168,24 @@ class ImageFolder:
             ArtifactError: a file cannot be read or written.
         """
         if self.pictures:
-            shown = [self.read(index) for index in range(min(self.count, GRID_PICTURES))]
+            shown = [self._alike(index) for index in range(min(self.count, GRID_PICTURES))]
             write_png(self.path / GRID_NAME, grid(shown))
         arrays = (self._stacked(index) for index in range(self.count))
         write_npz(npz, arrays, count=self.count, like=self._stacked(0))
 
     def _stacked(self, index: int) -> np.ndarray[Any, Any]:
         """Return an image as it stands in the .npz."""
-        return as_rgb(self.read(index)) if self.pictures else self.read(index)
+        return as_rgb(self._alike(index)) if self.pictures else self._alike(index)
+
+    def _alike(self, index: int) -> np.ndarray[Any, Any]:
+        """Return one image; all have the shape of the first."""
+        image = self.read(index)
+        if index and image.shape != (first := self.read(0)).shape:
+            raise ArtifactError(
+                f"{self.file(index)} is {image.shape}, and {self.file(0).name} {first.shape}; "
+                f"delete the one that is wrong and run again"
+            )
+        return image
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

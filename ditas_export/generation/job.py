@@ -224,6 +224,7 @@ def _facts(options: SampleOptions, opened: OpenedModel, sampler: Sampler) -> dic
         "sha256": opened.sha256,
         "runtime": opened.runner.description,
         "vae": None if decoder is None else decoder.description,
+        "vae_sha256": None if decoder is None else decoder.sha256,
         "settings": sampler.settings.to_dict(),
         "ditas-export": __version__,
     }

@@ -56,6 +56,8 @@ def write_png(path: Path, pixels: Pixels) -> None:
 def read_png(path: Path) -> Pixels:
     """Return what `write_png` wrote, (H, W, 1 or 3)."""
     with Image.open(path) as image:
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"a picture of mode {image.mode}, which ditas-sample does not write")
         pixels = np.asarray(image, dtype=np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 

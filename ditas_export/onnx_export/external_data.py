@@ -77,7 +77,7 @@ def _data_of(path: Path) -> dict[Path, int]:
         OnnxExportError: no readable ONNX file, or one that asks for what it may not.
     """
     wanted = _wanted_bytes(path, _references(path))
-    wanted.pop(path.name, None)
+    _require_bytes(path, path, wanted.pop(path.name, 0))
     return {path.parent / location: size for location, size in sorted(wanted.items())}
 
 
@@ -252,20 +252,31 @@ def _wanted_bytes(path: Path, model: onnx.ModelProto) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for tensor in _tensors(model):
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        if "location" not in entries:
+        is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        if not entries and not is_external:
             continue
+        if "location" not in entries or not is_external:
+            raise OnnxExportError(
+                f"{path} does not say whether its tensor {tensor.name!r} lies in it or elsewhere; "
+                f"export it again"
+            )
         location = entries["location"]
         _require_beside(path, location)
         try:
             bits = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
-            length = int(entries.get("length", -(-bits // 8)))
-            end = int(entries.get("offset", 0)) + length
+            size = -(-bits // 8)
+            offset, length = (int(entries.get(*each)) for each in (("offset", 0), ("length", size)))
         except (ValueError, TypeError) as error:  # no number, or a type without a size
             raise OnnxExportError(
                 f"{path} does not say where in {location!r} its tensor {tensor.name!r} lies "
                 f"({error}); export it again"
             ) from error
-        wanted[location] = max(wanted.get(location, 0), end)
+        if offset < 0 or length != size:
+            raise OnnxExportError(
+                f"{path} has {length} bytes from {offset} on for its tensor {tensor.name!r}, which "
+                f"takes {size}; export it again"
+            )
+        wanted[location] = max(wanted.get(location, 0), offset + length)
     return wanted
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,13 @@ class FileHashes:
         """
         record, before = self._record(path), _state(path)
         known = read_json(record)
-        if isinstance(known, dict) and known.get("state") == before:
-            return str(known.get("sha256")), None
+        if _is_whole(known) and known["state"] == before:
+            return str(known["sha256"]), None
         digest = hash_of_file(path)
         settled = time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED_NS
         if settled and _state(path) == before:
             content = {"path": str(path.resolve()), "state": before, "sha256": digest}
+            content["check"] = _check(content)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(record, content)
@@ -89,6 +91,17 @@ class FileHashes:
         for record in sorted(self.folder.glob("*.json")):
             content = read_json(record)
             yield record, content if isinstance(content, dict) else {}
+
+
+def _check(content: Mapping[str, Any]) -> str:
+    """Return the hash of a record but for itself, by which a damaged one is known."""
+    kept = {name: value for name, value in content.items() if name != "check"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(known: Any) -> bool:
+    """Return whether a record is as it was written."""
+    return isinstance(known, dict) and known.get("check") == _check(known)
 
 
 def _state(path: Path) -> dict[str, int]:

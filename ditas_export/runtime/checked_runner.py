@@ -62,7 +62,7 @@ class CheckedRunner(Closing):
         with self._turn:
             backend = self._open_backend()
             with _faults_as_errors(self):
-                output = self._infer(backend, latents, timesteps, class_labels)
+                output = self._infer(backend, latents, timesteps.long(), class_labels.long())
                 odd = _rows_that_are_not_finite(output)
         if odd:
             error = NonFiniteError(

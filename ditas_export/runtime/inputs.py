@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
@@ -40,6 +41,11 @@ def require_fitting(
     Raises:
         RunnerError: a shape, a type, a time step or a label that does not fit the model.
     """
+    for name, value in zip(
+        ("latents", "timesteps", "class_labels"), (latents, timesteps, class_labels), strict=True
+    ):
+        if not isinstance(value, Tensor):
+            raise RunnerError(f"{name} are {type(value).__name__}; the model takes torch tensors")
     side = config.input_size
     expected = (config.in_channels, side, side)
     if latents.ndim != 4 or tuple(latents.shape[1:]) != expected or not len(latents):
@@ -58,11 +64,14 @@ def require_fitting(
                 f"{name} are {tuple(vector.shape)}; with {len(latents)} latents the model takes "
                 f"({len(latents)},)"
             )
-        if vector.is_floating_point() or vector.is_complex():
+        if vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool:
             raise RunnerError(f"{name} are {vector.dtype}; the model takes whole numbers")
-        if vector.is_cpu and not 0 <= int(vector.amin()) <= int(vector.amax()) < count:
+        if not vector.is_cpu:
+            continue
+        whole = vector.long()
+        if not 0 <= int(whole.amin()) <= int(whole.amax()) < count:
             raise RunnerError(
-                f"{name} run from {int(vector.amin())} to {int(vector.amax())}; the model knows 0 "
+                f"{name} run from {int(whole.amin())} to {int(whole.amax())}; the model knows 0 "
                 f"to {count - 1}, {last}"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -124,7 +125,8 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         options = session_options(threads, entries)
         if self._entry is not None and tuple(providers) == CPU:
             self._backend = _open_prepared(self._entry, options, source=path)
-            self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
+            with contextlib.suppress(OSError):  # the cache was deleted meanwhile; it runs on
+                self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
         else:
             with fastest_file(path, as_is=as_is or tuple(providers) != CPU) as file:
                 self._backend = open_session(

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditas_export.artifact_files import sha256_of_tensors
 from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
-from ditas_export.onnx_export.external_data import plain_files
+from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
 from ditas_export.vae.load import load_latent_decoder
@@ -51,6 +52,11 @@ class Decoder(Protocol):
     @property
     def description(self) -> str:
         """One line: which VAE, backend, version and device."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its weights: what its pixels depend on beside the backend."""
         ...
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -86,7 +92,13 @@ class _ImageByImage(Closing):
 
     def __init__(self, shape: VaeShape) -> None:
         self._shape = shape
+        self._sha256 = ""
         self._backend: Any = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its weights."""
+        return self._sha256
 
     @property
     def in_channels(self) -> int:
@@ -149,6 +161,7 @@ class VaeDecoder(_ImageByImage):
             )
         decoder = load_latent_decoder(name)
         super().__init__(decoder.shape)
+        self._sha256 = sha256_of_tensors(decoder.state_dict())
         self._backend = decoder.to(self._device)
         self._name = name
 
@@ -179,6 +192,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
     def __init__(self, path: Path, device: str = "cpu", *, threads: int | None = None) -> None:
         super().__init__(read_vae_shape(path))
+        self._sha256 = sha256_of_onnx(path)
         index = device_index(device)
         with plain_files(path) as plain:
             self._backend = open_session(
