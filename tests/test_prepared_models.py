@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -106,12 +107,20 @@ def test_the_norms_are_not_fused_with_the_sums_before_them(tmp_path: Path) -> No
     assert kinds.count("LayerNormalization") == 2 * TINY.depth + 1
 
 
+def without_files(entry: Path) -> None:
+    """A manifest as of an entry that has no files, and files that are cut."""
+    content = json.loads((entry / "manifest.json").read_text())
+    (entry / "manifest.json").write_text(json.dumps(content | {"files": {}}))
+    (entry / "model.data").write_bytes(b"")
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "model.onnx deleted": lambda entry: (entry / "model.onnx").unlink(),
     "model.data deleted": lambda entry: (entry / "model.data").unlink(),
     "manifest deleted": lambda entry: (entry / "manifest.json").unlink(),
     "manifest of garbage": lambda entry: (entry / "manifest.json").write_bytes(b"\xff{"),
     "manifest of another kind": lambda entry: (entry / "manifest.json").write_text('{"files": 5}'),
+    "manifest of no file": lambda entry: without_files(entry),
     "model.onnx truncated": lambda entry: truncate(entry / "model.onnx"),
     "model.data truncated": lambda entry: truncate(entry / "model.data"),
     "model.data empty": lambda entry: (entry / "model.data").write_bytes(b""),

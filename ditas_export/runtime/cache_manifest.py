@@ -17,6 +17,10 @@ MANIFEST = "manifest.json"
 """The name of an entry's manifest."""
 
 
+_NEVER_EMPTY = ("onnxruntime", "openvino")
+"""Kinds of entries that hold files from the first; runtimes fill the others themselves."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFacts:
     """A file's state on the disk, which a start compares, and its hash."""
@@ -66,7 +70,8 @@ class Manifest:
         numbers = [n for facts in files.values() for n in (facts.size, facts.mtime_ns, facts.inode)]
         plain_names = all(name == Path(name).name for name in files)
         of_types = all(type(text) is str for text in texts) and all(type(n) is int for n in numbers)
-        return found if plain_names and of_types else None
+        is_whole = bool(files) or found.kind not in _NEVER_EMPTY
+        return found if plain_names and of_types and is_whole else None
 
     @classmethod
     def of(cls, folder: Path, *, kind: str, source: Path) -> Self:
