@@ -123,9 +123,11 @@ def make_engine(
             gpu=current_gpu(),
             layers=None if report is None else report.to_dict(),
         )
-        replaces = None if earlier is None else dataclasses.replace(earlier, replaces=None)
+        is_replaced = earlier is not None and earlier.plan_sha256 != metadata.plan_sha256
+        replaces = dataclasses.replace(earlier, replaces=None) if earlier and is_replaced else None
         dataclasses.replace(metadata, replaces=replaces).save(metadata_path(plan_path))
-    metadata.save(metadata_path(plan_path))
+    if replaces is not None:
+        metadata.save(metadata_path(plan_path))
     return MadeEngine(metadata=metadata, report=report, unknown=unknown)
 
 
