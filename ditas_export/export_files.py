@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.fold import fold_smoothing
@@ -33,7 +32,7 @@ from ditas_export.onnx_export.external_data import (
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.options import PREFERENCES, ExportOptions
-from ditas_export.runtime.fastest_form import FASTEST
+from ditas_export.runtime.fastest_form import FASTEST, is_rewritten
 from ditas_export.vae.export import export_vae_decoder
 
 VERIFICATION_SEEDS = 3
@@ -99,8 +98,10 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             fake_quantized_dit(folded, ranges=ranges, target=options.target),
             candidate,
             settings,
-            fake_quantized_fastest=fake_quantized_dit(folded, ranges=ranges, target=FASTEST)
-            if options.target == "portable" and folded.dtype == torch.float32
+            fake_quantized_fastest=partial(
+                fake_quantized_dit, folded, ranges=ranges, target=FASTEST
+            )
+            if is_rewritten(options.target, options.float_side)
             else None,
             weight_only=quantized.adaln_bits != 16 or quantized.activation_bits == 16,
             device=device_of(options),

@@ -5,7 +5,6 @@ Everything here takes seconds, and what it refuses would else be found after an 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ditas_export.calibration.states import STATES_KIND
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.distributed import Ranks
+from ditas_export.dit.diffusers_folder import HUB_ID
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import ArtifactError
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
@@ -33,8 +33,6 @@ from ditas_export.vae.shape import is_decoder_file, require_fitting_vae
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".sft", ".tar")
 """Names that no exported file has."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def job_files(options: ExportOptions) -> JobFiles:
@@ -83,7 +81,7 @@ def check_files(options: ExportOptions) -> None:
             f"{'is there already' if is_strange else 'has the name of a checkpoint'}; did you mean "
             f"--model {output}? Else name another, such as out.onnx"
         )
-    looks_like_hub = _HUB_ID.fullmatch(str(output)) and not output.suffix
+    looks_like_hub = HUB_ID.fullmatch(str(output)) and not output.suffix
     if options.model == "digits" and looks_like_hub and not output.parent.exists():
         raise ArtifactError(
             f"{output} is the file to write, and looks like a hub id; did you mean --model "

@@ -8,7 +8,7 @@ so are the modulation weights, as floats or as the integers nearest to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -216,7 +216,7 @@ class QuantizedDiT:
                 site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
                 for site in linear_sites(identity.config.depth)
             }
-            _require_no_strays(tensors, header, linears)
+            _require_no_strays(tensors, header, linears, adaln_names(identity.config.depth))
             prefix = "float."
             return cls(
                 identity=identity,
@@ -337,13 +337,14 @@ def _require_no_strays(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
     linears: Mapping[str, QuantizedLinear],
+    adaln: Sequence[str],
 ) -> None:
     """Refuse tensors that nothing reads: a branch whose linear says that it has none, say."""
     known = {
         f"{name}.{part}" for name, each in linears.items() for part in linear_to_parts(each)[0]
     }
     if header.get("adaln_bits", 16) != 16:
-        known |= {name for name in tensors if name.endswith((".1.codes", ".1.scale"))}
+        known |= {f"{name}.{part}" for name in adaln for part in ("codes", "scale")}
     strays = [name for name in tensors if not name.startswith("float.") and name not in known]
     if strays:
         raise ArtifactError(f"it holds tensors of no use: {abbreviated(sorted(strays))}")

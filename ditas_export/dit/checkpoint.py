@@ -12,7 +12,6 @@ the second norm's eps), so the model computes what `DiTTransformer2DModel` compu
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.dit.diffusers_folder import (
+    HUB_ID,
     HUB_PATTERNS,
     find_weights,
     open_folder,
@@ -46,7 +46,6 @@ from ditas_export.options import NO_HINTS, CheckpointHints
 BUNDLED_MODEL = "digits"
 """Name of the small trained model that comes with the package; write `./digits` for a path."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUNDLED_FACTS = {"num_classes": Fact(10, "the package")}
 """What the bundled model's file does not say."""
 
@@ -95,7 +94,7 @@ def load_dit(
         return _load_diffusers(path, hints, str(source))
     if path.is_file():
         return _load_file(path, hints, str(source))
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
         return _load_diffusers(_download(source), hints, source, vae=source)
     raise CheckpointError(
         f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, a checkpoint file, a "

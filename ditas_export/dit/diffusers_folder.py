@@ -35,14 +35,17 @@ HUB_PATTERNS = (
 )
 """What to fetch of a hub model; the second group only if the first brings no weights."""
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""How the hub names a repository."""
+
 _TRANSFORMERS = ("transformer_ema", "transformer")
 """Folders of a pipeline, the better one first."""
 
 _OF_PIPELINES = ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
 """Files of which a pipeline's folder has one."""
 
-_STATISTICS = ("latents_mean", "latents_std")
-"""Of the latents of a VAE, by channel."""
+STATISTICS = ("latents_mean", "latents_std")
+"""Entries of a VAE's config that have a value per channel, or None."""
 
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
 _FIXED = {
@@ -336,7 +339,7 @@ def _facts_of_vae(path: Path) -> dict[str, Fact]:
 
 def _vae_notes(path: Path) -> list[str]:
     """Return a line for statistics of latents, which are the decoder's and not the process's."""
-    found = [name for name in _STATISTICS if read_json(path).get(name) is not None]
+    found = [name for name in STATISTICS if read_json(path).get(name) is not None]
     return [
         f"{path.parent.name}/{path.name} has {' and '.join(found)}: the VAE's decoder applies them "
         f"channel by channel, and the model's file records the scaling factor alone"

@@ -98,36 +98,38 @@ def make_engine(
     with (
         sole_process(plan_path.with_name(f".{plan_path.name}.lock"), what=plan_path),
         _in_form(onnx_path, wanted) as graph,
-        atomic_path(plan_path) as partial,
     ):
         form = read_form(graph)
-        built = build(graph, partial)
-        report, unknown = None, None
-        try:
-            report = layer_report(engine_layers(built.log), config, form)
-            if report.unknown:
-                names = ", ".join(report.unknown)
-                unknown = f"the build log does not tell how {names} are multiplied"
-        except EngineError as error:
-            unknown = str(error) if expected_kernels(config, form) else None
-        metadata = EngineMetadata(
-            product=product.name,
-            version=built.version,
-            plan_sha256=sha256_of_file(partial),
-            plan_bytes=built.size_bytes,
-            onnx_name=onnx_path.name,
-            onnx_sha256=onnx_sha256,
-            dit=config,
-            form=form,
-            options=options,
-            gpu=current_gpu(),
-            layers=None if report is None else report.to_dict(),
-        )
-        is_replaced = earlier is not None and earlier.plan_sha256 != metadata.plan_sha256
-        replaces = dataclasses.replace(earlier, replaces=None) if earlier and is_replaced else None
-        dataclasses.replace(metadata, replaces=replaces).save(metadata_path(plan_path))
-    if replaces is not None:
-        metadata.save(metadata_path(plan_path))
+        with atomic_path(plan_path) as partial:
+            built = build(graph, partial)
+            report, unknown = None, None
+            try:
+                report = layer_report(engine_layers(built.log), config, form)
+                if report.unknown:
+                    names = ", ".join(report.unknown)
+                    unknown = f"the build log does not tell how {names} are multiplied"
+            except EngineError as error:
+                unknown = str(error) if expected_kernels(config, form) else None
+            metadata = EngineMetadata(
+                product=product.name,
+                version=built.version,
+                plan_sha256=sha256_of_file(partial),
+                plan_bytes=built.size_bytes,
+                onnx_name=onnx_path.name,
+                onnx_sha256=onnx_sha256,
+                dit=config,
+                form=form,
+                options=options,
+                gpu=current_gpu(),
+                layers=None if report is None else report.to_dict(),
+            )
+            is_replaced = earlier is not None and earlier.plan_sha256 != metadata.plan_sha256
+            replaces = (
+                dataclasses.replace(earlier, replaces=None) if earlier and is_replaced else None
+            )
+            dataclasses.replace(metadata, replaces=replaces).save(metadata_path(plan_path))
+        if replaces is not None:
+            metadata.save(metadata_path(plan_path))
     return MadeEngine(metadata=metadata, report=report, unknown=unknown)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -206,7 +206,7 @@ def verify_file(
     path: Path,
     settings: VerificationSettings,
     *,
-    fake_quantized_fastest: DiT | None = None,
+    fake_quantized_fastest: Callable[[], DiT] | None = None,
     weight_only: bool = False,
     device: str | torch.device = "cpu",
     kept: KeptParts = KeptParts(),  # noqa: B008 (frozen)
@@ -222,8 +222,8 @@ def verify_file(
         fake_quantized: what the file must compute, in the file's float type.
         path: the exported ONNX file.
         settings: seeds, classes, steps, guidance.
-        fake_quantized_fastest: what our runners must compute, where they run the file in a form of
-            another target.
+        fake_quantized_fastest: makes what our runners must compute, where they run the file in a
+            form of another target; held no longer than it is probed.
         weight_only: whether the file has weight-only linears, whose float inputs an ONNX Runtime
             session rounds to 8 bits unless it is told not to, as our runners tell it.
         device: where the models compute.
@@ -245,28 +245,30 @@ def verify_file(
         if on_step is not None:
             on_step(done, total)
 
-    def answers(name: str, model: DiT) -> _Probed:
-        return runs.probed(name, lambda: TorchRunner(model, device=device))
-
     runs = _Runs(settings=settings, kept=kept, count=count)
-    reference = runs.sampled("float", lambda: TorchRunner(float_model, device=device))
-    wanted, expected = answers("float", float_model), answers("fake", fake_quantized)
+    with _opened(lambda: TorchRunner(float_model, device=device)) as runner:
+        reference, wanted = runs.sampled("float", runner), runs.probed("float", runner)
     finals = file = None
-    if open_file is None:
-        fake = runs.sampled("fake", lambda: TorchRunner(fake_quantized, device=device))
-        finals = _per_seed(reference, fake)
-        expected = replace(expected, not_finite=fake.not_finite or expected.not_finite)
-    else:
-        file = _findings(path, open_file, runs, reference, wanted, expected)
-    if file is not None and fake_quantized_fastest is not None:
-        fastest = answers("fake-fastest", fake_quantized_fastest)
-        file = _of_two_forms(file, path, runs, expected, fastest)
-    if file is not None and differs:
-        entries = BARE_SESSION if weight_only else None
-        bare = runs.sampled(
-            "bare", lambda: OnnxRuntimeRunner(path, as_is=True, session_entries=entries)
-        )
-        file = replace(file, bare_session_db=_per_seed(reference, bare))
+    with _opened(lambda: TorchRunner(fake_quantized, device=device)) as runner:
+        expected = runs.probed("fake", runner)
+        if open_file is None:
+            fake = runs.sampled("fake", runner)
+            finals = _per_seed(reference, fake)
+            expected = replace(expected, not_finite=fake.not_finite or expected.not_finite)
+    fastest = None
+    if fake_quantized_fastest is not None:
+        make = fake_quantized_fastest
+        with _opened(lambda: TorchRunner(make(), device=device)) as runner:
+            fastest = runs.probed("fake-fastest", runner)
+    if open_file is not None:
+        file = _findings(path, open_file, runs, reference, wanted, expected, fastest)
+        if differs:
+            entries = BARE_SESSION if weight_only else None
+            with _opened(
+                lambda: OnnxRuntimeRunner(path, as_is=True, session_entries=entries)
+            ) as runner:
+                bare = runs.sampled("bare", runner)
+            file = replace(file, bare_session_db=_per_seed(reference, bare))
     return Verification(
         file=file,
         match_bound_db=MATCH_BOUND_DB[dtype],
@@ -284,6 +286,13 @@ def _file_opener(dtype: torch.dtype) -> Callable[[Path], FileRunner] | None:
     return OpenVINORunner if importlib.util.find_spec("openvino") else None
 
 
+@contextmanager
+def _opened(open_runner: Callable[[], Runner]) -> Iterator[Callable[[], Runner]]:
+    """Yield what gives a runner, opened when it is first asked for and closed in the end."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(open_runner()))
+
+
 def _findings(
     path: Path,
     open_file: Callable[[Path], FileRunner],
@@ -291,55 +300,48 @@ def _findings(
     reference: _Sampled,
     wanted: _Probed,
     expected: _Probed,
+    fastest: _Probed | None,
 ) -> FileFindings:
-    """Run the file and hold it against the float run and the fake-quantized answers."""
-    sampled = runs.sampled("file", lambda: open_file(path))
-    probed = runs.probed("file", lambda: open_file(path))
-    kernels = runs.kept.take(
-        "kernels",
-        lambda: Part(facts={} if open_file is OpenVINORunner else _counted_kernels(path)),
-    )
+    """Run the file and hold it against the float run and the fake-quantized answers.
+
+    Where our runner runs another form, `fastest` is what that must answer; the file's own form is
+    probed beside it.
+    """
+    with _opened(lambda: open_file(path)) as runner:
+        sampled, probed = runs.sampled("file", runner), runs.probed("file", runner)
+    own = probed
+    if fastest is not None:
+        with _opened(lambda: OnnxRuntimeRunner(path, as_is=True)) as runner:
+            own = runs.probed("as-is", runner)
+    is_listed = open_file is not OpenVINORunner
+    seen = (sampled, probed, own, expected, fastest)
+    broken = next((each.not_finite for each in seen if each and each.not_finite), None)
     return FileFindings(
-        match_db=_match(expected, probed),
-        runner_match_db=None,
+        match_db=-math.inf if broken else _match(expected, own),
+        runner_match_db=None if fastest is None or broken else _match(fastest, probed),
         single_step_db=_single_step(wanted, probed),
         final_db=_per_seed(reference, sampled),
-        kernels=kernels.facts,
-        runner_kernels=None,
+        kernels=_kernels(runs.kept, path, as_is=True) if is_listed else {},
+        runner_kernels=None if fastest is None else _kernels(runs.kept, path, as_is=False),
         runtime=probed.runtime,
-        not_finite=sampled.not_finite or probed.not_finite or expected.not_finite,
-    )
-
-
-def _of_two_forms(
-    file: FileFindings, path: Path, runs: _Runs, expected: _Probed, fastest: _Probed
-) -> FileFindings:
-    """Return the findings of a file that our runners run in another form: a match of either."""
-    as_is = runs.probed("as-is", lambda: OnnxRuntimeRunner(path, as_is=True))
-    ours = runs.probed("file", lambda: OnnxRuntimeRunner(path))
-    kernels = runs.kept.take(
-        "kernels-fastest", lambda: Part(facts=_counted_kernels(path, as_is=False))
-    )
-    return replace(
-        file,
-        match_db=_match(expected, as_is),
-        runner_match_db=_match(fastest, ours),
-        runner_kernels=kernels.facts,
-        not_finite=file.not_finite or as_is.not_finite or fastest.not_finite,
+        not_finite=broken,
     )
 
 
 def _match(expected: _Probed, found: _Probed) -> float:
-    """Return the worst SNR of the probed steps; −infinity where one is not finite."""
-    if expected.not_finite or found.not_finite:
-        return -math.inf
+    """Return the worst SNR of the probed steps, all of them finite."""
     pairs = zip(expected.outputs, found.outputs, strict=True)
     return min(snr_db(wanted, got) for wanted, got in pairs)
 
 
-def _counted_kernels(path: Path, *, as_is: bool = True) -> dict[str, int]:
+def _kernels(kept: KeptParts, path: Path, *, as_is: bool) -> Mapping[str, Any]:
     """Return ONNX Runtime's kernels of a file's products, in order of name, and how many each."""
-    return dict(sorted(Counter(matmul_kernels(path, as_is=as_is).values()).items()))
+
+    def count() -> Part:
+        counted = Counter(matmul_kernels(path, as_is=as_is).values())
+        return Part(facts=dict(sorted(counted.items())))
+
+    return kept.take("kernels" if as_is else "kernels-fastest", count).facts
 
 
 def _single_step(reference: _Probed, other: _Probed) -> float:
@@ -365,29 +367,25 @@ class _Runs:
     count: Callable[[int], None]
     inputs: list[ModelInputs] = field(default_factory=list)
 
-    def sampled(self, name: str, open_runner: Callable[[], Runner]) -> _Sampled:
-        """Sample every seed; open the backend if need be."""
+    def sampled(self, name: str, runner: Callable[[], Runner]) -> _Sampled:
+        """Sample every seed."""
         parts: list[Part] = []
-        with ExitStack() as stack:
-            runner = cache(lambda: stack.enter_context(open_runner()))
-            for seed in self.settings.seeds:
-                if found := self.kept.find(f"{name}-{seed}"):
-                    self.count(self.settings.steps)
-                part = found or self.kept.take(
-                    f"{name}-{seed}", partial(self._trajectory, runner, seed)
-                )
-                parts.append(part)
-                self.inputs = self.inputs or _probed_inputs(part)
+        for seed in self.settings.seeds:
+            if found := self.kept.find(f"{name}-{seed}"):
+                self.count(self.settings.steps)
+            part = found or self.kept.take(
+                f"{name}-{seed}", partial(self._trajectory, runner, seed)
+            )
+            parts.append(part)
+            self.inputs = self.inputs or _probed_inputs(part)
         return _Sampled(
             finals=[part.tensors["final"] for part in parts],
             not_finite=_first_not_finite(*parts),
         )
 
-    def probed(self, name: str, open_runner: Callable[[], Runner]) -> _Probed:
-        """Answer at the probed inputs; open the backend if need be."""
-        with ExitStack() as stack:
-            runner = cache(lambda: stack.enter_context(open_runner()))
-            part = self.kept.take(f"{name}-probes", partial(self._answers, runner))
+    def probed(self, name: str, runner: Callable[[], Runner]) -> _Probed:
+        """Answer at the probed inputs."""
+        part = self.kept.take(f"{name}-probes", partial(self._answers, runner))
         return _Probed(
             outputs=[part.tensors[str(index)] for index in range(len(self.inputs))],
             runtime=part.facts["runtime"],

@@ -13,9 +13,15 @@ import onnx_ir as ir
 from ditas_export.onnx_export.export import read_form
 from ditas_export.onnx_export.external_data import load_mapped, plain_files
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
+from ditas_export.options import Precision, Target
 
 FASTEST: Literal["onnxruntime"] = "onnxruntime"
 """The target whose form ONNX Runtime and OpenVINO run fastest on CPUs (docs/performance.md)."""
+
+
+def is_rewritten(target: Target | None, float_type: Precision) -> bool:
+    """Return whether files of a target and a float type run in another form here."""
+    return target == "portable" and float_type == "fp32"
 
 
 def load_fastest(path: Path, *, as_is: bool) -> ir.Model:
@@ -44,16 +50,19 @@ def fastest_file(path: Path, *, as_is: bool) -> Iterator[Path]:
         OnnxExportError: see `load_fastest`.
         OSError: the temporary folder cannot take it.
     """
-    if as_is or not _has_faster_form(path, load_mapped(path)):
+    model = None if as_is else load_mapped(path)
+    if model is None or not _has_faster_form(path, model):
         with plain_files(path) as plain:
             yield plain
         return
+    relower_model(model, FASTEST)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         written = Path(folder) / path.name
-        ir.save(load_fastest(path, as_is=False), written, external_data=f"{path.name}.data")
+        ir.save(model, written, external_data=f"{path.name}.data")
         yield written
 
 
 def _has_faster_form(path: Path, model: ir.Model) -> bool:
     """Return whether CPUs run a file faster in another form that it can be written in."""
-    return read_form(path).float_type == "fp32" and why_not_relowerable(model) is None
+    form = read_form(path)
+    return is_rewritten(form.target, form.float_type) and why_not_relowerable(model) is None

@@ -6,7 +6,6 @@ that the VAE's `config.json` records is inside, so no caller has to know it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditas_export.dit.diffusers_folder import find_weights, variant_of
+from ditas_export.dit.diffusers_folder import HUB_ID, STATISTICS, find_weights, variant_of
 from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.tensor_files import abbreviated, read_json, refuse_other_kinds
 from ditas_export.errors import RunnerError
@@ -22,11 +21,7 @@ from ditas_export.vae.shape import VaeShape
 
 IMAGE_CHANNELS = 3
 
-_STATISTICS = ("latents_mean", "latents_std")
-"""Entries of a VAE's config that have a value per channel, or None."""
-
 _CLASS = "AutoencoderKL"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PATTERNS = tuple(
     tuple(
         f"{folder}{name}"
@@ -60,7 +55,7 @@ class LatentDecoder(nn.Module):
             scale=2 ** (len(vae.config.block_out_channels) - 1),
             factors=self.factors,
         )
-        for name in _STATISTICS:
+        for name in STATISTICS:
             values = vae.config[name]
             self.register_buffer(name, None if values is None else _by_channel(values))
         self.post_quant_conv = vae.post_quant_conv
@@ -128,14 +123,14 @@ def _require_autoencoder(folder: Path) -> None:
 
 def _require_known_scaling(name: str, config: Any) -> None:
     """Refuse statistics of the latents that are not whole, or that come with a shift as well."""
-    given = {each: config[each] for each in _STATISTICS if config[each] is not None}
+    given = {each: config[each] for each in STATISTICS if config[each] is not None}
     if not given:
         return
     lengths = {each: len(values) for each, values in given.items()}
-    if lengths != dict.fromkeys(_STATISTICS, config.latent_channels):
+    if lengths != dict.fromkeys(STATISTICS, config.latent_channels):
         raise RunnerError(
             f"the config.json of the VAE {name} has {lengths} values; expected "
-            f"{config.latent_channels} of {' and '.join(_STATISTICS)} each, or neither"
+            f"{config.latent_channels} of {' and '.join(STATISTICS)} each, or neither"
         )
     if config.shift_factor:
         raise RunnerError(
@@ -174,7 +169,7 @@ def _load(folder: Path) -> Any:
 
 def _download(name: str) -> Path:
     """Return the local copy of a hub model's VAE."""
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise RunnerError(
             f"{name}: no such folder; expected a VAE's folder written by diffusers, a pipeline's, "
             f"or a hub id such as stabilityai/sd-vae-ft-ema"
