@@ -71,7 +71,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     """Write every file that was asked for; return the proof and the manifest."""
     options, quantized = job.options, solved.quantized
     if options.save_artifact is not None:
-        quantized.save(options.save_artifact)
+        solved.artifact.save(options.save_artifact)
     layout = _layout(options, quantized)
     ranges = options.ranges or quantized.settings["ranges"]
     settings = _verification_settings(quantized)

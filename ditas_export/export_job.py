@@ -41,7 +41,8 @@ class ExportJob:
 class Solved:
     """A quantized model, and a hash of all that it depends on."""
 
-    quantized: QuantizedDiT
+    quantized: QuantizedDiT  # as the file has it
+    artifact: QuantizedDiT  # as it is kept: its modulation float unless its bits were asked for
     key: str
 
 

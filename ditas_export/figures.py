@@ -1,8 +1,10 @@
-"""Figures: what a ratio of energies is in decibels, and how a figure stands in strict JSON."""
+"""Figures: ratios of energies in decibels, how sure a mean is, and figures in strict JSON."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -25,3 +27,23 @@ def decibels(signal: float, noise: float) -> float:
 def finite_or_none(value: float) -> float | None:
     """Return a figure as strict JSON takes it, of 6 digits; None if infinite or not a number."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by Student's t; infinitely wide below two values.
+
+    The quantile is the normal one with three terms of its Cornish-Fisher expansion (Abramowitz and
+    Stegun, 26.7.5): 1 % short of the true one at four values, 0.1 % at eight.
+    """
+    if len(values) < 2:
+        return -math.inf, math.inf
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    z = statistics.NormalDist().inv_cdf(0.975)
+    quantile = (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half

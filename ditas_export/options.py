@@ -60,6 +60,7 @@ DEFAULTS: Mapping[str, Any] = {
     "w": 4,
     "a": 8,
     "method": "ditas-plus",
+    "adaln": 8,
     "steps": 50,
     "samples": 12,
     "seed": 0,

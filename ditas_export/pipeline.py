@@ -45,6 +45,7 @@ from ditas_export.export_job import ExportJob, OnProgress, Solved, device_of, di
 from ditas_export.onnx_export.export import FLOAT_TYPES
 from ditas_export.options import (
     CFG_SCALE,
+    DEFAULTS,
     FAST_WALK_TOKENS,
     WALK_TOKENS,
     ExportOptions,
@@ -161,7 +162,7 @@ def _solved(job: ExportJob) -> Solved:
         quantized = ranks.together(lambda: QuantizedDiT.load(artifact, model=loaded.identity))
         check_artifact(artifact, options, quantized)
         ranks.first(lambda: quantized.require_parameters_of(loaded.model))
-        return Solved(quantized=quantized, key=sha256_of_file(artifact))
+        return Solved(quantized=quantized, artifact=quantized, key=sha256_of_file(artifact))
     settings = quantization_settings(options)
     config = loaded.model.config
     for note in settings.notes(config):
@@ -175,7 +176,7 @@ def _solved(job: ExportJob) -> Solved:
     kept = ranks.first(lambda: _kept_model(folder / _MODEL, loaded.identity))
     quantized = kept or _quantized(job, states, settings, folder)
     loaded.model.to("cpu")
-    return Solved(quantized=quantized, key=key)
+    return Solved(quantized=quantized, artifact=quantized, key=key)
 
 
 _MODEL = "model.safetensors"
@@ -225,9 +226,12 @@ def _quantized(
 
 
 def _with_modulation(job: ExportJob, solved: Solved) -> Solved:
-    """Round the modulation as asked, or take it as an interrupted run left it."""
-    quantized = solved.quantized
-    bits = job.options.adaln or quantized.adaln_bits
+    """Round the modulation as asked, or take it as an interrupted run left it.
+
+    One whose integers are there already keeps them, unless other bits are asked for.
+    """
+    quantized, asked = solved.quantized, job.options.adaln
+    bits = asked or (quantized.adaln_bits if quantized.adaln else DEFAULTS["adaln"])
     if bits == quantized.adaln_bits:
         return solved
     path = job.work.part("solved", solved.key) / f"adaln{bits}.safetensors"
@@ -239,7 +243,10 @@ def _with_modulation(job: ExportJob, solved: Solved) -> Solved:
             made.save(path)
         return made
 
-    return Solved(quantized=job.ranks.together(rounded), key=solved.key)
+    shipped = job.ranks.together(rounded)
+    return Solved(
+        quantized=shipped, artifact=quantized if asked is None else shipped, key=solved.key
+    )
 
 
 def _states(job: ExportJob, settings: QuantizationSettings) -> CalibrationStates:

@@ -540,6 +540,7 @@ def warm_up(model: str) -> None:
     from ditas_export.calibration.modules import fake_quantized_dit
     from ditas_export.calibration.states import CalibrationSettings, collect_states
     from ditas_export.dit.checkpoint import load_dit
+    from ditas_export.dit.model import modulate_by_factor
     from ditas_export.onnx_export.skeleton import export_skeleton
 
     for name in ("onnxruntime", "torch.distributed.nn", "ditas_export.pipeline"):
@@ -550,7 +551,12 @@ def warm_up(model: str) -> None:
     quantized = quantize_dit(loaded.model, states, QuantizationSettings(alpha_grid=(0.5,)))
     folded = fold_smoothing(quantize_adaln(quantized, 4))
     fake_quantized_dit(folded, ranges="token")
-    export_skeleton(loaded.model.config, folded.float_parameters, dtype=torch.float32)
+    export_skeleton(
+        loaded.model.config,
+        folded.float_parameters,
+        dtype=torch.float32,
+        modulate=modulate_by_factor,
+    )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.dit.model import modulate_by_factor
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.onnx_export import export as export_module
 from ditas_export.onnx_export.export import (
@@ -154,7 +155,9 @@ def test_fc1_is_cut_where_its_width_is_a_multiple_of_the_hidden_size(
 
 def test_an_activation_of_several_operators_is_refused() -> None:
     """As a PyTorch might export it that no one has tested."""
-    skeleton = export_skeleton(TINY, FOLDED.float_parameters, dtype=torch.float32)
+    skeleton = export_skeleton(
+        TINY, FOLDED.float_parameters, dtype=torch.float32, modulate=modulate_by_factor
+    )
     gelu = next(node for node in skeleton.graph if node.name == "blocks.1.mlp.act/Gelu")
     more = ir.Node("", "Identity", gelu.outputs)
     gelu.outputs[0].replace_all_uses_with(more.outputs[0])

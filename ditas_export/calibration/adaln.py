@@ -26,13 +26,14 @@ from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.quantization.rounding import (
     InputMoments,
     compensated_blocks,
+    compensated_rows,
     damped,
     rounding_order,
+    upper_cholesky,
 )
 from ditas_export.quantization.weight_only import (
     WeightOnlyWeight,
     from_integer_weight,
-    quantize_weight_only,
     widest_block,
 )
 
@@ -64,9 +65,9 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
 
     Args:
         quantized: left untouched.
-        bits: 16 (float), 8 (one scale per output channel, rounded to nearest) or 4 (blocks of 128,
-            64 or 32 input channels, the largest that divides the width, rounded for the least
-            output error; the biases take up what is lost of the mean).
+        bits: 16 (float), 8 (one scale per output channel) or 4 (blocks of 128, 64 or 32 input
+            channels, the largest that divides the width). Both are rounded for the least output
+            error, and the biases take up what is lost of the mean.
 
     Returns:
         The model itself if its modulation weights have these bits already.
@@ -82,20 +83,14 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
             f"the quantized model keeps its modulation weights in {quantized.adaln_bits} bits, and "
             f"{bits} were asked for; leave out --adaln, or take an artefact made without it"
         )
-    block_size = adaln_block_size(quantized.config.hidden_size, bits)
+    adaln_block_size(quantized.config.hidden_size, bits)
     parameters = dict(quantized.float_parameters)
     weights = {
         path: parameters.pop(f"{path}.weight") for path in adaln_names(quantized.config.depth)
     }
-    if bits == 8:
-        adaln = {
-            path: quantize_weight_only(weight, bits=bits, block_size=block_size)
-            for path, weight in weights.items()
-        }
-        return replace(quantized, float_parameters=parameters, adaln=adaln)
     inputs = modulation_inputs(quantized).double()
     mean = inputs.mean(dim=0)
-    round_weight = _rounding_for(inputs - mean, block_size)
+    round_weight = _rounding_for(inputs - mean, bits)
     adaln = {path: round_weight(weight) for path, weight in weights.items()}
     for path, weight in weights.items():
         lost = (weight - adaln[path].dequantize()).double() @ mean
@@ -129,17 +124,29 @@ def _loaded(module: nn.Module, path: str, quantized: QuantizedDiT) -> nn.Module:
     return module
 
 
-def _rounding_for(centred: Tensor, block_size: int) -> Callable[[Tensor], WeightOnlyWeight]:
-    """Return what rounds a weight (N, K) to 4 bits for inputs of these moments, (tokens, K)."""
-    moment = centred.mT @ centred / centred.shape[0]
-    order, cholesky = rounding_order(damped(moment, RIDGE), block_size=block_size)
+def _rounding_for(centred: Tensor, bits: int) -> Callable[[Tensor], WeightOnlyWeight]:
+    """Return what rounds a weight (N, K) for inputs of these moments, (tokens, K).
+
+    Blocks of 4 bits are rounded in the order that suits the moments; rows of 8 bits as they come.
+    """
+    moment = damped(centred.mT @ centred / centred.shape[0], RIDGE)
+    if bits == 8:
+        of_rows = InputMoments.from_cholesky(upper_cholesky(moment))
+
+        def round_rows(weight: Tensor) -> WeightOnlyWeight:
+            rounded, _ = compensated_rows(weight, of_rows.whiten(weight), of_rows)
+            return from_integer_weight(rounded)
+
+        return round_rows
+    block_size = adaln_block_size(centred.shape[1], bits)
+    order, cholesky = rounding_order(moment, block_size=block_size)
     moments = InputMoments.from_cholesky(cholesky)
 
-    def round_weight(weight: Tensor) -> WeightOnlyWeight:
+    def round_blocks(weight: Tensor) -> WeightOnlyWeight:
         ordered = weight[:, order]
         rounded, _ = compensated_blocks(
             ordered, moments.whiten(ordered), moments, block_size=block_size
         )
         return from_integer_weight(rounded.take(order.argsort()))
 
-    return round_weight
+    return round_blocks

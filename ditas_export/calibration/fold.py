@@ -5,7 +5,9 @@ last step; the fake-quantized forward and the ONNX file both read the rounded va
 
 Identities, for a linear whose input is divided by s (`dit/sites.py` says where each folds):
 - modulate: x(1 + scale) + shift, divided by s: shift rows `W, b ← W/s, b/s`; scale rows `W ← W/s`,
-  `b ← (b + 1 − s)/s`. Of integer rows the scales are divided, and the codes stay.
+  `b ← (b + 1)/s`. The 1 is in the bias, and x is multiplied by what comes out: in halves, 1 and a
+  small (1 + scale)/s − 1 would lose its digits. Of integer rows the scales are divided, and the
+  codes stay. The last modulation, with no s, takes its 1 the same way.
 - V: softmax(q kᵀ) v is linear in v, so V's rows (bias, and the row scale that the low-rank output
   factor shares) `/ s`.
 
@@ -33,6 +35,7 @@ from ditas_export.dit.sites import (
     adaln_name,
     adaln_rows,
     block_sites,
+    final_scale_rows,
     value_rows,
 )
 from ditas_export.quantization.integer import IntegerWeight, LowRank, joined_rows, rounded_float
@@ -114,8 +117,10 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
             folded[sites["mlp.fc2"]],
             input_multiplier=rounded_float(f"1 / s of {sites['mlp.fc2']}", multiplier, dtype),
         )
-    final_bias = parameters[f"{FINAL_ADALN}.bias"]
-    divisors[FINAL_ADALN] = torch.ones_like(final_bias, dtype=torch.float64)
+    final_bias = parameters[f"{FINAL_ADALN}.bias"].to(torch.float64, copy=True)
+    final_bias[final_scale_rows(width)] += 1
+    parameters[f"{FINAL_ADALN}.bias"] = final_bias
+    divisors[FINAL_ADALN] = torch.ones_like(final_bias)
     for name, divisor in divisors.items():
         if name in quantized.adaln:
             adaln[name] = divide_rows(
@@ -202,7 +207,7 @@ def _folded_modulation(
         s = linear.smoothing_scale
         shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
         divisor[shift] = divisor[scale] = s
-        bias[scale] = bias[scale] + 1 - s
+        bias[scale] += 1
     return divisor, bias / divisor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedDiT, FoldedLinear
-from ditas_export.dit.model import DiT
+from ditas_export.dit.model import DiT, modulate_by_factor
 from ditas_export.options import Target
 from ditas_export.quantization.integer import inner_codes, joined_rows
 from ditas_export.quantization.ranges import (
@@ -136,7 +136,7 @@ def dit_of_linears(folded: FoldedDiT, make: Callable[[FoldedLinear], nn.Module])
         make: gives a module whose state dict is empty: the quantized model is the file to keep.
     """
     with torch.device("meta"):
-        model = DiT(folded.config)
+        model = DiT(folded.config, modulate_by_factor)
     for name, linear in folded.linears.items():
         model.set_submodule(name, make(linear))
     model.load_state_dict(dict(folded.float_parameters), assign=True)

@@ -139,10 +139,10 @@ def export(
     adaln: Annotated[
         int | None,
         _option(
-            "Bits of the modulation weights, in the file and what --save-artifact keeps: 16 "
-            "(float), 8 or 4.",
+            "Bits of the modulation weights: 16 (float), 8 or 4; where given, of what "
+            "--save-artifact keeps too.",
             "adaln",
-            shown="16, or as the --artifact has them",
+            shown="8, or as the --artifact has them",
         ),
     ] = None,
     steps: Annotated[int | None, _option("DDPM steps of calibration.", "steps")] = None,

@@ -8,6 +8,7 @@ H and W latent size, T tokens, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -216,6 +217,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def modulate_by_factor(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Return x · factor + shift: what a folded model does, whose biases hold the 1 of 1 + scale."""
+    return x * factor.unsqueeze(1) + shift.unsqueeze(1)
+
+
+Modulate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Modulates x (N, T, D) by two chunks of a modulation, shift and scale, (N, D) each."""
+
+
 class PatchEmbed(nn.Module):
     """Image (N, C, H, W) to tokens (N, T, D) by one strided convolution."""
 
@@ -318,9 +328,10 @@ class DiTBlock(nn.Module):
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, modulate: Modulate = modulate) -> None:
         super().__init__()
         width = config.hidden_size
+        self.modulate = modulate
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(width, eps=config.mlp_norm_eps, elementwise_affine=False)
@@ -332,8 +343,9 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
             c
         ).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        mlp: Tensor = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        modulated = self.modulate(self.norm1(x), shift_msa, scale_msa)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulated)
+        mlp: Tensor = self.mlp(self.modulate(self.norm2(x), shift_mlp, scale_mlp))
         out: Tensor = x + gate_mlp.unsqueeze(1) * mlp
         return out
 
@@ -341,9 +353,10 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """The last modulated norm and the projection to pixels."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, modulate: Modulate = modulate) -> None:
         super().__init__()
         width = config.hidden_size
+        self.modulate = modulate
         self.norm_final = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -351,7 +364,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Return (N, T, p·p·2C); x (N, T, D), c (N, D)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(self.modulate(self.norm_final(x), shift, scale))
         return out
 
 
@@ -359,11 +372,15 @@ class DiT(nn.Module):
     """Latents, time steps and class labels to ε and the learned variance.
 
     `state_dict()` has exactly the keys of the published checkpoints.
+
+    Args:
+        config: shape of the model.
+        modulate: how the norms are modulated: as published, or as in a folded model.
     """
 
     pos_embed: Tensor
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, modulate: Modulate = modulate) -> None:
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
@@ -372,8 +389,8 @@ class DiT(nn.Module):
         grid_size = config.input_size // config.patch_size
         positions = position_embedding(config.hidden_size, grid_size)
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.blocks = nn.ModuleList(DiTBlock(config, modulate) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, modulate)
 
     def embed(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first hidden state (N, T, D) and the conditioning vector (N, D)."""

@@ -74,6 +74,11 @@ def adaln_rows(chunk: str, hidden_size: int) -> slice:
     return slice(index * hidden_size, (index + 1) * hidden_size)
 
 
+def final_scale_rows(hidden_size: int) -> slice:
+    """Return the rows of the final layer's modulation that make its scale: shift comes first."""
+    return slice(hidden_size, 2 * hidden_size)
+
+
 def adaln_name(block: int) -> str:
     """Module path of a block's modulation linear."""
     return f"blocks.{block}.adaLN_modulation.1"

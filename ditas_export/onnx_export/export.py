@@ -15,7 +15,7 @@ from ditas_export.artifact_files import require_writable, staging_folder
 from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.identity import ModelIdentity, identity_of
-from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.model import DiT, DiTConfig, modulate, modulate_by_factor
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.file_signs import why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
@@ -106,7 +106,9 @@ def export_onnx(
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
     codes = activation_codes(folded.activation_bits, choices.values())
-    model = export_skeleton(folded.config, parameters, dtype=folded.dtype)
+    model = export_skeleton(
+        folded.config, parameters, dtype=folded.dtype, modulate=modulate_by_factor
+    )
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
@@ -160,7 +162,7 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
         weight, bias = parameters[f"{module}.weight"], parameters[f"{module}.bias"]
         return [lower_float_linear(graph, x, weight, bias)]
 
-    graph_model = export_skeleton(model.config, parameters, dtype=dtype)
+    graph_model = export_skeleton(model.config, parameters, dtype=dtype, modulate=modulate)
     lower_placeholders(graph_model, lower)
     identity = identity or identity_of(model)
     describe(graph_model, identity, FileForm(float_type=float_type))

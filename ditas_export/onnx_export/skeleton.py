@@ -21,7 +21,7 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
-from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.model import DiT, DiTConfig, Modulate
 
 OPSET = 21
 """The first opset with INT4 and block scales."""
@@ -82,7 +82,7 @@ class _Interface(nn.Module):
 
 
 def export_skeleton(
-    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype
+    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, modulate: Modulate
 ) -> ir.Model:
     """Return the graph of a DiT, opset 21, its linears placeholders, names by module path.
 
@@ -93,9 +93,10 @@ def export_skeleton(
         config: shape of the model.
         parameters: checkpoint name -> tensor in `dtype`; those of the embedders are used.
         dtype: float type of the network.
+        modulate: how its norms are modulated: as in a float model, or as in a folded one.
     """
     with torch.device("meta"):
-        model = DiT(config)
+        model = DiT(config, modulate)
     for path, linear in list(_linears(model)):
         model.set_submodule(path, _LinearShell(path, linear.out_features))
     kept = {name: parameters[name].detach().cpu() for name, _ in model.named_parameters()}

@@ -1,9 +1,7 @@
 """Weight-only integers: one float scale per block, or per output channel; float activations.
 
 For linears whose inputs stay float (the modulation linears, and every block linear without
-activation bits): `W ≈ codes · scale`, codes along blocks of input channels. Rounded to nearest,
-each block's scale chosen by a search that clips its largest weights where that lowers the squared
-error.
+activation bits): `W ≈ codes · scale`, codes along blocks of input channels.
 Shapes: N output channels, K input channels.
 """
 
@@ -18,9 +16,6 @@ from ditas_export.errors import QuantizationError
 from ditas_export.quantization.integer import (
     IntegerWeight,
     max_code,
-    nonzero_scale,
-    require_block_size,
-    require_finite,
     require_integers,
     require_scales,
     rounded_float,
@@ -28,11 +23,6 @@ from ditas_export.quantization.integer import (
 
 BLOCK_SIZES = (128, 64, 32)
 """Block sizes of 4-bit weight-only kernels, the largest first."""
-
-_CLIPS = tuple(1.0 - 0.025 * step for step in range(17))
-"""Shares of a block's largest weight that the clipping search tries, 1 down to 0.6."""
-
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,54 +100,3 @@ def divide_rows(
     return WeightOnlyWeight(
         codes=(weight.codes * ratio).round().to(torch.int8), scale=scale, bits=weight.bits
     )
-
-
-def quantize_weight_only(weight: Tensor, *, bits: int, block_size: int) -> WeightOnlyWeight:
-    """Round a weight to codes and the scales of least squared error among the clips tried.
-
-    Args:
-        weight: (N, K) float, finite; left untouched.
-        bits: 4 or 8.
-        block_size: consecutive input channels that share a scale; divides K; K for one per row.
-
-    Returns:
-        Scales in the weight's float type, and codes that fit these very scales.
-
-    Raises:
-        QuantizationError: `block_size` does not divide K; NaN or infinity.
-    """
-    require_finite("a weight", weight)
-    require_block_size(weight.shape[1], block_size)
-    codes, scales = [], []
-    for rows in torch.split(weight, _ROWS_AT_ONCE):
-        blocks = rows.float().reshape(rows.shape[0], -1, block_size)
-        scale = _best_scales(blocks, max_code(bits), weight.dtype)
-        codes.append(_round(blocks, scale.float(), max_code(bits)).flatten(1).to(torch.int8))
-        scales.append(scale)
-    return WeightOnlyWeight(codes=torch.cat(codes), scale=torch.cat(scales), bits=bits)
-
-
-def _best_scales(blocks: Tensor, most: int, dtype: torch.dtype) -> Tensor:
-    """Return each block's scale of least squared error: (N, blocks, size) -> (N, blocks)."""
-    covering = nonzero_scale(blocks.abs().amax(dim=-1), most)
-    best = _representable(covering, dtype)
-    best_error = torch.full_like(covering, float("inf"))
-    for clip in _CLIPS:
-        scale = _representable(covering * clip, dtype)
-        rounded = _round(blocks, scale.float(), most) * scale.float()[..., None]
-        error = (blocks - rounded).square().sum(dim=-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, scale, best)
-    return best
-
-
-def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a scale in its final type, never below that type's smallest normal number."""
-    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
-
-
-def _round(blocks: Tensor, scale: Tensor, most: int) -> Tensor:
-    """Return the codes of blocks (N, blocks, size) under scales (N, blocks), as floats."""
-    codes: Tensor = (blocks / scale[..., None]).round()
-    return codes.clamp(-most, most)
