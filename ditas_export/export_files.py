@@ -16,12 +16,12 @@ from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.diffusion.classes import parse_classes
 from ditas_export.errors import ArtifactError, DitasExportError
-from ditas_export.evaluation.kept_parts import KeptParts
-from ditas_export.evaluation.verify import Verification, VerificationSettings, verify_file
+from ditas_export.evaluation.verify import Verification, verify_file
 from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import manifest_of, versions
+from ditas_export.export_proofs import Proofs
+from ditas_export.kept_parts import KeptParts
 from ditas_export.onnx_export.export import FLOAT_TYPES, export_onnx, export_reference
 from ditas_export.onnx_export.external_data import (
     install,
@@ -34,11 +34,6 @@ from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.options import PREFERENCES, ExportOptions
 from ditas_export.runtime.fastest_form import FASTEST, is_rewritten
 from ditas_export.vae.export import export_vae_decoder
-
-VERIFICATION_SEEDS = 3
-VERIFICATION_IMAGES = 4
-VERIFICATION_SEED_OFFSET = 1000
-"""Verification samples noise that calibration did not see."""
 
 
 def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
@@ -74,7 +69,8 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
         solved.artifact.save(options.save_artifact)
     layout = _layout(options, quantized)
     ranges = options.ranges or quantized.settings["ranges"]
-    settings = _verification_settings(quantized)
+    proofs = Proofs.of(job, solved, ranges)
+    settings = proofs.settings
     facts = {
         "solved": solved.key,
         "adaln": quantized.adaln_bits,
@@ -84,6 +80,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     }
     folder = job.work.part("written", digest_of(facts))
     candidate, kept_manifest = folder / options.output.name, folder / "manifest.json"
+    kept = KeptParts(folder=folder, parts=dict(proofs.known))
     folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[options.float_side])
     job.on_progress("export", 0, 1)
     with job.timings.part("export"):
@@ -105,9 +102,12 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             else None,
             weight_only=quantized.adaln_bits != 16 or quantized.activation_bits == 16,
             device=device_of(options),
-            kept=KeptParts(folder=folder),
+            floats=proofs.floats,
+            kept=kept,
             on_step=lambda done, total: job.on_progress("verify", done, total),
         )
+    if options.save_artifact is not None and verification.matches is not False:
+        proofs.kept_with(solved.artifact, kept).save(options.save_artifact)
     if not kept_manifest.exists():
         if verification.matches is False:
             candidate = rename_pair(candidate, options.rejected.name)
@@ -120,6 +120,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             ranges=ranges,
             verification=verification,
         )
+        manifest["verification"]["kept_with_artifact"] = bool(proofs.known)
         manifest["noise_check"] = job.noise.to_dict()
         seconds = job.timings.seconds.items()
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
@@ -168,20 +169,6 @@ def _once(marker: Path, path: Path, write: Callable[[], None]) -> None:
     write()
     with atomic_path(marker) as partial:
         partial.write_text(json.dumps([str(path.absolute()), sha256_of_onnx(path)]), "utf-8")
-
-
-def _verification_settings(quantized: QuantizedDiT) -> VerificationSettings:
-    """Return what is sampled to verify: noise that calibration did not see, guided as it was."""
-    calibration = quantized.settings["calibration"]
-    config = quantized.config
-    first = calibration["seed"] + VERIFICATION_SEED_OFFSET
-    return VerificationSettings(
-        seeds=tuple(range(first, first + VERIFICATION_SEEDS)),
-        classes=parse_classes(
-            "random", num_labels=config.num_labels, count=VERIFICATION_IMAGES, seed=first
-        ),
-        cfg_scale=calibration["cfg_scale"],
-    )
 
 
 def _install(candidate: Path, folder: Path, manifest: Mapping[str, Any]) -> None:

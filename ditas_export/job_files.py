@@ -127,7 +127,7 @@ class JobFiles:
 
 
 _LOCK = "lock"
-_PARTS = re.compile(r"(lock|(sampled|solved|written)-[0-9a-f]{16})")
+_PARTS = re.compile(r"(lock|(sampled|heldout|solved|written)-[0-9a-f]{16})")
 """Names in a working folder."""
 
 _OWN_SUFFIXES = (".safetensors", ".json", ".data", ".partial", ".lock")
@@ -144,7 +144,7 @@ class WorkFolder:
         """Return the folder of a part, made if need be.
 
         Args:
-            kind: sampled, solved or written.
+            kind: sampled, heldout, solved or written.
             digest: hexadecimal, of all that the part depends on.
 
         Raises:

@@ -42,6 +42,7 @@ from ditas_export.errors import ArtifactError, CheckpointError
 from ditas_export.evaluation.verify import Verification
 from ditas_export.export_files import write_or_keep
 from ditas_export.export_job import ExportJob, OnProgress, Solved, device_of, digest_of
+from ditas_export.export_proofs import sample_beforehand
 from ditas_export.onnx_export.export import FLOAT_TYPES
 from ditas_export.options import (
     CFG_SCALE,
@@ -171,6 +172,10 @@ def _solved(job: ExportJob) -> Solved:
     loaded.model.to(device)
     with job.timings.part("sampling"):
         states = _states(job, settings)
+        made_with = states.settings
+        ranks.first(
+            lambda: sample_beforehand(job, seed=made_with.seed, cfg_scale=made_with.cfg_scale)
+        )
     key = solving_key(states, settings)
     folder = job.work.part("solved", key)
     kept = ranks.first(lambda: _kept_model(folder / _MODEL, loaded.identity))

@@ -26,7 +26,7 @@ from ditas_export.engine.metadata import metadata_of
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.errors import ArtifactError, QuantizationError
-from ditas_export.evaluation import verify
+from ditas_export.evaluation import held_out, verify
 from ditas_export.onnx_export import export as onnx_export
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest
@@ -108,23 +108,24 @@ def test_no_stage_after_the_walk_loses_it(
 def test_a_verification_runs_no_seed_twice(
     clean: Asked, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the first step of every seed of every model."""
+    """Stopped in the first step of every seed of every model: float, the file, a bare session."""
     asked, result = clean
     again = options(tmp_path, checkpoint)
-    spy = Mock(side_effect=verify.trajectory)
-    monkeypatch.setattr(verify, "trajectory", spy)
-    seeds, models = len(result.verification.final_db), 3
-    for finished in range(seeds * models):
+    spy = Mock(side_effect=held_out.trajectory)
+    monkeypatch.setattr(held_out, "trajectory", spy)
+    assert len(result.verification.final.seeds_db) == 2
+    for finished in range(2 * 3):
+        at = ("held out" if finished < 2 else "verify", 25 * finished + 1)
 
-        def stop(stage: str, done: int, _total: int, first: int = 25 * finished + 1) -> None:
-            if (stage, done) == ("verify", first):
+        def stop(stage: str, done: int, _total: int, at: tuple[str, int] = at) -> None:
+            if (stage, done) == at:
                 raise KeyboardInterrupt
 
         spy.reset_mock()
         with pytest.raises(KeyboardInterrupt):
             export(again, on_progress=stop)
         assert spy.call_count == (1 if finished == 0 else 2)  # one to its end, and the next
-        assert len(list(tmp_path.glob("*.work/written-*/*-100?.safetensors"))) == finished
+        assert len(list(tmp_path.glob("*.work/*/*-100?.safetensors"))) == finished
     export(again)
     assert without_seconds(again.manifest_path) == without_seconds(asked.manifest_path)
     assert again.output.read_bytes() == asked.output.read_bytes()

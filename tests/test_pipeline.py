@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import onnxruntime
 import pytest
 import torch
 from quantized_fixture import TINY, example_inputs, save_checkpoint, snr_db, tiny_dit
+from safetensors.torch import load_file
 
 from ditas_export import pipeline
 from ditas_export.artifact_files import sha256_of_file
+from ditas_export.calibration.quantized_dit import PROOF, QuantizedDiT
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.diffusion import sampling
+from ditas_export.diffusion.runner import Runner
+from ditas_export.diffusion.sampling import Step
 from ditas_export.distributed import Ranks
 from ditas_export.dit.identity import identity_of
 from ditas_export.errors import (
@@ -28,6 +33,7 @@ from ditas_export.errors import (
     QuantizationError,
     RunnerError,
 )
+from ditas_export.evaluation import held_out
 from ditas_export.onnx_export.export import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import (
@@ -67,8 +73,9 @@ def exported(
     generator = sampling.image_generator
 
     def drawn(seed: int, index: int) -> torch.Generator:
-        written = bool(seen) and seen[-1][0] in ("export", "verify")
-        DRAWN.append(("verify" if written else "calibrate", seed, index))
+        stage, done, total = seen[-1] if seen else ("sample", 0, 1)
+        is_calibration = stage == "sample" and done < total
+        DRAWN.append(("calibrate" if is_calibration else "verify", seed, index))
         return generator(seed, index)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,12 +97,13 @@ def test_verification_samples_noise_that_calibration_did_not_see(exported: Expor
         for stage in ("calibrate", "verify")
     }
     assert len(noise["calibrate"]) == 2
-    assert len(noise["verify"]) == 3 * 4
+    verification = result.manifest["verification"]
+    assert len(noise["verify"]) == verification["images"] == 4 * len(verification["seeds"]) >= 8
     assert not noise["calibrate"] & noise["verify"]
     every = set().union(*noise.values())
     streams = {sampling.image_generator(*pair).initial_seed() for pair in every}
-    assert len(streams) == 2 + 3 * 4
-    assert result.manifest["verification"]["seeds"] == sorted({seed for seed, _ in noise["verify"]})
+    assert len(streams) == 2 + verification["images"]
+    assert verification["seeds"] == sorted({seed for seed, _ in noise["verify"]})
 
 
 def test_all_outputs_are_there_and_nothing_else(exported: Exported) -> None:
@@ -116,7 +124,15 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     assert manifest == json.loads(json.dumps(result.manifest))
     assert result.verification.matches
     assert manifest["verification"]["matches_fake_quantized_forward"] is True
-    assert len(manifest["verification"]["final_latents_snr_db"]) == 3
+    proof = manifest["verification"]
+    assert len(proof["final_latents_snr_db"]) == len(proof["seeds"])
+    by_image = proof["final_latents_snr_db_by_image"]
+    assert len(by_image) == proof["images"]
+    assert proof["final_latents_snr_db_mean"] == pytest.approx(sum(by_image) / len(by_image))
+    low, high = proof["final_latents_snr_db_interval"]
+    assert low < proof["final_latents_snr_db_mean"] < high
+    assert high - low <= 2.0 or len(proof["seeds"]) == 4
+    assert proof["kept_with_artifact"] is False
     assert manifest["file"]["sha256"] == sha256_of_file(asked.output)
     assert manifest["file"]["layout"] == "int4"
     assert set(manifest["linears"]) == set(result.quantized.linears)
@@ -134,10 +150,9 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     assert sum(manifest["bytes_by_part"].values()) < asked.output.stat().st_size
     assert manifest["versions"]["onnxruntime"] == onnxruntime.__version__
     assert result.verification.file is not None
-    assert result.verification.file.bare_session_db is not None
-    for found, bare in zip(
-        result.verification.final_db, result.verification.file.bare_session_db, strict=True
-    ):
+    assert result.verification.file.bare_session is not None
+    bare_db = result.verification.file.bare_session.seeds_db
+    for found, bare in zip(result.verification.final.seeds_db[:2], bare_db, strict=True):
         # Two forms of the same integers; the branch's inner product is rounded in ours.
         assert abs(found - bare) < 2.0
 
@@ -145,7 +160,7 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
 def test_every_stage_reports_its_end(exported: Exported) -> None:
     _, _, seen = exported
     last = {stage: (done, total) for stage, done, total in seen}
-    assert list(last) == ["sample", "quantize", "export", "verify"]
+    assert list(last) == ["sample", "held out", "quantize", "export", "verify"]
     assert all(done == total for done, total in last.values())
 
 
@@ -181,7 +196,8 @@ def test_the_artifact_exports_again_in_another_form(exported: Exported, tmp_path
     assert "sample" not in seen
     assert result.manifest["file"]["layout"] == "int8"
     # The same integers in the same kernels: not one bit differs.
-    assert result.verification.final_db == first.verification.final_db
+    assert result.verification.final == first.verification.final
+    assert result.manifest["verification"]["kept_with_artifact"] is True
 
 
 @pytest.mark.parametrize(
@@ -249,8 +265,58 @@ def test_a_small_artifact_is_kept_where_calibration_is_asked_for_integers(
     result = export(again)
     assert result.quantized.adaln_bits == 4
     assert small.save_artifact is not None
-    assert kept.read_bytes() == small.save_artifact.read_bytes()
+    found, wanted = (
+        {name: tensor for name, tensor in load_file(path).items() if not name.startswith(PROOF)}
+        for path in (kept, small.save_artifact)
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert again.output.read_bytes() == small.output.read_bytes()
+
+
+def test_an_artifact_keeps_what_was_proved_of_it(exported: Exported, tmp_path: Path) -> None:
+    """The next export of the same numbers samples nothing, and another one the file alone."""
+    asked, first, _ = exported
+    spied: list[str] = []
+    trajectory = held_out.trajectory
+
+    def spy(runner: Runner, **settings: Any) -> Iterator[Step]:
+        spied.append(type(runner).__name__)
+        return trajectory(runner, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "trajectory", spy)
+        same = export(from_artifact(asked, asked.save_artifact, output=tmp_path / "same.onnx"))
+        assert spied == []
+        assert same.verification == first.verification
+        other = from_artifact(
+            asked, asked.save_artifact, output=tmp_path / "static.onnx", ranges="static"
+        )
+        result = export(other)
+    assert set(spied) == {"OnnxRuntimeRunner"}
+    assert result.verification.final != first.verification.final
+    assert result.manifest["verification"]["kept_with_artifact"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("float-1000/final", torch.zeros(1)), ("float-probes/0", torch.zeros(2, 3))],
+)
+def test_a_kept_proof_that_does_not_fit_is_made_anew(
+    exported: Exported, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    asked, first, _ = exported
+    assert asked.save_artifact is not None
+    quantized = QuantizedDiT.load(asked.save_artifact)
+    proofs = dict(quantized.proofs)
+    part, _, key = name.partition("/")
+    (path,) = [path for path in proofs if path.endswith(f"/{part}")]
+    tensors = dict(proofs[path].tensors) | {key: tensor}
+    proofs[path] = replace(proofs[path], tensors=tensors)
+    changed = tmp_path / "changed.safetensors"
+    replace(quantized, proofs=proofs).save(changed)
+    result = export(from_artifact(asked, changed, output=tmp_path / "out.onnx"))
+    assert result.verification.final == first.verification.final
 
 
 @pytest.mark.parametrize("adaln", [None, 4])

@@ -133,7 +133,8 @@ def test_the_first_command_gives_what_the_readme_says(first_command: Path) -> No
     # 40.9 and 40.8 dB here; another processor's sums flip codes, which moved it by half a decibel.
     proof = manifest["verification"]
     assert proof["final_latents_snr_db_mean"] > 39.5
-    assert sum(proof["bare_session_final_latents_snr_db"]) / 3 > 39.5
+    bare = proof["bare_session_final_latents_snr_db"]
+    assert sum(bare) / len(bare) > 39.5
     assert manifest["verification"]["matches_fake_quantized_forward"] is True
     kernels = manifest["verification"]["kernels"]
     assert kernels["MatMulIntegerToFloat"] == 2 * len(manifest["linears"])  # each with its branch

@@ -20,12 +20,8 @@ from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.cli import export as export_command
 from ditas_export.cli.summary import print_summary
 from ditas_export.errors import NonFiniteError
-from ditas_export.evaluation.verify import (
-    FileFindings,
-    Verification,
-    VerificationSettings,
-    verify_file,
-)
+from ditas_export.evaluation.held_out import FinalLatents, VerificationSettings
+from ditas_export.evaluation.verify import FileFindings, Verification, verify_file
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
@@ -38,7 +34,6 @@ def verification(*final_db: float, match_db: float = 60.0, **changes: Any) -> Ve
         match_db=match_db,
         runner_match_db=None,
         single_step_db=30.0,
-        final_db=final_db,
         kernels={},
         runner_kernels=None,
         runtime="a runtime",
@@ -47,7 +42,7 @@ def verification(*final_db: float, match_db: float = 60.0, **changes: Any) -> Ve
         file=replace(file, **changes),
         match_bound_db=45.0,
         fake_quant_single_step_db=30.0,
-        fake_quant_final_db=final_db,
+        final=FinalLatents(seeds_db=final_db, images_db=final_db),
         settings=SETTINGS,
     )
 
@@ -140,7 +135,12 @@ def test_far_from_float_is_said_in_red(
 
 
 def test_figures_are_strict_json() -> None:
-    found = verification(math.nan, -math.inf, match_db=-math.inf, bare_session_db=(math.inf, 30.0))
+    found = verification(
+        math.nan,
+        -math.inf,
+        match_db=-math.inf,
+        bare_session=FinalLatents(seeds_db=(math.inf, 30.0), images_db=(30.0,)),
+    )
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["final_latents_snr_db"] == [None, None]
     assert written["bare_session_final_latents_snr_db"] == [None, 30.0]
@@ -205,11 +205,11 @@ def test_a_file_with_weight_only_linears_has_a_figure_for_a_bare_session(bits: i
     assert found.file is not None
     assert found.matches
     if bits == 16:
-        assert found.file.bare_session_db is None
+        assert found.file.bare_session is None
         return
-    assert found.file.bare_session_db is not None
-    assert len(found.file.bare_session_db) == 2
-    assert found.file.bare_session_db != found.file.final_db
+    assert found.file.bare_session is not None
+    assert len(found.file.bare_session.seeds_db) == 2
+    assert found.file.bare_session != found.final
 
 
 @pytest.mark.parametrize(("own", "ours"), [(60.0, 20.0), (20.0, 60.0)])

@@ -36,6 +36,7 @@ from ditas_export.errors import (
     OtherModelError,
     QuantizationError,
 )
+from ditas_export.kept_parts import Part
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.quantization.weight_only import WeightOnlyWeight
@@ -44,6 +45,9 @@ ARTIFACT_KIND = "ditas-export quantized DiT"
 ARTIFACT_FORMAT = f"{ARTIFACT_KIND} 3"
 EARLIER_FORMAT = f"{ARTIFACT_KIND} 2"
 """Says which tensors and which shape, but not which process; the same otherwise."""
+
+PROOF = "proof."
+"""Before the names of tensors that verification sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,6 +79,7 @@ class QuantizedDiT:
     adaln: Mapping[str, WeightOnlyWeight] = field(default_factory=dict)  # module path -> integers
     settings: Mapping[str, Any] = field(default_factory=dict)  # what calibration was asked for
     provenance: Mapping[str, Any] = field(default_factory=dict)  # versions
+    proofs: Mapping[str, Part] = field(default_factory=dict)  # what verification sampled of it
 
     def __post_init__(self) -> None:
         """Check that every linear and parameter is there, once, of the shape that the model asks.
@@ -186,6 +191,8 @@ class QuantizedDiT:
         for name, weight in self.adaln.items():
             tensors[f"{name}.codes"] = pack_int4(weight.codes) if weight.bits == 4 else weight.codes
             tensors[f"{name}.scale"] = weight.scale
+        for name, part in self.proofs.items():
+            tensors |= {f"{PROOF}{name}/{key}": value for key, value in part.tensors.items()}
         header = {
             "identity": self.identity.to_dict(),
             "linears": linears,
@@ -193,6 +200,7 @@ class QuantizedDiT:
             "adaln_bits": self.adaln_bits,
             "settings": dict(self.settings),
             "provenance": dict(self.provenance),
+            "proofs": {name: dict(part.facts) for name, part in self.proofs.items()},
         }
         save_tensors(path, tensors, file_format=ARTIFACT_FORMAT, header=header)
 
@@ -230,6 +238,7 @@ class QuantizedDiT:
                 adaln=_adaln_from_parts(tensors, identity.config, header.get("adaln_bits", 16)),
                 settings=dict(header["settings"]),
                 provenance=dict(header["provenance"]),
+                proofs=_proofs(tensors, header.get("proofs", {})),
             )
         except OtherModelError:
             raise
@@ -345,9 +354,23 @@ def _require_no_strays(
     }
     if header.get("adaln_bits", 16) != 16:
         known |= {f"{name}.{part}" for name in adaln for part in ("codes", "scale")}
-    strays = [name for name in tensors if not name.startswith("float.") and name not in known]
+    strays = [
+        name for name in tensors if not name.startswith(("float.", PROOF)) and name not in known
+    ]
     if strays:
         raise ArtifactError(f"it holds tensors of no use: {abbreviated(sorted(strays))}")
+
+
+def _proofs(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Part]:
+    """Rebuild what verification sampled; whoever takes a part checks its shapes."""
+    proofs: dict[str, dict[str, Tensor]] = {name: {} for name in facts}
+    for path, tensor in tensors.items():
+        if path.startswith(PROOF):
+            name, _, key = path.removeprefix(PROOF).rpartition("/")
+            if name not in proofs:
+                raise ArtifactError(f"it holds tensors of no use: {abbreviated([path])}")
+            proofs[name][key] = tensor
+    return {name: Part(tensors=found, facts=dict(facts[name])) for name, found in proofs.items()}
 
 
 def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -31,6 +31,7 @@ EXIT_TERMINATED = 143
 
 STAGE_NAMES = {
     "sample": "Sampling calibration states",
+    "held out": "Sampling what to prove by",
     "quantize": "Quantizing linears",
     "export": "Writing ONNX",
     "verify": "Verifying",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ditas_export.dit.model import DiTConfig
+from ditas_export.evaluation.held_out import FinalLatents
 from ditas_export.evaluation.verify import FAR_FROM_FLOAT_DB, Verification
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
@@ -66,9 +67,14 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
 def _proof(verification: Verification) -> list[tuple[str, str]]:
     """Return what was measured, and of what: the file, or the fake-quantized forward alone."""
     file = verification.file
-    finals = ", ".join(f"{value:.1f}" for value in verification.final_db)
+    final = verification.final
+    low, high = final.interval_db
+    finals = (
+        f"{low:.1f} to {high:.1f} at 95 %, {len(final.images_db)} images of "
+        f"{len(final.seeds_db)} seeds"
+    )
     whose = "" if file else ", fake-quantized forward"
-    bare = file and file.bare_session_db
+    bare = file and file.bare_session
     rows = [] if not bare else [_bare(bare)]
     ours = file and file.runner_match_db
     bound = f"(at least {verification.match_bound_db:.0f})"
@@ -83,11 +89,10 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
     ]
 
 
-def _bare(finals: Sequence[float]) -> tuple[str, str]:
+def _bare(final: FinalLatents) -> tuple[str, str]:
     """Return what a session that is told nothing gives, in the file's own form."""
-    figures = ", ".join(f"{value:.1f}" for value in finals)
-    mean = sum(finals) / len(finals)
-    return "the same, a bare onnxruntime session", f"{mean:.1f} dB ({figures})"
+    images = len(final.images_db)
+    return "the same, a bare onnxruntime session", f"{final.mean_db:.1f} dB ({images} images)"
 
 
 def _classes(config: DiTConfig) -> str:

@@ -2,7 +2,7 @@
 
 A portable file is held against the fake-quantized forward of two forms: its own, which a session of
 ONNX Runtime runs, and the one that our runners write from it. All that sample do so with the same
-noise, and all are probed at the same x_t. One backend runs at a time: idle
+noise, and all are probed at the same x_t (`held_out.py`). One backend runs at a time: idle
 onnxruntime sessions keep their threads spinning. ONNX Runtime runs the file; it has no bfloat16
 kernels on CPUs, so a bfloat16 file runs in OpenVINO, and not at all where that is not installed.
 """
@@ -12,25 +12,27 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
-from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT
-from ditas_export.errors import NonFiniteError
-from ditas_export.evaluation.inputs import inputs_at
-from ditas_export.evaluation.kept_parts import KeptParts, Part
+from ditas_export.evaluation.held_out import (
+    FLOAT,
+    FinalLatents,
+    HeldOut,
+    Probed,
+    Sampled,
+    VerificationSettings,
+    opened,
+)
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.figures import finite_or_none
+from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.runtime.onnxruntime_runner import (
     BARE_SESSION,
     OnnxRuntimeRunner,
@@ -56,19 +58,6 @@ FAR_FROM_FLOAT_DB = 20.0
 """Mean SNR of the final latents against float below which a file is called far from it: a tenth of
 the amplitude is wrong."""
 
-PROBES = 5
-"""Steps of a trajectory at which single-step outputs are compared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerificationSettings:
-    """How much is sampled to verify a file."""
-
-    seeds: tuple[int, ...]
-    classes: tuple[int, ...]
-    steps: int = 25
-    cfg_scale: float = 1.5
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFindings:
@@ -77,12 +66,11 @@ class FileFindings:
     match_db: float  # as it is, against the fake-quantized forward, worst of the probed steps
     runner_match_db: float | None  # the same of our runners' form; None where that is the file's
     single_step_db: float  # our runner against float at the same x_t, over all probes
-    final_db: tuple[float, ...]  # our runner against float, final latents, per seed
     kernels: Mapping[str, int]  # onnxruntime kernel -> linears, as it is; empty in another runtime
     runner_kernels: Mapping[str, int] | None  # the same of our runners' form
     runtime: str
     not_finite: str | None = None  # where it put out NaN or infinity, and the remedy
-    bare_session_db: tuple[float, ...] | None = None  # final_db of an `InferenceSession` as it is
+    bare_session: FinalLatents | None = None  # of an `InferenceSession` that runs it as it is
 
     @property
     def worst_match_db(self) -> float:
@@ -98,7 +86,7 @@ class Verification:
     file: FileFindings | None  # None where no runtime that is installed takes its float type
     match_bound_db: float  # least match_db that is accepted
     fake_quant_single_step_db: float  # fake-quantized against float, over all probes
-    fake_quant_final_db: tuple[float, ...] | None  # the same per seed, where the file was not run
+    final: FinalLatents  # of our runner, or of the fake-quantized forward where there is no file
     settings: VerificationSettings
     fake_quant_not_finite: str | None = None  # where the fake-quantized forward was not, and why
 
@@ -113,17 +101,9 @@ class Verification:
         return self.fake_quant_single_step_db if self.file is None else self.file.single_step_db
 
     @property
-    def final_db(self) -> tuple[float, ...]:
-        """SNR of the final latents of the same against float, per seed."""
-        if self.file is not None:
-            return self.file.final_db
-        assert self.fake_quant_final_db is not None  # sampled where the file was not
-        return self.fake_quant_final_db
-
-    @property
     def mean_final_db(self) -> float:
-        """Mean over seeds of the final latents' SNR against float."""
-        return sum(self.final_db) / len(self.final_db)
+        """Mean over images of the final latents' SNR against float."""
+        return self.final.mean_db
 
     @property
     def not_finite(self) -> str | None:
@@ -155,7 +135,9 @@ class Verification:
 
         A figure is null where outputs are equal, or not finite; `not_finite` says which it is.
         """
-        file = self.file
+        file, final = self.file, self.final
+        by_seed = final.to_list()
+        interval = [finite_or_none(bound) for bound in final.interval_db]
         return {
             "matches_fake_quantized_forward": self.matches,
             "match_db": file and finite_or_none(file.match_db),
@@ -164,40 +146,26 @@ class Verification:
             and finite_or_none(file.runner_match_db),
             "match_bound_db": self.match_bound_db,
             "single_step_snr_db": file and finite_or_none(file.single_step_db),
-            "final_latents_snr_db": file and [finite_or_none(value) for value in file.final_db],
-            "final_latents_snr_db_mean": file and finite_or_none(self.mean_final_db),
+            "final_latents_snr_db": file and by_seed,
+            "final_latents_snr_db_mean": file and finite_or_none(final.mean_db),
+            "final_latents_snr_db_interval": file and interval,
+            "final_latents_snr_db_by_image": file
+            and [finite_or_none(value) for value in final.images_db],
             "fake_quantized_single_step_snr_db": finite_or_none(self.fake_quant_single_step_db),
-            "fake_quantized_final_latents_snr_db": self.fake_quant_final_db
-            and [finite_or_none(value) for value in self.fake_quant_final_db],
+            "fake_quantized_final_latents_snr_db": None if file else by_seed,
             "not_finite": self.not_finite,
             "bare_session_final_latents_snr_db": file
-            and file.bare_session_db
-            and [finite_or_none(value) for value in file.bare_session_db],
+            and file.bare_session
+            and file.bare_session.to_list(),
             "kernels": file and dict(file.kernels),
             "runner_kernels": file and file.runner_kernels and dict(file.runner_kernels),
             "runtime": file and file.runtime,
-            "seeds": list(self.settings.seeds),
+            "seeds": list(self.settings.seeds[: len(by_seed)]),
+            "images": len(final.images_db),
             "classes": list(self.settings.classes),
             "steps": self.settings.steps,
             "cfg_scale": self.settings.cfg_scale,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Probed:
-    """What one backend gave at the probed inputs."""
-
-    outputs: list[Tensor]
-    runtime: str
-    not_finite: str | None  # why there are no numbers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Sampled:
-    """What one backend sampled."""
-
-    finals: list[Tensor]  # final latents, one per seed
-    not_finite: str | None
 
 
 def verify_file(
@@ -209,13 +177,15 @@ def verify_file(
     fake_quantized_fastest: Callable[[], DiT] | None = None,
     weight_only: bool = False,
     device: str | torch.device = "cpu",
-    kept: KeptParts = KeptParts(),  # noqa: B008 (frozen)
+    floats: KeptParts | None = None,
+    kept: KeptParts | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Sample with the float model and the file, if it runs; compare, and probe what it must be.
 
-    The models stay on `device`; the file runs on the CPU. What is kept of an interrupted
-    verification is not run again; where all is, the file need not be there.
+    The models stay on `device`; the file runs on the CPU. Seeds are added while the mean over
+    images is less sure than the settings ask; a bare session samples the first seeds alone. What is
+    kept is not run again; where all is, the file need not be there.
 
     Args:
         float_model: float32.
@@ -227,8 +197,9 @@ def verify_file(
         weight_only: whether the file has weight-only linears, whose float inputs an ONNX Runtime
             session rounds to 8 bits unless it is told not to, as our runners tell it.
         device: where the models compute.
-        kept: where every seed of every model is kept, of these settings and models alone.
-        on_step: called with (sampling steps done, in all).
+        floats: what the float model gave, of these settings; see `sample_held_out`.
+        kept: what this very file and its fake-quantized forward gave, of these settings.
+        on_step: called with (sampling steps done, in all); the steps in all grow with the seeds.
 
     Raises:
         RunnerError: the runtime is missing, or refuses the file.
@@ -237,7 +208,8 @@ def verify_file(
     dtype = fake_quantized.pos_embed.dtype
     open_file = _file_opener(dtype)
     differs = dtype != torch.bfloat16 and (weight_only or fake_quantized_fastest is not None)
-    done, total = 0, (2 + differs) * len(settings.seeds) * settings.steps
+    first = settings.first_seeds
+    done, total = 0, (2 + differs) * len(first) * settings.steps
 
     def count(steps: int) -> None:
         nonlocal done
@@ -245,36 +217,69 @@ def verify_file(
         if on_step is not None:
             on_step(done, total)
 
-    runs = _Runs(settings=settings, kept=kept, count=count)
-    with _opened(lambda: TorchRunner(float_model, device=device)) as runner:
-        reference, wanted = runs.sampled("float", runner), runs.probed("float", runner)
-    finals = file = None
-    with _opened(lambda: TorchRunner(fake_quantized, device=device)) as runner:
-        expected = runs.probed("fake", runner)
-        if open_file is None:
-            fake = runs.sampled("fake", runner)
-            finals = _per_seed(reference, fake)
-            expected = replace(expected, not_finite=fake.not_finite or expected.not_finite)
+    held_out = HeldOut(
+        settings=settings,
+        config=float_model.config,
+        floats=floats or KeptParts(),
+        others=kept or KeptParts(),
+        count=count,
+    )
+
+    def open_float() -> Runner:
+        return TorchRunner(float_model, device=device)
+
+    def open_judged() -> Runner:
+        return TorchRunner(fake_quantized, device=device) if open_file is None else open_file(path)
+
+    judged = "fake" if open_file is None else "file"
+    with opened(open_float) as runner:
+        reference = held_out.sampled(FLOAT, runner, first)
+        wanted = held_out.probed(FLOAT, runner)
+    with opened(lambda: TorchRunner(fake_quantized, device=device)) as runner:
+        expected = held_out.probed("fake", runner)
     fastest = None
     if fake_quantized_fastest is not None:
         make = fake_quantized_fastest
-        with _opened(lambda: TorchRunner(make(), device=device)) as runner:
-            fastest = runs.probed("fake-fastest", runner)
+        with opened(lambda: TorchRunner(make(), device=device)) as runner:
+            fastest = held_out.probed("fake-fastest", runner)
+    with opened(open_judged) as runner:
+        sampled = held_out.sampled(judged, runner, first)
+        probed = held_out.probed(judged, runner)
+    final = FinalLatents.between(reference, sampled)
+    while (needed := final.seeds_needed(settings)) > len(sampled.finals):
+        seeds = settings.seeds[:needed]
+        total += 2 * (needed - len(sampled.finals)) * settings.steps
+        done -= 2 * len(sampled.finals) * settings.steps  # they are counted again
+        with opened(open_float) as runner:
+            reference = held_out.sampled(FLOAT, runner, seeds)
+        with opened(open_judged) as runner:
+            sampled = held_out.sampled(judged, runner, seeds)
+        final = FinalLatents.between(reference, sampled)
+    file = bare = None
     if open_file is not None:
-        file = _findings(path, open_file, runs, reference, wanted, expected, fastest)
         if differs:
             entries = BARE_SESSION if weight_only else None
-            with _opened(
+            with opened(
                 lambda: OnnxRuntimeRunner(path, as_is=True, session_entries=entries)
             ) as runner:
-                bare = runs.sampled("bare", runner)
-            file = replace(file, bare_session_db=_per_seed(reference, bare))
+                bare = FinalLatents.between(reference, held_out.sampled("bare", runner, first))
+        file = _findings(
+            path,
+            held_out,
+            wanted,
+            expected,
+            fastest,
+            sampled,
+            probed,
+            is_listed=open_file is not OpenVINORunner,
+        )
+        file = replace(file, bare_session=bare)
     return Verification(
         file=file,
         match_bound_db=MATCH_BOUND_DB[dtype],
         fake_quant_single_step_db=_single_step(wanted, expected),
-        fake_quant_final_db=finals,
-        fake_quant_not_finite=expected.not_finite,
+        final=final,
+        fake_quant_not_finite=(None if file else sampled.not_finite) or expected.not_finite,
         settings=settings,
     )
 
@@ -286,49 +291,40 @@ def _file_opener(dtype: torch.dtype) -> Callable[[Path], FileRunner] | None:
     return OpenVINORunner if importlib.util.find_spec("openvino") else None
 
 
-@contextmanager
-def _opened(open_runner: Callable[[], Runner]) -> Iterator[Callable[[], Runner]]:
-    """Yield what gives a runner, opened when it is first asked for and closed in the end."""
-    with ExitStack() as stack:
-        yield cache(lambda: stack.enter_context(open_runner()))
-
-
 def _findings(
     path: Path,
-    open_file: Callable[[Path], FileRunner],
-    runs: _Runs,
-    reference: _Sampled,
-    wanted: _Probed,
-    expected: _Probed,
-    fastest: _Probed | None,
+    held_out: HeldOut,
+    wanted: Probed,
+    expected: Probed,
+    fastest: Probed | None,
+    sampled: Sampled,
+    probed: Probed,
+    *,
+    is_listed: bool,
 ) -> FileFindings:
-    """Run the file and hold it against the float run and the fake-quantized answers.
+    """Hold what the file gave against the float model's and the fake-quantized answers.
 
     Where our runner runs another form, `fastest` is what that must answer; the file's own form is
     probed beside it.
     """
-    with _opened(lambda: open_file(path)) as runner:
-        sampled, probed = runs.sampled("file", runner), runs.probed("file", runner)
     own = probed
     if fastest is not None:
-        with _opened(lambda: OnnxRuntimeRunner(path, as_is=True)) as runner:
-            own = runs.probed("as-is", runner)
-    is_listed = open_file is not OpenVINORunner
+        with opened(lambda: OnnxRuntimeRunner(path, as_is=True)) as runner:
+            own = held_out.probed("as-is", runner)
     seen = (sampled, probed, own, expected, fastest)
     broken = next((each.not_finite for each in seen if each and each.not_finite), None)
     return FileFindings(
         match_db=-math.inf if broken else _match(expected, own),
         runner_match_db=None if fastest is None or broken else _match(fastest, probed),
         single_step_db=_single_step(wanted, probed),
-        final_db=_per_seed(reference, sampled),
-        kernels=_kernels(runs.kept, path, as_is=True) if is_listed else {},
-        runner_kernels=None if fastest is None else _kernels(runs.kept, path, as_is=False),
+        kernels=_kernels(held_out.others, path, as_is=True) if is_listed else {},
+        runner_kernels=None if fastest is None else _kernels(held_out.others, path, as_is=False),
         runtime=probed.runtime,
         not_finite=broken,
     )
 
 
-def _match(expected: _Probed, found: _Probed) -> float:
+def _match(expected: Probed, found: Probed) -> float:
     """Return the worst SNR of the probed steps, all of them finite."""
     pairs = zip(expected.outputs, found.outputs, strict=True)
     return min(snr_db(wanted, got) for wanted, got in pairs)
@@ -344,112 +340,8 @@ def _kernels(kept: KeptParts, path: Path, *, as_is: bool) -> Mapping[str, Any]:
     return kept.take("kernels" if as_is else "kernels-fastest", count).facts
 
 
-def _single_step(reference: _Probed, other: _Probed) -> float:
+def _single_step(reference: Probed, other: Probed) -> float:
     """Return the SNR over all probed steps."""
     if other.not_finite:
         return -math.inf
     return snr_db(torch.cat(reference.outputs), torch.cat(other.outputs))
-
-
-def _per_seed(reference: _Sampled, other: _Sampled) -> tuple[float, ...]:
-    """Return the SNR of the final latents, seed by seed."""
-    return tuple(
-        snr_db(wanted, got) for wanted, got in zip(reference.finals, other.finals, strict=True)
-    )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Runs:
-    """Runs one backend after the other; the first gathers the inputs at which all are probed."""
-
-    settings: VerificationSettings
-    kept: KeptParts
-    count: Callable[[int], None]
-    inputs: list[ModelInputs] = field(default_factory=list)
-
-    def sampled(self, name: str, runner: Callable[[], Runner]) -> _Sampled:
-        """Sample every seed."""
-        parts: list[Part] = []
-        for seed in self.settings.seeds:
-            if found := self.kept.find(f"{name}-{seed}"):
-                self.count(self.settings.steps)
-            part = found or self.kept.take(
-                f"{name}-{seed}", partial(self._trajectory, runner, seed)
-            )
-            parts.append(part)
-            self.inputs = self.inputs or _probed_inputs(part)
-        return _Sampled(
-            finals=[part.tensors["final"] for part in parts],
-            not_finite=_first_not_finite(*parts),
-        )
-
-    def probed(self, name: str, runner: Callable[[], Runner]) -> _Probed:
-        """Answer at the probed inputs."""
-        part = self.kept.take(f"{name}-probes", partial(self._answers, runner))
-        return _Probed(
-            outputs=[part.tensors[str(index)] for index in range(len(self.inputs))],
-            runtime=part.facts["runtime"],
-            not_finite=_first_not_finite(part),
-        )
-
-    def _trajectory(self, runner: Callable[[], Runner], seed: int) -> Part:
-        """Sample one seed; with its final latents goes what the very first run is probed at."""
-        settings, probes = self.settings, []
-        every = max(1, settings.steps // PROBES)
-        facts: dict[str, Any] = {}
-        steps = trajectory(
-            runner(),
-            classes=settings.classes,
-            steps=settings.steps,
-            cfg_scale=settings.cfg_scale,
-            seed=seed,
-        )
-        try:
-            for step in steps:
-                if not self.inputs and step.index % every == 0:
-                    probes.append(inputs_at(step, settings.cfg_scale, runner().config))
-                last = step.next_latents
-                self.count(1)
-        except NonFiniteError as error:
-            if not self.inputs:
-                raise  # the float model itself
-            last = torch.full_like(self.inputs[0].latents[: len(settings.classes)], torch.nan)
-            facts["not_finite"] = str(error)
-        gathered = {
-            name: torch.stack([getattr(probe, name) for probe in probes])
-            for name in (_PROBE_PARTS if probes else ())
-        }
-        return Part(tensors={"final": last, **gathered}, facts=facts)
-
-    def _answers(self, runner: Callable[[], Runner]) -> Part:
-        """Answer at the probed inputs."""
-        facts: dict[str, Any] = {"runtime": runner().description}
-        answers = {}
-        for index, probe in enumerate(self.inputs):
-            try:
-                answer = runner()(probe.latents, probe.timesteps, probe.class_labels)
-            except NonFiniteError as error:
-                answer = torch.full((1,), torch.nan)
-                facts.setdefault("not_finite", f"time step {int(probe.timesteps[0])}: {error}")
-            answers[str(index)] = answer
-        return Part(tensors=answers, facts=facts)
-
-
-_PROBE_PARTS = ("latents", "timesteps", "class_labels")
-"""What a probe is made of."""
-
-
-def _first_not_finite(*parts: Part) -> str | None:
-    """Return where the first of some parts put out NaN or infinity, None if none did."""
-    return next((part.facts["not_finite"] for part in parts if "not_finite" in part.facts), None)
-
-
-def _probed_inputs(part: Part) -> list[ModelInputs]:
-    """Return the inputs that were gathered with a seed; none where it is not the first."""
-    if _PROBE_PARTS[0] not in part.tensors:
-        return []
-    stacked = (part.tensors[name] for name in _PROBE_PARTS)
-    return [
-        ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
-        for latents, timesteps, labels in zip(*stacked, strict=True)
-    ]

@@ -1,4 +1,8 @@
-"""Parts of a verification that are kept until it is done, so that an interrupted one goes on."""
+"""Parts of a verification, kept so that no model samples the same twice.
+
+In a folder until the export is done, so that an interrupted one goes on, and with the quantized
+model, so that an export of the same numbers is proved in seconds.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +27,37 @@ class Part:
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON values
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class KeptParts:
-    """A folder of parts, of one verification alone; without a folder nothing is kept."""
+    """Parts of one verification by name, in memory, and in a folder of its own if it has one."""
 
     folder: Path | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def find(self, name: str) -> Part | None:
-        """Return a part that an interrupted verification made, None if it is to be made."""
-        if self.folder is None:
-            return None
-        try:
-            tensors, facts = load_tensors(self._file(self.folder, name), file_format=PART_FORMAT)
-        except ArtifactError:
-            return None  # none, or damaged: made anew
-        return Part(tensors=tensors, facts=facts)
+        """Return a part that there is, None if it is to be made."""
+        if name not in self.parts and self.folder is not None:
+            try:
+                tensors, facts = load_tensors(
+                    self._file(self.folder, name), file_format=PART_FORMAT
+                )
+            except ArtifactError:
+                return None  # none, or damaged: made anew
+            self.parts[name] = Part(tensors=tensors, facts=facts)
+        return self.parts.get(name)
 
     def take(self, name: str, make: Callable[[], Part]) -> Part:
-        """Return a part: found, or made and kept.
+        """Return a part: found, or made and kept; see `make`."""
+        found = self.find(name)
+        return self.make(name, make) if found is None else found
+
+    def make(self, name: str, make: Callable[[], Part]) -> Part:
+        """Make a part, over one that there is.
 
         Raises:
             ArtifactError: it cannot be written.
         """
-        found = self.find(name)
-        if found is not None:
-            return found
-        part = make()
+        part = self.parts[name] = make()
         if self.folder is not None:
             save_tensors(
                 self._file(self.folder, name),
