@@ -14,6 +14,7 @@ from typing import Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.fold_proof import prove_folds
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.errors import ArtifactError, DitasExportError
@@ -81,7 +82,12 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     folder = job.work.part("written", digest_of(facts))
     candidate, kept_manifest = folder / options.output.name, folder / "manifest.json"
     kept = KeptParts(folder=folder, parts=dict(proofs.known))
-    folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[options.float_side])
+    dtype = FLOAT_TYPES[options.float_side]
+    with job.timings.part("fold proof"):
+        fold_proof = prove_folds(
+            quantized, dtype, on_block=lambda *done: job.on_progress("prove", *done)
+        )
+    folded = fold_smoothing(quantized, dtype=dtype)
     job.on_progress("export", 0, 1)
     with job.timings.part("export"):
         _forget_what_is_gone(options, candidate, kept_manifest)
@@ -121,6 +127,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             verification=verification,
         )
         manifest["verification"]["kept_with_artifact"] = bool(proofs.known)
+        manifest["fold_proof"] = fold_proof.to_dict()
         manifest["noise_check"] = job.noise.to_dict()
         seconds = job.timings.seconds.items()
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}

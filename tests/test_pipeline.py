@@ -133,6 +133,8 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
     assert low < proof["final_latents_snr_db_mean"] < high
     assert high - low <= 2.0 or len(proof["seeds"]) == 4
     assert proof["kept_with_artifact"] is False
+    fold = manifest["fold_proof"]
+    assert 0 < fold["relative_error"] <= fold["bound"] == 1e-10
     assert manifest["file"]["sha256"] == sha256_of_file(asked.output)
     assert manifest["file"]["layout"] == "int4"
     assert set(manifest["linears"]) == set(result.quantized.linears)
@@ -144,6 +146,7 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
         "alpha search",
         "moments",
         "rounding and low rank",
+        "fold proof",
         "export",
         "verification",
     ]
@@ -160,7 +163,7 @@ def test_the_file_matches_and_the_manifest_says_so(exported: Exported) -> None:
 def test_every_stage_reports_its_end(exported: Exported) -> None:
     _, _, seen = exported
     last = {stage: (done, total) for stage, done, total in seen}
-    assert list(last) == ["sample", "held out", "quantize", "export", "verify"]
+    assert list(last) == ["sample", "held out", "quantize", "prove", "export", "verify"]
     assert all(done == total for done, total in last.values())
 
 

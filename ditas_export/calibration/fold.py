@@ -99,26 +99,13 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
     parameters = dict(quantized.float_parameters)
     adaln: dict[str, WeightOnlyWeight] = {}
     divisors: dict[str, Tensor] = {}  # of the modulation's rows, by module path
-    width = quantized.config.hidden_size
     folded: dict[str, FoldedLinear] = {}
     for block in range(quantized.config.depth):
-        sites = {site.kind: site.name for site in block_sites(block)}
-        qkv, proj, fc1, fc2 = (_in_float64(quantized.linears[sites[kind]]) for kind in LINEAR_KINDS)
-        proj = _sparing_values(qkv, proj, width, dtype)
-        qkv = _divide_value_rows(qkv, proj.smoothing_scale, width)
-        name = adaln_name(block)
-        divisors[name], parameters[f"{name}.bias"] = _folded_modulation(
-            parameters[f"{name}.bias"], qkv, fc1, width
-        )
-        for kind, linear in zip(LINEAR_KINDS, (qkv, proj, fc1, fc2), strict=True):
-            folded[sites[kind]] = _round_linear(sites[kind], linear, dtype)
-        multiplier = fc2.smoothing_scale.reciprocal()
-        folded[sites["mlp.fc2"]] = replace(
-            folded[sites["mlp.fc2"]],
-            input_multiplier=rounded_float(f"1 / s of {sites['mlp.fc2']}", multiplier, dtype),
-        )
-    final_bias = parameters[f"{FINAL_ADALN}.bias"].to(torch.float64, copy=True)
-    final_bias[final_scale_rows(width)] += 1
+        exact, name = fold_block(quantized, block, dtype), adaln_name(block)
+        divisors[name], parameters[f"{name}.bias"] = exact.divisor, exact.bias
+        for site, linear in exact.linears.items():
+            folded[site] = _round_linear(site, linear, exact.multipliers.get(site), dtype)
+    final_bias = final_modulation(quantized)
     parameters[f"{FINAL_ADALN}.bias"] = final_bias
     divisors[FINAL_ADALN] = torch.ones_like(final_bias)
     for name, divisor in divisors.items():
@@ -140,6 +127,47 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         activation_bits=quantized.activation_bits,
         settings=quantized.settings,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExactBlock:
+    """A block whose smoothing is folded, in float64: nothing is rounded yet."""
+
+    linears: Mapping[str, QuantizedLinear]  # module path -> linear, whose s is folded
+    multipliers: Mapping[str, Tensor]  # module path -> what its input is multiplied by, (K,)
+    divisor: Tensor  # (6D,) of the modulation's rows
+    bias: Tensor  # (6D,) of the modulation
+
+
+def fold_block(quantized: QuantizedDiT, block: int, dtype: torch.dtype) -> ExactBlock:
+    """Fold the smoothing of one block, exactly.
+
+    Args:
+        quantized: left untouched.
+        block: its index.
+        dtype: float type of what ships: what halves cannot hold goes elsewhere, as exactly.
+    """
+    width, name = quantized.config.hidden_size, adaln_name(block)
+    sites = {site.kind: site.name for site in block_sites(block)}
+    qkv, proj, fc1, fc2 = (_in_float64(quantized.linears[sites[kind]]) for kind in LINEAR_KINDS)
+    proj = _sparing_values(qkv, proj, width, dtype)
+    qkv = _divide_value_rows(qkv, proj.smoothing_scale, width)
+    bias = quantized.float_parameters[f"{name}.bias"]
+    divisor, bias = _folded_modulation(bias, qkv, fc1, width)
+    linears = zip(LINEAR_KINDS, (qkv, proj, fc1, fc2), strict=True)
+    return ExactBlock(
+        linears={sites[kind]: linear for kind, linear in linears},
+        multipliers={sites["mlp.fc2"]: fc2.smoothing_scale.reciprocal()},
+        divisor=divisor,
+        bias=bias,
+    )
+
+
+def final_modulation(quantized: QuantizedDiT) -> Tensor:
+    """Return the last modulation's bias with the 1 of its scale, (2D,) float64."""
+    bias = quantized.float_parameters[f"{FINAL_ADALN}.bias"].to(torch.float64, copy=True)
+    bias[final_scale_rows(quantized.config.hidden_size)] += 1
+    return bias
 
 
 def require_representable(model: DiT, dtype: torch.dtype) -> None:
@@ -222,7 +250,9 @@ def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> Quanti
     )
 
 
-def _round_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> FoldedLinear:
+def _round_linear(
+    name: str, linear: QuantizedLinear, multiplier: Tensor | None, dtype: torch.dtype
+) -> FoldedLinear:
     """Round a linear's floats to `dtype`, the one rounding of folding."""
     weight, low_rank = linear.weight, linear.low_rank
     if dtype in LEAST_ROW_SCALE:
@@ -237,6 +267,8 @@ def _round_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> Fol
         weight=replace(weight, row_scale=row_scale),
         low_rank=low_rank,
         bias=rounded_float(f"{name}'s bias", linear.bias, dtype),
-        input_multiplier=None,
+        input_multiplier=None
+        if multiplier is None
+        else rounded_float(f"1 / s of {name}", multiplier, dtype),
         static_range=linear.static_range,
     )

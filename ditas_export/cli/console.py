@@ -34,6 +34,7 @@ STAGE_NAMES = {
     "held out": "Sampling what to prove by",
     "quantize": "Quantizing linears",
     "export": "Writing ONNX",
+    "prove": "Proving the folds",
     "verify": "Verifying",
 }
 
