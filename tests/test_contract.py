@@ -75,6 +75,21 @@ def other_input(model: onnx.ModelProto) -> None:
     model.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 
+def constant_in_float64(model: onnx.ModelProto) -> None:
+    set_constant(model.graph, f"{QKV}/row_scale", np.ones(288))
+
+
+def cast_to_float64(model: onnx.ModelProto) -> None:
+    product = node(model.graph, f"{QKV}/MatMul").output[0]
+    cast = helper.make_node("Cast", [product], ["wide"], name="Wide", to=onnx.TensorProto.DOUBLE)
+    model.graph.node.append(cast)
+
+
+def attribute_in_float64(model: onnx.ModelProto) -> None:
+    value = numpy_helper.from_array(np.ones(1), "value")
+    model.graph.node.append(helper.make_node("Constant", [], ["wide"], name="Wide", value=value))
+
+
 def fixed_batch(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
@@ -162,6 +177,9 @@ INT4_BREAKS = [
     (other_ir_version, "ir-version"),
     (other_input, "interface"),
     (fixed_batch, "interface"),
+    (constant_in_float64, "no-float64"),
+    (cast_to_float64, "no-float64"),
+    (attribute_in_float64, "no-float64"),
     (scale_at_run_time, "constant-scales"),
     (negative_scale, "positive-scales"),
     (no_zero_point, "zero-points"),

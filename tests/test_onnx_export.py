@@ -383,3 +383,53 @@ def test_polygraphy_finds_no_fault(int4_file: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert '"exception"' not in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attn_mask": torch.zeros(16, 16)}, "a mask"),
+        ({"is_causal": True}, "causal order"),
+        (
+            {"attn_mask": torch.ones(16, 16, dtype=torch.bool), "dropout_p": 0.5},
+            "a mask and dropout",
+        ),
+    ],
+)
+def test_attention_that_would_be_left_out_is_refused(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v: attend(q, k, v, **arguments),
+    )
+    with pytest.raises(Exception, match="convert") as caught:
+        export_skeleton(
+            TINY, FOLDED.float_parameters, dtype=torch.float32, modulate=modulate_by_factor
+        )
+    causes, error = [], caught.value
+    while error is not None:
+        causes.append(str(error))
+        error = error.__cause__
+    assert any(f"attention has {message}" in cause for cause in causes)
+
+
+def test_the_scale_of_attention_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    model, path = tiny_dit(), tmp_path / "scaled.onnx"
+    inputs = example_inputs(TINY, batch=2)
+    plain = model(*inputs)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v: attend(q, k, v, scale=2.0),
+    )
+    export_reference(model, path)
+    expected = model(*inputs)
+    assert snr_db(plain, expected) < 60
+    with OnnxRuntimeRunner(path) as runner:
+        assert snr_db(expected, runner(*inputs)) > 100  # float32

@@ -22,6 +22,7 @@ from onnxscript import opset18 as op
 from torch import Tensor, nn
 
 from ditas_export.dit.model import DiT, DiTConfig, Modulate
+from ditas_export.errors import OnnxExportError
 
 OPSET = 21
 """The first opset with INT4 and block scales."""
@@ -187,9 +188,22 @@ def _attention(
     """Translate attention to MatMul – Softmax – MatMul, the scale on q before the first product.
 
     This is the form that the builders fuse to one kernel, and in which no half overflows.
+
+    Raises:
+        OnnxExportError: attention that is more than that.
     """
-    head_size = query.shape[-1]
-    factor: Any = op.Constant(value_float=float(head_size) ** -0.5)
+    asked = {
+        "a mask": attn_mask is not None,
+        "dropout": dropout_p != 0.0,
+        "causal order": is_causal,
+        "grouped queries": enable_gqa,
+    }
+    if more := [name for name, is_asked in asked.items() if is_asked]:
+        raise OnnxExportError(
+            f"the model's attention has {' and '.join(more)}, which the exported form leaves out"
+        )
+    scale = float(query.shape[-1]) ** -0.5 if scale is None else scale
+    factor: Any = op.Constant(value_float=scale)
     factor = op.CastLike(factor, query)
     keys = op.Transpose(key, perm=[0, 1, 3, 2])
     scores = op.MatMul(op.Mul(query, factor), keys)

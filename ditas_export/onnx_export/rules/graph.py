@@ -53,9 +53,26 @@ def _interface(model: ir.Model) -> Iterator[Finding]:
             yield str(value.name), f"shape {value.shape}", "a dynamic first dimension"
 
 
+def _no_float64(model: ir.Model) -> Iterator[Finding]:
+    outputs = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        known = value.dtype if value.const_value is None else value.const_value.dtype
+        if known == ir.DataType.DOUBLE:
+            yield str(value.name), "float64", "float32 or the float side's type"
+    for node in model.graph:
+        for name, attribute in node.attributes.items():
+            is_tensor = attribute.type == ir.AttributeType.TENSOR
+            if is_tensor and attribute.as_tensor().dtype == ir.DataType.DOUBLE:
+                yield name_of(node), f"a float64 {name}", "float32 or the float side's type"
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.as_int() == ir.DataType.DOUBLE:
+            yield name_of(node), "a cast to float64", "float32 or the float side's type"
+
+
 RULES = (
     Rule("default-domain", "no runtime shares another's operators", _default_domain),
     Rule("opset", "the first with INT4 and block scales, or with Attention", _opset),
     Rule("ir-version", "came with the opset; older runtimes refuse later ones", _ir_version),
+    Rule("no-float64", "TensorRT has none", _no_float64),
     Rule("interface", "every backend feeds and reads the same tensors", _interface),
 )
