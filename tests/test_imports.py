@@ -16,6 +16,7 @@ import ditas_export
 PACKAGE = Path(ditas_export.__file__).parent
 
 ORDER = (
+    "telemetry",
     "errors",
     "figures",
     "file_signs",
