@@ -1,7 +1,8 @@
 """The runtimes' reports to their vendors: off, unless the user chose otherwise by their own means.
 
 ONNX Runtime decides when it is imported, OpenVINO reports that it was. So the one is told as soon
-as anything of this package is imported, the other is imported here.
+as anything of this package is imported, the other is imported here. Imports nothing that takes
+time: a command cannot say anything of Ctrl-C yet.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 _REPORTER = "openvino_telemetry"
@@ -43,9 +43,10 @@ def _user_agreed() -> bool:
     """Return whether OpenVINO's own file of consent says yes."""
     try:
         if sys.platform == "win32":
-            folder = Path(os.environ.get("LOCALAPPDATA", ""), "Intel Corporation")
+            folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "Intel Corporation")
         else:
-            folder = Path.home() / "intel"
-        return (folder / _REPORTER).read_text(encoding="utf-8").strip() == "1"
-    except (OSError, RuntimeError, ValueError):  # no such file, no home, no text
+            folder = os.path.expanduser("~/intel")
+        with open(os.path.join(folder, _REPORTER), encoding="utf-8") as file:
+            return file.readline().strip() == "1"
+    except (OSError, ValueError):  # no such file, no home, no text
         return False
