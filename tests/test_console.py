@@ -45,8 +45,8 @@ def said(error: Exception, capsys: pytest.CaptureFixture[str], **options: bool) 
         (
             OSError(28, "No space left on device", "/tmp/x"),
             2,
-            "error: the system refuses: [Errno 28] No space left on device: '/tmp/x'; --debug shows "
-            "what was asked of it\n",
+            "error: the system refuses: [Errno 28] No space left on device: '/tmp/x'; --debug "
+            "shows what was asked of it\n",
         ),
         (
             MemoryError(),
