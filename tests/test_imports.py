@@ -19,6 +19,7 @@ ORDER = (
     "telemetry",
     "errors",
     "figures",
+    "temporary_files",
     "file_signs",
     "artifact_files",
     "job_files",
