@@ -343,11 +343,12 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
     output = Output(path=tmp_path / "out.onnx", what="model", is_ours=lambda _: True)
     files = JobFiles(outputs=(output,), keeps_work=True)
     with files.working() as work:
+        part = work.part("solved", "0" * 64)
         who = rf"process {os.getpid()} on {socket.gethostname()} \(.+, since .+\)"
         message = rf"{who} is writing .*out\.onnx now; wait for it, stop it, or name another"
         with pytest.raises(ArtifactError, match=message), files.working():
             pass
-        work.part("solved", "0" * 64)
+        assert part.is_dir()  # the one that is refused takes nothing away
     assert list(tmp_path.iterdir()) == []  # nothing was kept in it
 
 
