@@ -8,10 +8,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _CHUNK_BYTES = 1 << 20
 
 RESERVED_BYTES = 24
 """Bytes of a name that are kept for those beside it: `.NAME.partial`, `NAME.<16 digits>.data`."""
+
+_COMMAND_CHARACTERS = 200
+"""What is told of a command that holds a lock, at most."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has no locks."""
@@ -152,7 +157,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def sole_process(lock: Path, *, what: Path) -> Iterator[None]:
-    """Hold a lock while a job writes; the lock file goes at the end, its content names the process.
+    """Hold a lock while a job writes; the lock file goes at the end, its content says who.
 
     A killed process holds nothing. File systems without locks are taken on trust.
 
@@ -168,7 +173,7 @@ def sole_process(lock: Path, *, what: Path) -> Iterator[None]:
     except OSError as error:
         raise ArtifactError(f"cannot write {lock}: {error.strerror}; pick another") from error
     try:
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(handle, _own_name().encode(errors="backslashreplace"))
         yield
     finally:
         if _is_at(handle, lock):
@@ -176,10 +181,19 @@ def sole_process(lock: Path, *, what: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _own_name() -> str:
+    """Return what another process is told of this one: its number, its command, since when."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if len(command) > _COMMAND_CHARACTERS:
+        command = f"{command[:_COMMAND_CHARACTERS]}…"
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return f"process {os.getpid()} on {socket.gethostname()} ({command}, since {since})"
+
+
 def _holder(lock: Path) -> str:
     """Return which process has a lock, as far as its file says."""
     with contextlib.suppress(OSError):
-        if found := lock.read_text(encoding="utf-8"):
+        if found := lock.read_text(encoding="utf-8", errors="backslashreplace"):
             return found
     return "another process"
 
@@ -189,6 +203,7 @@ def _open_locked(path: Path, *, wait: bool) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
+            _require_file(handle, path)
             _lock(handle, wait=wait)
             if _is_at(handle, path):
                 os.ftruncate(handle, 0)
@@ -197,6 +212,12 @@ def _open_locked(path: Path, *, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)  # it was renamed or removed while this process waited
+
+
+def _require_file(handle: int, path: Path) -> None:
+    """Raise OSError where what was opened is a pipe or a device: writing to it would never end."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.EEXIST, f"{path.name} is there, and is no file; delete it")
 
 
 def _is_at(handle: int, path: Path) -> bool:

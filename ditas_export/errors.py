@@ -51,5 +51,9 @@ class DistributedError(DitasExportError):
     """Ranks that cannot start together, or one that the others have lost."""
 
 
+class OutputError(DitasExportError):
+    """The standard output takes nothing."""
+
+
 class CancelledError(DitasExportError):
     """Sampling was stopped by its caller, between two steps."""

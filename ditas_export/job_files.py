@@ -121,9 +121,13 @@ class JobFiles:
         folder.make()
         try:
             with sole_process(folder.path / _LOCK, what=self.outputs[0].path):
-                yield folder
+                try:
+                    yield folder
+                finally:
+                    folder.remove_empty_parts()
         finally:
-            folder.remove_if_empty()
+            with contextlib.suppress(OSError):  # not empty, or gone
+                folder.path.rmdir()
 
 
 _LOCK = "lock"
@@ -177,14 +181,12 @@ class WorkFolder:
         """What the folder is called while it is being removed."""
         return done_name(self.path)
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder where nothing is kept in it."""
-        with contextlib.suppress(OSError):  # not empty, or gone
-            for part in self._parts():
-                if part.is_dir():
-                    with contextlib.suppress(OSError):
-                        part.rmdir()
-            self.path.rmdir()
+    def remove_empty_parts(self) -> None:
+        """Remove the parts in which nothing is kept; of a job that holds the folder."""
+        for part in self._parts():
+            if part.is_dir():
+                with contextlib.suppress(OSError):  # not empty
+                    part.rmdir()
 
     def _parts(self) -> list[Path]:
         """Return what is in the folder, but for what nobody of this package put there."""

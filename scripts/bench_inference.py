@@ -42,6 +42,7 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.torch_int8 import int8_dit
 from ditas_export.runtime.torch_runner import TorchRunner
+from ditas_export.telemetry import import_openvino
 
 BASE = "onnxruntime float32"
 """The form whose speed is 1."""
@@ -55,11 +56,15 @@ class OpenVINOModelRunner:
     description = "openvino"
 
     def __init__(self, path: Path, config: DiTConfig, threads: int) -> None:
-        import openvino
-
         self.config = config
-        self._model: Any = openvino.Core().compile_model(
-            str(path), "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        self._model: Any = (
+            import_openvino()
+            .Core()
+            .compile_model(
+                str(path),
+                "CPU",
+                {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
+            )
         )
 
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
@@ -237,6 +242,7 @@ def dynamically_quantized(source: Path, target: Path) -> Path:
 
 def post_training_quantized(source: Path, target: Path) -> Path:
     """Quantize by NNCF's defaults for transformers, calibrated on four noisy inputs."""
+    import_openvino()
     import nncf
     import openvino
 

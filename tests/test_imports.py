@@ -16,8 +16,10 @@ import ditas_export
 PACKAGE = Path(ditas_export.__file__).parent
 
 ORDER = (
+    "telemetry",
     "errors",
     "figures",
+    "temporary_files",
     "file_signs",
     "artifact_files",
     "job_files",

@@ -18,7 +18,7 @@ from quantized_fixture import TINY, exported, exported_reference, quantized_tiny
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from ditas_export.artifact_files import atomic_path, save_tensors
+from ditas_export.artifact_files import atomic_path, save_tensors, sole_process
 from ditas_export.cli import build, compare, sample
 from ditas_export.engine.make import job_files as build_files
 from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_path
@@ -26,6 +26,8 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import ArtifactError
 from ditas_export.evaluation.compare import job_files as compare_files
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.generation.job import _check_files
+from ditas_export.generation.options import SampleOptions
 from ditas_export.job_files import JobFiles, Output, same_file
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.options import ExportOptions
@@ -341,10 +343,12 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
     output = Output(path=tmp_path / "out.onnx", what="model", is_ours=lambda _: True)
     files = JobFiles(outputs=(output,), keeps_work=True)
     with files.working() as work:
-        message = rf"process {os.getpid()} on {socket.gethostname()} is writing .*out\.onnx now"
+        part = work.part("solved", "0" * 64)
+        who = rf"process {os.getpid()} on {socket.gethostname()} \(.+, since .+\)"
+        message = rf"{who} is writing .*out\.onnx now; wait for it, stop it, or name another"
         with pytest.raises(ArtifactError, match=message), files.working():
             pass
-        work.part("solved", "0" * 64)
+        assert part.is_dir()  # the one that is refused takes nothing away
     assert list(tmp_path.iterdir()) == []  # nothing was kept in it
 
 
@@ -374,3 +378,56 @@ def test_paths_of_one_file(tmp_path: Path) -> None:
         assert same_file(file, tmp_path / name), name
     assert not same_file(file, tmp_path / "other")
     assert same_file(tmp_path / "new", tmp_path / "." / "new")
+
+
+def no_file(path: Path, kind: str) -> None:
+    """Make what is no file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+@pytest.mark.parametrize("command", ["sample", "compare", "inputs", "build", "image"])
+def test_no_command_writes_to_what_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    output, folder = Path("output"), tmp_path / "images"
+    if command == "image":
+        folder.mkdir()
+        output = folder / "000003.png"
+        (folder / "samples.json").write_text("{}")
+        monkeypatch.chdir(folder)
+    no_file(Path(output.name), kind)
+    pair: Any = {"reference": Path("a.onnx"), "model": Path("b.onnx")}
+    checks = {
+        "sample": lambda: _check_files(SampleOptions(model="digits", output=folder, npz=output)),
+        "compare": lambda: compare_files(CompareOptions(**pair), output).check(),
+        "inputs": lambda: compare_files(CompareOptions(**pair, gen_inputs=output)).check(),
+        "build": lambda: build_files(Path("a.onnx"), output, BuildOptions()).check(),
+        "image": lambda: _check_files(SampleOptions(model="digits", output=folder)),
+    }
+    with pytest.raises(ArtifactError, match=r"is a folder|is a device, pipe or socket"):
+        checks[command]()
+
+
+def test_a_pipe_in_the_place_of_unfinished_work_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".out.partial")
+    with (
+        pytest.raises(ArtifactError, match=r"\.out\.partial is there, and is no file; delete it"),
+        atomic_path(tmp_path / "out") as partial,
+    ):
+        partial.write_text("would wait for a reader")
+    os.mkfifo(tmp_path / "lock")
+    with (
+        pytest.raises(ArtifactError, match="lock is there, and is no file; delete it"),
+        sole_process(tmp_path / "lock", what=tmp_path / "out"),
+    ):
+        pass

@@ -229,8 +229,12 @@ def test_a_disk_that_fills_up_is_no_fault_of_the_file(
     monkeypatch.setattr(onnxruntime_runner, "_optimize", fail)
     with pytest.raises(RunnerError, match="protobuf failed"):
         OnnxRuntimeRunner(exported(), threads=1, cache=tmp_path)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    usage_of = shutil.disk_usage
+
+    def full_cache(path: Path) -> Any:
+        return usage_of(path)._replace(free=1000 if tmp_path in path.parents else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", full_cache)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         runner = OnnxRuntimeRunner(exported(), threads=1, cache=tmp_path)
     with runner, OnnxRuntimeRunner(exported(), threads=1) as fresh:

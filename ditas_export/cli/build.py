@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from ditas_export.cli.build_settings import SETTINGS, BuildSettings, merge_settings
-from ditas_export.cli.console import EXIT_NOT_INTEGER, clean_errors, stages
-from ditas_export.cli.flags import version_flag
+from ditas_export.cli.console import (
+    EXIT_NOT_INTEGER,
+    clean_errors,
+    print_error,
+    printing,
+    run,
+    stages,
+    stderr,
+    stdout,
+)
+from ditas_export.cli.flags import DEBUG, version_flag
 from ditas_export.engine.products import Product, candidates, choose_product
 from ditas_export.errors import EngineError
 
@@ -118,27 +125,32 @@ def build(
         bool, typer.Option("--json", help="Print the engine's metadata as JSON, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
     version: Annotated[bool, version_flag("ditas-build")] = False,
 ) -> None:
     """Build a TensorRT engine from an exported file; the file decides every precision.
 
     Writes ENGINE.plan and ENGINE.plan.json. Exit codes: 0 done, 2 bad input or a builder that
-    refuses, 3 a linear that is not multiplied as the file asks, 130 interrupted.
+    refuses, 3 a linear that is not multiplied as the file asks, 70 a bug of ditas-export, 130
+    interrupted.
     """
     given = {name: value for name, value in locals().items() if name in SETTINGS}
     plan = output or model.with_suffix(".plan")
-    with clean_errors(on_interrupt="No engine was written."):
+    with clean_errors(on_interrupt="No engine was written.", debug=debug):
         settings = merge_settings(profile, given)
         if dry_run:
-            _print_dry_run(model, plan, settings, trtexec=trtexec, as_json=as_json)
+            with printing():
+                _print_dry_run(model, plan, settings, trtexec=trtexec, as_json=as_json)
             return
         made = _make(model, plan, settings, trtexec=trtexec, show=not (quiet or as_json))
         if as_json:
-            typer.echo(json.dumps(made.metadata.to_dict(), indent=2, allow_nan=False))
+            with printing():
+                typer.echo(json.dumps(made.metadata.to_dict(), indent=2, allow_nan=False))
         elif not quiet:
             from ditas_export.cli.engine_table import print_engine
 
-            print_engine(Console(), made, plan, detailed=report)
+            with printing():
+                print_engine(stdout(), made, plan, detailed=report)
         _check_integer(made, plan, allow_float=allow_float)
 
 
@@ -153,7 +165,7 @@ def _make(
     from ditas_export.engine.make import make_engine
     from ditas_export.engine.trtexec import run_tool
 
-    with stages(Console(stderr=True), quiet=not show) as advance:
+    with stages(stderr(), quiet=not show) as advance:
 
         def build(onnx: Path, partial: Path) -> BuiltEngine:
             if trtexec:
@@ -207,16 +219,14 @@ def _check_integer(made: MadeEngine, plan: Path, *, allow_float: bool) -> None:
         return
     word = "warning" if allow_float else "error"
     hint = "" if allow_float else "; --allow-float accepts that"
-    Console(stderr=True).print(
-        f"[bold red]{word}:[/] {escape(f'{plan}: {reason}{hint}')}", highlight=False, soft_wrap=True
-    )
+    print_error(f"{plan}: {reason}{hint}", word=word)
     if not allow_float:
         raise typer.Exit(EXIT_NOT_INTEGER)
 
 
 def main() -> None:
     """Entry point of the `ditas-build` script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

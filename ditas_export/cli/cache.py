@@ -7,18 +7,18 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ditas_export.cli.console import EXIT_MISMATCH, clean_errors
-from ditas_export.cli.flags import version_flag
+from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, print_line, printing, run, stdout
+from ditas_export.cli.flags import DEBUG, version_flag
 from ditas_export.errors import RunnerError
 
 if TYPE_CHECKING:
     from ditas_export.runtime.cache import Cache, EntryFacts
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
+Debug = Annotated[bool, DEBUG]
 
 app = typer.Typer(
     add_completion=False,
@@ -36,9 +36,9 @@ def _options(version: Annotated[bool, version_flag("ditas-cache")] = False) -> N
 
 
 @app.command("list")
-def list_entries(as_json: AsJson = False) -> None:
+def list_entries(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the entries, used last first."""
-    with clean_errors():
+    with clean_errors(debug=debug), printing():
         cache = _cache()
         entries = cache.entries()
         if as_json:
@@ -54,21 +54,22 @@ def list_entries(as_json: AsJson = False) -> None:
             size, used = f"{entry.size / 2**20:.1f}", (facts["used"] or "never")[:16]
             is_open = "yes" if entry.is_open else "no"
             table.add_row(digits, facts["kind"], size, used, is_open, escape(facts["source"]))
-        console = Console()
+        console = stdout()
         console.print(table)
         total, limit = sum(entry.size for entry in entries) / 2**30, cache.limit / 2**30
         line = f"{len(entries)} entries, {total:.2f} of {limit:g} GiB in {cache.root}"
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        print_line(console, line)
 
 
 @app.command()
-def verify(as_json: AsJson = False) -> None:
+def verify(as_json: AsJson = False, debug: Debug = False) -> None:
     """Hash everything that is kept, and remove what is not what it was.
 
     A start notices what was deleted, cut or written to; this finds changes that keep size and
-    times too. Exit codes: 0 all is well, 1 something was not, 2 bad input.
+    times too. Exit codes: 0 all is well, 1 something was not, 2 bad input, 70 a bug of
+    ditas-export.
     """
-    with clean_errors():
+    with clean_errors(debug=debug), printing():
         cache = _cache()
         checked, faults = len(cache.entries()), cache.verify()
         if as_json:
@@ -83,21 +84,21 @@ def verify(as_json: AsJson = False) -> None:
             ]
             _print_json(cache, checked=checked, faults=found)
         else:
-            console = Console()
+            console = stdout()
             for fault in faults:
                 end = "removed" if fault.removed else "cannot be removed; delete it"
                 line = f"{fault.path} of {fault.source}: {fault.what}; {end}"
-                console.print(escape(line), highlight=False, soft_wrap=True)
+                print_line(console, line)
             line = f"{checked} entries checked in {cache.root}, {len(faults)} faults"
-            console.print(escape(line), highlight=False, soft_wrap=True)
+            print_line(console, line)
         if faults:
             raise typer.Exit(EXIT_MISMATCH)
 
 
 @app.command()
-def clear(as_json: AsJson = False) -> None:
+def clear(as_json: AsJson = False, debug: Debug = False) -> None:
     """Remove everything but what a process has open."""
-    with clean_errors():
+    with clean_errors(debug=debug), printing():
         cache = _cache()
         removed = cache.clear()
         left = cache.entries()
@@ -111,7 +112,7 @@ def clear(as_json: AsJson = False) -> None:
         size = sum(entry.size for entry in removed) / 2**30
         open_ones = f"; {len(left)} are open and stay" * bool(left)
         line = f"{len(removed)} entries removed from {cache.root}, {size:.2f} GiB{open_ones}"
-        Console().print(escape(line), highlight=False, soft_wrap=True)
+        print_line(stdout(), line)
 
 
 def _cache() -> Cache:
@@ -150,7 +151,7 @@ def _print_json(cache: Cache, **facts: Any) -> None:
 
 def main() -> None:
     """Entry point of the `ditas-cache` script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from ditas_export.cli.console import EXIT_MISMATCH, clean_errors, stages
-from ditas_export.cli.flags import defaults_of, flags_of, version_flag
+from ditas_export.cli.console import (
+    EXIT_MISMATCH,
+    clean_errors,
+    printing,
+    run,
+    stages,
+    stderr,
+    stdout,
+)
+from ditas_export.cli.flags import DEBUG, defaults_of, flags_of, version_flag
 from ditas_export.evaluation.options import CompareOptions
 
 if TYPE_CHECKING:
@@ -65,21 +72,24 @@ def compare(
         typer.Option("--json", metavar="OUT.json", help="Write all figures as JSON."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
     version: Annotated[bool, version_flag("ditas-compare")] = False,
 ) -> None:
     """Compare a model with the float model at every time step of a float trajectory.
 
-    Exit codes: 0 done, 1 a total SNR below --threshold-db, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 a total SNR below --threshold-db, 2 bad input, 70 a bug of
+    ditas-export, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     chosen = {name: value for name, value in given.items() if value is not None}
-    with clean_errors(on_interrupt="Nothing was compared."):
+    with clean_errors(on_interrupt="Nothing was compared.", debug=debug):
         options = CompareOptions(reference=reference, model=model, **chosen)
         comparison = _run(options, json_path, show=not quiet)
         if not quiet:
             from ditas_export.cli.compare_table import print_comparison
 
-            print_comparison(Console(), comparison)
+            with printing():
+                print_comparison(stdout(), comparison)
         if comparison.matches is False:
             raise typer.Exit(EXIT_MISMATCH)
 
@@ -88,13 +98,13 @@ def _run(options: CompareOptions, json_path: Path | None, *, show: bool) -> Comp
     """Do the job with progress bars, and write the JSON if asked for."""
     from ditas_export.evaluation.compare import compare
 
-    with stages(Console(stderr=True), quiet=not show) as advance:
+    with stages(stderr(), quiet=not show) as advance:
         return compare(options, report=json_path, on_progress=advance)
 
 
 def main() -> None:
     """Entry point of the `ditas-compare` script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

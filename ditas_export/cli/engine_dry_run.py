@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from ditas_export.cli.build_settings import BuildSettings
+from ditas_export.cli.plain_text import one_line
 from ditas_export.engine.build import input_shapes
 from ditas_export.engine.make import BuiltForm
 from ditas_export.engine.options import BuildOptions
@@ -53,7 +54,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
     if len(refusals) == len(candidates(settings.backend)):
         raise EngineError("; ".join(refusals))
     for refusal in refusals:
-        typer.echo(f"# {refusal}")
+        typer.echo(f"# {one_line(str(refusal))}")
 
 
 def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: bool) -> None:

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from ditas_export.cli.console import EXIT_FAR_FROM_FLOAT, EXIT_MISMATCH, clean_errors, stages
-from ditas_export.cli.flags import defaults_of, flags_of, version_flag
+from ditas_export.cli.console import (
+    EXIT_FAR_FROM_FLOAT,
+    EXIT_MISMATCH,
+    GOES_ON,
+    clean_errors,
+    print_error,
+    printing,
+    run,
+    stages,
+    stderr,
+    stdout,
+)
+from ditas_export.cli.flags import DEBUG, defaults_of, flags_of, version_flag
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
 from ditas_export.options import DEFAULTS, FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
@@ -200,15 +209,17 @@ def export(
         bool, typer.Option("--json", help="Print the manifest as JSON, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
     version: Annotated[bool, version_flag("ditas-export")] = False,
 ) -> None:
     """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
 
     Writes OUT.onnx and OUT.json. Exit codes: 0 done, 1 the file does not compute what was
-    calibrated, 2 bad input, 4 it is further from float than --min-db, or is noise, 130 interrupted.
+    calibrated, 2 bad input, 4 it is further from float than --min-db, or is noise, 70 a bug of
+    ditas-export, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
-    with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
+    with clean_errors(on_interrupt=GOES_ON, debug=debug):
         options = _merge(output, recipe, given)
         from ditas_export.distributed import launched_ranks
 
@@ -224,18 +235,19 @@ def export(
 
 def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quiet: bool) -> None:
     """Print what was measured, and an error if the file is not what was calibrated."""
+    reason = _failure(result, options)
+    if reason is not None:
+        print_error(reason)
     if as_json:
-        typer.echo(json.dumps(result.manifest, indent=2, allow_nan=False))
+        with printing():
+            typer.echo(json.dumps(result.manifest, indent=2, allow_nan=False))
     elif not quiet:
         from ditas_export.cli.summary import print_summary
 
-        print_summary(Console(), result, options)
-    reason = _failure(result, options)
-    if reason is None and result.verification.matches and not (as_json or quiet):
-        typer.echo(f"next: ditas-sample {shlex.quote(str(result.file))} -o samples")
-    if reason is not None:
-        line = f"[bold red]error:[/] {escape(reason)}"
-        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        with printing():
+            print_summary(stdout(), result, options)
+            if reason is None and result.verification.matches:
+                typer.echo(f"next: ditas-sample {shlex.quote(str(result.file))} -o samples")
 
 
 def _failure(result: ExportResult, options: ExportOptions) -> str | None:
@@ -296,7 +308,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:
     """Do the job with progress bars."""
-    console = Console(stderr=True)
+    console = stderr()
     from ditas_export.pipeline import export as run_export
 
     with stages(console, quiet=not show) as advance:
@@ -310,7 +322,7 @@ def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:
 
 def main() -> None:
     """Entry point of the `ditas-export` script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

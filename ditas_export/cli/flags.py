@@ -41,6 +41,10 @@ def flags_of(options: type, shown_defaults: Mapping[str, Any] | None = None) -> 
     return option
 
 
+DEBUG = typer.Option("--debug", help="Show where an error comes from.")
+"""The `--debug` option of every command."""
+
+
 def version_flag(program: str) -> Any:
     """Return the `--version` option of a command."""
 

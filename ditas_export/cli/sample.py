@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -18,8 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ditas_export.cli.console import clean_errors
-from ditas_export.cli.flags import defaults_of, flags_of, version_flag
+from ditas_export.cli.console import (
+    GOES_ON,
+    clean_errors,
+    print_line,
+    printing,
+    run,
+    stderr,
+    stdout,
+)
+from ditas_export.cli.flags import DEBUG, defaults_of, flags_of, version_flag
 from ditas_export.errors import RunnerError
 from ditas_export.generation.options import SampleOptions
 
@@ -122,17 +129,18 @@ def sample(
         bool, typer.Option("--json", help="Print the report as JSON, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
     version: Annotated[bool, version_flag("ditas-sample")] = False,
 ) -> None:
     """Sample images: PNGs, a grid, and samples.npz for ADM's evaluator.
 
     The same command goes on where a killed run stopped. Under torchrun, ranks share the images:
     torchrun --nproc-per-node 2 -m ditas_export.cli.sample MODEL -o DIR. Exit codes: 0 done, 2 bad
-    input, 130 interrupted.
+    input, 70 a bug of ditas-export, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     chosen = {name: value for name, value in given.items() if value is not None}
-    with clean_errors(on_interrupt="Run the same command again to go on where it stopped."):
+    with clean_errors(on_interrupt=GOES_ON, debug=debug):
         if num is not None:
             chosen["images"] = _renamed_num(num, images, quiet=quiet)
         options = SampleOptions(model=model, output=output, **chosen)
@@ -142,7 +150,8 @@ def sample(
             speaks = ranks.is_first and not quiet
             report = _run(options, ranks, show=speaks and not as_json)
             if speaks:
-                _print_report(report, as_json=as_json)
+                with printing():
+                    _print_report(report, as_json=as_json)
 
 
 def _renamed_num(num: int, images: int | None, *, quiet: bool) -> int:
@@ -156,7 +165,7 @@ def _renamed_num(num: int, images: int | None, *, quiet: bool) -> int:
     if images is not None:
         raise RunnerError(f"--num {num} is --images, and --images {images} is given; leave out one")
     if not quiet:
-        Console(stderr=True).print("--num is --images now; the next release has that name alone")
+        stderr().print("--num is --images now; the next release has that name alone")
     return num
 
 
@@ -164,7 +173,7 @@ def _run(options: SampleOptions, ranks: Ranks, *, show: bool) -> SampleReport:
     """Do the job, with a progress bar that tells images per second."""
     from ditas_export.generation.job import generate
 
-    console = Console(stderr=True)
+    console = stderr()
     columns = (
         TextColumn("Sampling"),
         BarColumn(),
@@ -194,14 +203,12 @@ def _print_report(report: SampleReport, *, as_json: bool) -> None:
         return
     made = f"{report.sampled} images, {report.images_per_second:.2f} per second"
     found = f" ({report.images - report.sampled} were there)" * (report.sampled < report.images)
-    Console().print(
-        f"{report.folder}: {made}{found}; {report.npz}", highlight=False, soft_wrap=True
-    )
+    print_line(stdout(), f"{report.folder}: {made}{found}; {report.npz}")
 
 
 def main() -> None:
     """Entry point of the `ditas-sample` script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

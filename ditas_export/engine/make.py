@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from ditas_export.onnx_export.export import (
     save_model,
 )
 from ditas_export.onnx_export.external_data import (
+    bytes_of,
     load_mapped,
     plain_files,
     require_external_data,
@@ -44,6 +44,7 @@ from ditas_export.onnx_export.external_data import (
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
+from ditas_export.temporary_files import temporary_folder
 
 Build = Callable[[Path, Path], BuiltEngine]
 """Builds an ONNX file into a plan: `build_engine` or `run_tool`, all but the paths bound."""
@@ -210,8 +211,8 @@ def _in_form(path: Path, wanted: BuiltForm) -> Iterator[Path]:
         relower_model(model, "tensorrt")
     if wanted.is_expanded:
         expand_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / path.name
+    with temporary_folder(room=bytes_of(path)) as folder:
+        written = folder / path.name
         ir.external_data.load_to_model(model)
         save_model(model, written)
         yield written

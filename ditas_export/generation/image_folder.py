@@ -61,7 +61,8 @@ class ImageFolder:
         """Refuse a folder that holds anything but samples; nothing is touched.
 
         Raises:
-            ArtifactError: no folder, or one with files of others and no `samples.json`.
+            ArtifactError: no folder, one with files of others and no `samples.json`, or one in
+                which anything but a file has the name of an image.
         """
         if not os.path.lexists(self.path):
             return
@@ -72,6 +73,9 @@ class ImageFolder:
         if (self.path / FACTS_NAME).exists():
             require_writable(self.path / FACTS_NAME)
             require_writable(self.path / GRID_NAME)
+            for entry in os.scandir(self.path):
+                if self.has_name(entry.name) and not entry.is_file():
+                    require_writable(Path(entry))  # says what it is
             return
         known = {LOCK_NAME, partial_path(self.path / FACTS_NAME).name}
         if strangers := sorted({entry.name for entry in self.path.iterdir()} - known):

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -26,6 +25,7 @@ from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
+from ditas_export.temporary_files import temporary_folder
 
 
 def sha256_of_onnx(path: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> str:
@@ -96,6 +96,15 @@ def load_mapped(path: Path) -> ir.Model:
     return ir.from_proto(model)
 
 
+def bytes_of(path: Path) -> int:
+    """Return the size of an ONNX file with its data.
+
+    Raises:
+        OnnxExportError: see `external_files`.
+    """
+    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))
+
+
 @contextlib.contextmanager
 def plain_files(path: Path) -> Iterator[Path]:
     """Yield an ONNX file whose data are plain files beside it, as runtimes ask for.
@@ -104,14 +113,14 @@ def plain_files(path: Path) -> Iterator[Path]:
 
     Raises:
         OnnxExportError: see `external_files`.
-        OSError: the temporary folder cannot take a copy.
+        ArtifactError: the temporary folder cannot take a copy.
     """
     folder = path.parent.resolve()
     if all(folder in file.resolve().parents for file in external_files(path)):
         yield path
         return
-    with tempfile.TemporaryDirectory() as copies:
-        copy = Path(copies) / path.name
+    with temporary_folder(room=bytes_of(path)) as copies:
+        copy = copies / path.name
         ir.save(load_mapped(path), copy, external_data=f"{path.name}.data")
         yield copy
 

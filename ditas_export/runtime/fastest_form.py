@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Literal
 import onnx_ir as ir
 
 from ditas_export.onnx_export.export import read_form
-from ditas_export.onnx_export.external_data import load_mapped, plain_files
+from ditas_export.onnx_export.external_data import bytes_of, load_mapped, plain_files
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
 from ditas_export.options import Precision, Target
+from ditas_export.temporary_files import temporary_folder
 
 FASTEST: Literal["onnxruntime"] = "onnxruntime"
 """The target whose form ONNX Runtime and OpenVINO run fastest on CPUs (docs/performance.md)."""
@@ -48,7 +48,7 @@ def fastest_file(path: Path, *, as_is: bool) -> Iterator[Path]:
 
     Raises:
         OnnxExportError: see `load_fastest`.
-        OSError: the temporary folder cannot take it.
+        ArtifactError: the temporary folder cannot take it.
     """
     model = None if as_is else load_mapped(path)
     if model is None or not _has_faster_form(path, model):
@@ -56,8 +56,8 @@ def fastest_file(path: Path, *, as_is: bool) -> Iterator[Path]:
             yield plain
         return
     relower_model(model, FASTEST)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        written = Path(folder) / path.name
+    with temporary_folder(room=bytes_of(path)) as folder:
+        written = folder / path.name
         ir.save(model, written, external_data=f"{path.name}.data")
         yield written
 

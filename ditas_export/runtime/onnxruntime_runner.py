@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.expand import expand_chain
-from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.external_data import bytes_of, sha256_of_onnx
 from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.runtime.cache import Cache, Entry, Key
@@ -35,6 +35,7 @@ from ditas_export.runtime.tensorrt_providers import (
     builder_facts,
     provider_options,
 )
+from ditas_export.temporary_files import temporary_folder
 
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider", *CPU)
@@ -169,9 +170,10 @@ def matmul_kernels(path: Path, *, as_is: bool = True) -> dict[str, str]:
     Raises:
         RunnerError: ONNX Runtime is missing or refuses the file.
         OnnxExportError: external data that cannot be read.
+        ArtifactError: the temporary folder cannot take the optimized graph.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with temporary_folder(room=bytes_of(path)) as folder:
+        optimized = folder / "optimized.onnx"
         with fastest_file(path, as_is=as_is) as file:
             _optimize(file, optimized, {}, source=path)
         return _product_kernels(optimized)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.fastest_form import fastest_file
 from ditas_export.runtime.inputs import Feed
+from ditas_export.telemetry import import_openvino
 
 INSTALL = 'run: pip install "ditas-export[openvino]"'
 
@@ -209,6 +209,6 @@ def _float_products(model: Any) -> list[str]:
 def _openvino() -> ModuleType:
     """Import OpenVINO, or say how to install it."""
     try:
-        return importlib.import_module("openvino")
+        return import_openvino()
     except ImportError as error:
         raise RunnerError(f"openvino is not installed; {INSTALL}") from error
