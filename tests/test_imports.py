@@ -18,6 +18,8 @@ PACKAGE = Path(ditas_export.__file__).parent
 ORDER = (
     "errors",
     "figures",
+    "saved_records",
+    "text_files",
     "file_signs",
     "artifact_files",
     "job_files",

@@ -6,7 +6,6 @@ Tensors are mapped from the file.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Mapping
@@ -17,8 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ditas_export import text_files
 from ditas_export.dit.pickles import PickleContent, read_legacy_pickle, read_zip_pickle
 from ditas_export.errors import CheckpointError
+from ditas_export.text_files import TextError
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
@@ -173,9 +174,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, no JSON, or no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable JSON file: {error}") from error
+        content = text_files.read_json(path)
+    except (OSError, TextError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} is no readable JSON file: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -31,6 +32,8 @@ from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleto
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Precision, Target
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.saved_records import from_record
+from ditas_export.text_files import TextError, parse_json
 
 CONFIG_KEY = "ditas_export.config"
 IDENTITY_KEY = "ditas_export.identity"
@@ -241,6 +244,14 @@ def _order_initializers(graph: ir.Graph) -> None:
     graph.initializers.update(ordered)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RecordedIdentity:
+    """An identity as a file states it, beside the configuration."""
+
+    tensors_sha256: str
+    fingerprint: str
+
+
 def read_config(path: Path) -> DiTConfig:
     """Return what the model in a file that this package wrote computes beside its tensors.
 
@@ -265,10 +276,10 @@ def read_identity(path: Path) -> ModelIdentity | None:
 
 def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     """Return a file's configuration, and the identity that holds it where one is recorded."""
-    text = _metadata_entry(path, CONFIG_KEY)
+    text = metadata_entry(path, CONFIG_KEY)
     try:
-        config = DiTConfig.from_dict(json.loads(text))
-    except (ValueError, CheckpointError) as error:
+        config = DiTConfig.from_dict(parse_json(text))
+    except (TextError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
@@ -276,12 +287,12 @@ def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     if not text:
         return config, None
     try:
-        recorded = json.loads(text)
-        identity = ModelIdentity(tensors_sha256=recorded["tensors_sha256"], config=config)
-        if identity.fingerprint == recorded["fingerprint"]:
+        recorded = from_record(_RecordedIdentity, parse_json(text))
+        identity = ModelIdentity(tensors_sha256=recorded.tensors_sha256, config=config)
+        if identity.fingerprint == recorded.fingerprint:
             return config, identity
         reason = "its fingerprint is not that of its configuration and tensors"
-    except (ValueError, TypeError, KeyError, CheckpointError) as error:
+    except (TextError, CheckpointError) as error:
         reason = str(error)
     raise OnnxExportError(
         f"{path} has a damaged record of its model ({reason}); export it again with ditas-export"
@@ -294,10 +305,10 @@ def read_form(path: Path) -> FileForm:
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
-    text = _metadata_entry(path, FORM_KEY)
+    text = metadata_entry(path, FORM_KEY)
     try:
-        return FileForm.from_dict(json.loads(text))
-    except (ValueError, OnnxExportError) as error:
+        return FileForm.from_dict(parse_json(text))
+    except (TextError, OnnxExportError) as error:
         raise OnnxExportError(
             f"{path} has a damaged record of its form ({error}); export it with ditas-export"
         ) from error
@@ -323,7 +334,7 @@ def _form_or_none(path: Path) -> FileForm | None:
         return None
 
 
-def _metadata_entry(path: Path, key: str) -> str:
+def metadata_entry(path: Path, key: str) -> str:
     """Return one entry of a file's metadata, or say why it has none."""
     found = file_metadata(path)
     if key not in found:
