@@ -209,7 +209,7 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("- a\n", "expected option: value lines"),
         ("a: [\n", "is no YAML"),
         ("walk-tokens: 40k\n", "walk_tokens='40k'; expected a whole number"),
-        ("w: four\n", "w='four'; give a number"),
+        ("w: four\n", "w='four'; expected a whole number"),
         ("fast: maybe\n", "fast='maybe'; choose one of False, True"),
         ("cfg-scale: none\n", "cfg-scale='none'; give a number"),
         ("cfg-scale: true\n", "cfg-scale=True; give a number"),

@@ -108,7 +108,7 @@ def test_an_overflow_is_named(tmp_path: Path) -> None:
         (["--images", "0"], "images=0; expected a whole number, 1 to"),
         (["--cfg-scale", "nan"], "expected a finite number"),
         (["--cfg-scale", "0.5"], "cfg_scale=0.5: guidance starts at 1, which means none; use 1"),
-        (["--threshold-db", "nan"], "give a number of decibels"),
+        (["--threshold-db", "nan"], "threshold_db=nan; expected a finite number"),
         (["--json", "/no/such/folder/a.json"], "/no/such/folder does not exist"),
         (["--gen-inputs", "/no/such/folder/a.json"], "/no/such/folder does not exist"),
     ],

@@ -24,6 +24,7 @@ from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
 from ditas_export.onnx_export.form import FileForm, Layout
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
+from ditas_export.onnx_export.interface import why_unlike
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
 from ditas_export.onnx_export.manifest import bytes_by_part
@@ -258,7 +259,8 @@ def read_config(path: Path) -> DiTConfig:
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
 
     Raises:
-        OnnxExportError: no ONNX file, one of another origin, or a damaged record.
+        OnnxExportError: no ONNX file, one of another origin, a damaged record, or a graph of
+            another model than is recorded.
     """
     config, _ = _read_model(path)
     return config
@@ -283,6 +285,10 @@ def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
+    if reason := why_unlike(_model_by_reference(path).graph, config):
+        raise OnnxExportError(
+            f"{path} holds another model than its record says: {reason}; export it again"
+        )
     text = file_metadata(path).get(IDENTITY_KEY, "")
     if not text:
         return config, None
@@ -365,12 +371,16 @@ def file_metadata(path: Path) -> dict[str, str]:
     Raises:
         OnnxExportError: no readable ONNX file.
     """
+    return {entry.key: entry.value for entry in _model_by_reference(path).metadata_props}
+
+
+def _model_by_reference(path: Path) -> onnx.ModelProto:
+    """Return an ONNX file's model without the bytes of its tensors, or say what the file is."""
     try:
-        model = load_by_reference(path)
+        return load_by_reference(path)
     except Exception as error:  # protobuf's DecodeError has no stable home
         reason = why_unreadable(path, error)
         raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _float_type(dtype: torch.dtype) -> Precision:
