@@ -40,7 +40,11 @@ _OTHER_KINDS = {
 }
 """First bytes of what is often taken for a checkpoint."""
 
+MOST_TENSORS = 200_000
+"""Tensors of a file; a training checkpoint of a thousand blocks has fewer."""
+
 _LONGEST_NAME = 200
+_MOST_SHARDS = 10_000
 _TAR_PLACE = slice(257, 262)
 
 
@@ -133,6 +137,7 @@ def _read_safetensors(path: Path) -> TensorFile:
     """Map a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
+            _require_few(path, len(file.keys()))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(content=tensors, metadata=file.metadata() or {})
     except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
@@ -142,8 +147,17 @@ def _read_safetensors(path: Path) -> TensorFile:
         ) from error
 
 
+def _require_few(path: Path, count: int) -> None:
+    """Refuse a file of more tensors than any checkpoint has."""
+    if count > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path} has {count:,} tensors, expected {MOST_TENSORS:,} at most; get it again"
+        )
+
+
 def _of_pickle(path: Path, read: PickleContent) -> TensorFile:
-    """Refuse a pickle that holds no tensors by name."""
+    """Refuse a pickle that holds no tensors by name, or too many."""
+    _require_few(path, read.tensors)
     if isinstance(read.content, dict):
         return TensorFile(content=read.content, not_made=read.not_made)
     kind = getattr(read.content, "name", None) or type(read.content).__name__
@@ -161,6 +175,10 @@ def _read_shards(path: Path) -> TensorFile:
     if odd := [name for name in names.values() if not isinstance(name, str)]:
         raise CheckpointError(f"{path} lists {str(odd[0])[:40]!r} as a shard; expected file names")
     tensors: dict[str, Tensor] = {}
+    if len(set(names.values())) > _MOST_SHARDS:
+        raise CheckpointError(
+            f"{path} lists {len(set(names.values())):,} shards, expected {_MOST_SHARDS:,} at most"
+        )
     for name in sorted(set(names.values())):
         shard = path.parent / Path(name).name
         tensors.update(_read_weights(shard, _head(shard)).content)
