@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ditas_export.errors import ArtifactError
 from ditas_export.file_signs import why_unreadable
+from ditas_export.text_files import parse_json
 
 if sys.platform != "win32":
     import fcntl
@@ -307,14 +308,15 @@ def load_tensors(
                     else f"{path} is a safetensors file, but no {file_format}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads(metadata[found])
+            header = parse_json(metadata[found])
             if not isinstance(header, dict):
                 raise ArtifactError(f"{path} is damaged: its header is no JSON object")
+            recorded = header.pop(_CONTENT, None)  # earlier versions wrote none
+            content = None if recorded is None else _content_sha256(tensors, header)
     except (OSError, SafetensorError, ValueError) as error:
         reason = why_unreadable(path, error)
         raise ArtifactError(f"{path} is no readable {file_format} file: {reason}") from error
-    recorded = header.pop(_CONTENT, None)  # earlier versions wrote none
-    if recorded is not None and recorded != _content_sha256(tensors, header):
+    if recorded != content:
         raise ArtifactError(f"{path} is damaged: it holds something else than was written")
     return tensors, header
 

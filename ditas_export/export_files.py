@@ -34,6 +34,7 @@ from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.options import PREFERENCES, ExportOptions
 from ditas_export.runtime.fastest_form import FASTEST, is_rewritten
+from ditas_export.text_files import read_json
 from ditas_export.vae.export import export_vae_decoder
 
 
@@ -132,7 +133,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
         seconds = job.timings.seconds.items()
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
         write_manifest(kept_manifest, manifest)
-    manifest = json.loads(kept_manifest.read_text(encoding="utf-8"))
+    manifest = read_json(kept_manifest)
     _install(folder / manifest["file"]["name"], options.output.parent, manifest)
     if verification.matches is False:
         job.work.remove("written")
@@ -143,7 +144,7 @@ def _forget_what_is_gone(options: ExportOptions, candidate: Path, kept_manifest:
     """Remove a kept manifest whose file is neither beside it nor installed: written anew."""
     if not kept_manifest.exists():
         return
-    manifest = json.loads(kept_manifest.read_text(encoding="utf-8"))
+    manifest = read_json(kept_manifest)
     name, recorded = manifest["file"]["name"], manifest["file"]["sha256"]
     installed = options.output.with_name(name)
     if candidate.with_name(name).exists():
@@ -170,7 +171,7 @@ def _write_companions(job: ExportJob, folder: Path) -> None:
 def _once(marker: Path, path: Path, write: Callable[[], None]) -> None:
     """Write an ONNX file unless `marker` says that this job has, and it is still there."""
     if marker.exists() and path.exists():
-        recorded = json.loads(marker.read_text(encoding="utf-8"))
+        recorded = read_json(marker)
         if recorded == [str(path.absolute()), sha256_of_onnx(path)]:
             return
     write()

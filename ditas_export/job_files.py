@@ -9,7 +9,6 @@ done; nothing else is ever deleted.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ditas_export.artifact_files import partial_path, require_writable, sole_process
 from ditas_export.errors import ArtifactError
+from ditas_export.text_files import read_json
 
 Kind = Callable[[Path], bool]
 """Whether a file is of one kind and made by this package, by its content."""
@@ -247,7 +247,7 @@ def json_kind(file_format: str) -> Kind:
 
     def is_ours(path: Path) -> bool:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError):
             return False
         return isinstance(found, dict) and str(found.get("format")).startswith(f"{file_format} ")

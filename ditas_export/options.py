@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ditas_export.errors import OnnxExportError
+from ditas_export.saved_records import Within, check_fields
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -67,25 +67,13 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What is taken where an option is not given, and no states or artefact decide it."""
 
-CHOICES: dict[str, tuple[object, ...]] = {
-    "device": ("auto", "cpu", "cuda"),
-    "fast": (False, True),
-    "no_null_class": (False, True),
-    "ranges": (None, "token", "static"),
-    "layout": (None, "int4", "int8"),
-    "precision": (None, "fp32", "fp16", "bf16"),
-    "target": tuple(PREFERENCES),
-    "adaln": (None, 16, 8, 4),
-}
-"""Options that take one of a few values; None leaves the choice to model, artefact or target."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointHints:
     """What a caller knows of a checkpoint that does not say it itself; the fields are options."""
 
-    num_heads: int | None = None
-    num_classes: int | None = None  # the null row not counted
+    num_heads: Annotated[int, Within(1, 65_536)] | None = None
+    num_classes: Annotated[int, Within(0, 10_000_000)] | None = None  # the null row not counted
     no_null_class: bool = False  # every row of the label table is a class
     betas: str | None = None  # NAME[,START,END[,STEPS]]
 
@@ -111,35 +99,35 @@ class ExportOptions:
 
     output: Path
     model: str = "digits"
-    num_heads: int | None = None
-    num_classes: int | None = None
+    num_heads: Annotated[int, Within(1, 65_536)] | None = None
+    num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
     classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    w: int | None = None
-    a: int | None = None
+    w: Annotated[int, Within(1, 64)] | None = None
+    a: Annotated[int, Within(1, 64)] | None = None
     method: str | None = None
-    rank: int | None = None
-    block_size: int | None = None
-    alpha_grid: tuple[float, ...] | None = None
-    walk_tokens: int | None = None
+    rank: Annotated[int, Within(0, 65_536)] | None = None
+    block_size: Annotated[int, Within(1, 65_536)] | None = None
+    alpha_grid: tuple[Annotated[float, Within(0, 1)], ...] | None = None
+    walk_tokens: Annotated[int, Within(1, 2**40)] | None = None
     fast: bool = False
     ranges: Literal["token", "static"] | None = None
     layout: Literal["int4", "int8"] | None = None
     precision: Precision | None = None
     target: Target = "portable"
     adaln: Literal[16, 8, 4] | None = None
-    steps: int | None = None
+    steps: Annotated[int, Within(2, 100_000)] | None = None
     cfg_scale: float | None = None
-    samples: int | None = None
-    seed: int | None = None
+    samples: Annotated[int, Within(1, 2**40)] | None = None
+    seed: Annotated[int, Within(0, LARGEST_SEED)] | None = None
     save_calibration: Path | None = None
     calibration: Path | None = None
     save_artifact: Path | None = None
     artifact: Path | None = None
     reference: Path | None = None
-    min_db: float | None = None
+    min_db: Annotated[float, Within(-1e6, 1e6)] | None = None
     vae: str | None = None
 
     def __post_init__(self) -> None:
@@ -149,15 +137,7 @@ class ExportOptions:
             OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, ranges of float
                 activations, or a bf16 file for onnxruntime.
         """
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                known = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise OnnxExportError(f"{name}={value!r}; choose one of {known}")
-        if self.min_db is not None and not math.isfinite(self.min_db):
-            raise OnnxExportError(f"min_db={self.min_db}; give a number of decibels, such as 30")
-        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
-            raise OnnxExportError(f"seed={self.seed}; pick 0 to {LARGEST_SEED}")
+        check_fields(self, OnnxExportError)
         if self.w == 8 and self.layout == "int4" and self.artifact is None:
             raise OnnxExportError("8-bit weights have no int4 layout; use --layout int8")
         if self.w == 8 and self.block_size is not None:

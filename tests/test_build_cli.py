@@ -320,11 +320,11 @@ def test_the_command_line_wins_over_the_profile(tmp_path: Path) -> None:
     [
         (["--batch", "1,2"], "batch='1,2'; give smallest, usual and largest"),
         (["--batch", "2,1,8"], "batch sizes 2, 1, 8"),
-        (["--opt-level", "6"], "opt-level=6; give 0 to 5"),
-        (["--workspace", "0"], "workspace=0 GiB"),
+        (["--opt-level", "6"], "opt_level=6; expected a whole number, 0 to 5"),
+        (["--workspace", "0"], "workspace=0.0; expected a number, 0.001 to 65536"),
         (["--compute-capability", "ada"], "compute-capability='ada'; give numbers"),
         (["--backend", "onnx"], "backend='onnx'; choose one of tensorrt, rtx, auto"),
-        (["--layout", "fp16"], "layout='fp16'; choose one of int4, int8"),
+        (["--layout", "fp16"], "layout='fp16'; expected one of int4, int8"),
         (["--profile", "nowhere"], "no profile 'nowhere': give a YAML file, or one of digits"),
         (["--backend", "rtx", "--timing-cache", "t"], "TensorRT for RTX has no --timing-cache"),
         (["--backend", "tensorrt", "--compute-capability", "8.9"], "it builds for the GPU at hand"),
@@ -357,8 +357,8 @@ def test_int8_rows_do_not_turn_back() -> None:
     [
         ("rtx", "expected option: value lines"),
         ("a: [", "is no YAML"),
-        ("opt-level: high", "opt-level='high'; give 0 to 5"),
-        ("refit: maybe", "refit='maybe'; give true or false"),
+        ("opt-level: high", "opt_level='high'; expected a whole number, 0 to 5"),
+        ("refit: maybe", "refit='maybe'; expected true or false"),
         ("precision: fp16", "unknown options"),
     ],
 )

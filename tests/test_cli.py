@@ -109,7 +109,7 @@ def test_a_guidance_scale_that_means_nothing_is_refused_before_sampling(
     words = ["--recipe", recipe] if in_recipe else ["--cfg-scale", scale]
     code, _, err = run("--model", checkpoint, *QUICK, *words, tmp_path / "out.onnx")
     assert code == 2
-    expected = "is not a finite number" if scale == "nan" else "guidance starts at 1, which means"
+    expected = "expected a finite number" if scale == "nan" else "guidance starts at 1, which means"
     assert f"cfg_scale={scale}" in err
     assert expected in err
     assert list(tmp_path.iterdir()) == [recipe]
@@ -165,14 +165,14 @@ def test_bad_models_are_one_line_and_exit_code_2(
     ("arguments", "message"),
     [
         (["--recipe", "no-such"], "no recipe 'no-such': give a YAML file, or one of"),
-        (["--rank", "many"], "rank='many'; give auto"),
-        (["--alpha-grid", "a,b"], "give numbers"),
+        (["--rank", "many"], "rank='many'; expected a whole number"),
+        (["--alpha-grid", "a,b"], "expected a number, 0 to 1"),
         (["--method", "best"], "no method 'best'"),
         (["--w", "5"], "weight bits are 4 or 8, not 5"),
         (["--layout", "int5"], "layout"),
         (["--ranges", "row"], "ranges"),
         (["--precision", "fp8"], "precision"),
-        (["--target", "gpu"], "target='gpu'; choose one of portable, onnxruntime, tensorrt"),
+        (["--target", "gpu"], "target='gpu'; expected one of portable, onnxruntime, tensorrt"),
         (["--adaln", "2"], "adaln"),
         (["--device", "tpu"], "device"),
     ],
@@ -208,8 +208,8 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("bits: 4\n", r"unknown options ['bits']"),
         ("- a\n", "expected option: value lines"),
         ("a: [\n", "is no YAML"),
-        ("walk-tokens: 40k\n", "walk-tokens='40k'; give a number"),
-        ("w: four\n", "w='four'; give a number"),
+        ("walk-tokens: 40k\n", "walk_tokens='40k'; expected a whole number"),
+        ("w: four\n", "w='four'; expected a whole number"),
         ("fast: maybe\n", "fast='maybe'; choose one of False, True"),
         ("cfg-scale: none\n", "cfg-scale='none'; give a number"),
         ("cfg-scale: true\n", "cfg-scale=True; give a number"),

@@ -19,6 +19,8 @@ ORDER = (
     "telemetry",
     "errors",
     "figures",
+    "saved_records",
+    "text_files",
     "temporary_files",
     "file_signs",
     "artifact_files",

@@ -110,7 +110,7 @@ def test_wide_low_rank_codes_are_refused(tmp_path: Path, part: str) -> None:
     name = f"blocks.1.mlp.fc1.low_rank.{part}"
     tensors[name] = tensors[name].to(torch.int16)
     save_tensors(tmp_path / "wide", tensors, file_format=ARTIFACT_FORMAT, header=header)
-    with pytest.raises(DitasExportError, match=rf"{part} are torch\.int16, not torch\.int8"):
+    with pytest.raises(DitasExportError, match=rf"1 of another element type .{name}"):
         QuantizedDiT.load(tmp_path / "wide")
 
 
@@ -120,7 +120,7 @@ def test_missing_modulation_is_named(tmp_path: Path) -> None:
     name = f"{adaln_names(2)[-1]}.codes"
     del tensors[name]
     save_tensors(tmp_path / "cut", tensors, file_format=ARTIFACT_FORMAT, header=header)
-    with pytest.raises(ArtifactError, match=f"damaged: KeyError.*{name}"):
+    with pytest.raises(ArtifactError, match=f"damaged: 1 missing .{name}"):
         QuantizedDiT.load(tmp_path / "cut")
 
 
@@ -164,9 +164,7 @@ def test_sites_and_bits_are_checked() -> None:
         replace(quantized, activation_bits=4)
 
 
-@pytest.mark.parametrize(
-    ("rank", "message"), [(0, "tensors of no use"), (7, "has rank 4, said to be 7")]
-)
+@pytest.mark.parametrize(("rank", "message"), [(0, "3 unexpected"), (7, "3 misshapen")])
 def test_a_branch_of_another_rank_than_is_said(tmp_path: Path, rank: int, message: str) -> None:
     quantized_tiny_dit(tiny_dit()).save(tmp_path / "model")
     tensors, header = load_tensors(tmp_path / "model", file_format=ARTIFACT_FORMAT)

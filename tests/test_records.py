@@ -392,7 +392,7 @@ def test_steps_of_a_thousand_are_not_rescaled(train: Callable[..., Path]) -> Non
         ({"beta_start": "x"}, "args.beta_start='x'; expected a number"),
         (
             {"beta_end": 2.0},
-            "train.pt: betas from 0.0001 to 2.0; expected 0 < beta_start <= beta_end < 1; correct "
+            "train.pt: beta_end=2.0; expected a number, more than 0, and 1 at most; correct "
             "args.beta_end",
         ),
         ({"beta_end": float("nan")}, "train.pt: args.beta_end=nan; expected a finite number"),
@@ -406,12 +406,13 @@ def test_steps_of_a_thousand_are_not_rescaled(train: Callable[..., Path]) -> Non
         ),
         (
             {"layer_norm_eps": -1.0},
-            "train.pt: layer_norm_eps='-1.0'; expected a positive number; correct "
+            "train.pt: layer_norm_eps=-1.0; expected a number, more than 0, and 1 at most; correct "
             "args.layer_norm_eps",
         ),
         (
             {"vae": {"scaling_factor": 0.0}},
-            "train.pt: args.vae: scaling_factor=0.0; expected more than 0; correct the record",
+            "train.pt: args.vae: scaling_factor=0.0; expected a number, more than 0, and 1e+06 at "
+            "most; correct the record",
         ),
         ({"diffusion_steps": 1}, "args.diffusion_steps=1; expected a whole number of 2 or more"),
     ],
@@ -922,7 +923,9 @@ def test_the_factors_of_a_pipeline_s_vae(
     assert alone.model.config.process.vae == factors
     assert alone.vae == str(pipeline)
     edit_json(pipeline / "vae" / "config.json", scaling_factor="x")
-    assert "vae/config.json: scaling_factor='x'; expected a finite number" in refusal(pipeline)
+    assert "vae/config.json: scaling_factor='x'; expected a number, more than 0" in refusal(
+        pipeline
+    )
 
 
 def test_statistics_of_a_vae_are_said(pipeline: Path) -> None:

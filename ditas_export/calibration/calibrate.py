@@ -19,6 +19,7 @@ from ditas_export.artifact_files import (
     save_tensors,
     sha256_of_tensors,
 )
+from ditas_export.calibration.artifact_header import LinearFacts, wanted_of_linear
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
 from ditas_export.calibration.quantized_dit import (
@@ -35,12 +36,14 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.calibration.walk import WalkStates, rank_batches, walk
 from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.dit.fitting import Wanted, require_fits
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import block_sites, in_features, linear_sites, out_features
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.options import WALK_TOKENS
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.saved_records import from_record
 from ditas_export.timings import Timings
 
 BLOCK_FORMAT = "ditas-export solved block 1"
@@ -314,6 +317,26 @@ def _write_block(
     save_tensors(_block_file(folder, block), tensors, file_format=BLOCK_FORMAT, header=header)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BlockHeader:
+    """What the header of a block says."""
+
+    key: str
+    linears: Mapping[str, LinearFacts]
+
+
+def _wanted_of_block(linears: Mapping[str, LinearFacts], block: int) -> dict[str, Wanted]:
+    """Return what a file of a block must hold; ArtifactError where it is of another one."""
+    names = [site.name for site in block_sites(block)]
+    if sorted(names) != sorted(linears):
+        raise ArtifactError(f"it is not of block {block}")
+    return {
+        f"{name}.{part}": each
+        for name in names
+        for part, each in wanted_of_linear(linears[name]).items()
+    }
+
+
 def _read_blocks(folder: Path | None, key: str, depth: int) -> dict[str, QuantizedLinear]:
     """Return the linears of the first blocks that an interrupted run with the same key solved."""
     known: dict[str, QuantizedLinear] = {}
@@ -321,10 +344,12 @@ def _read_blocks(folder: Path | None, key: str, depth: int) -> dict[str, Quantiz
         assert folder is not None  # or there is no block to look for
         try:
             tensors, header = load_tensors(_block_file(folder, block), file_format=BLOCK_FORMAT)
+            stated = from_record(_BlockHeader, header, error=ArtifactError)
+            require_fits(tensors, _wanted_of_block(stated.linears, block), error=ArtifactError)
         except ArtifactError:
             return known  # none, not ours, or damaged: it is written anew
-        if header["key"] != key:
+        if stated.key != key:
             return known
         for site in block_sites(block):
-            known[site.name] = linear_from_parts(site.name, tensors, header["linears"][site.name])
+            known[site.name] = linear_from_parts(site.name, tensors, stated.linears[site.name])
     return known

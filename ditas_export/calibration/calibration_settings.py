@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from ditas_export.diffusion.guidance import blends, require_guidance
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import checked_fields
 from ditas_export.errors import CalibrationError, RunnerError
 from ditas_export.options import LARGEST_SEED
+from ditas_export.saved_records import Within, check_fields, from_record
 
 SamplingPrecision = Literal["fp32", "bf16"]
 """Float types that the model may sample in."""
@@ -19,43 +19,26 @@ SamplingPrecision = Literal["fp32", "bf16"]
 class CalibrationSettings:
     """How the float model samples for calibration; the defaults are the paper's."""
 
-    steps: int = 50
-    cfg_scale: float = 1.5
-    classes: tuple[int, ...] = ()  # one per sample
-    seed: int = 0
+    steps: Annotated[int, Within(2, 100_000)] = 50
+    cfg_scale: Annotated[float, Within(0, 1e6)] = 1.5
+    classes: tuple[Annotated[int, Within(0, 10_000_000)], ...] = ()  # one per sample
+    seed: Annotated[int, Within(0, LARGEST_SEED)] = 0
     precision: SamplingPrecision = "fp32"  # of the model; the sampler's own arithmetic is float32
 
     def __post_init__(self) -> None:
         """Refuse settings that no sampler can follow."""
-        numbers = (self.steps, self.seed, *self.classes)
-        if any(isinstance(value, bool) or not isinstance(value, int) for value in numbers):
-            raise CalibrationError("steps, seed and classes of a calibration are whole numbers")
-        if isinstance(self.cfg_scale, bool) or not isinstance(self.cfg_scale, int | float):
-            raise CalibrationError(f"cfg_scale={self.cfg_scale!r}; expected a number")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise CalibrationError(f"seed={self.seed}; pick 0 to {LARGEST_SEED}")
-        if self.steps < 2:
-            raise CalibrationError(f"steps={self.steps}; pick 2 or more")
+        check_fields(self, CalibrationError)
         if not self.classes:
             raise CalibrationError("calibration needs at least one sample")
-        if not self.cfg_scale >= 0:
-            raise CalibrationError(f"cfg_scale={self.cfg_scale} is negative or no number")
-        if self.precision not in get_args(SamplingPrecision):
-            known = ", ".join(get_args(SamplingPrecision))
-            raise CalibrationError(f"precision={self.precision!r} of sampling; pick one of {known}")
 
     @classmethod
     def from_dict(cls, values: object) -> CalibrationSettings:
         """Return the settings that `to_dict` gave.
 
         Raises:
-            CheckpointError: no mapping, or an unknown name.
-            CalibrationError: a value that no sampler can follow.
+            CalibrationError: no mapping, an unknown name, or a value that no sampler can follow.
         """
-        fields = checked_fields(cls, values)
-        if isinstance(fields.get("classes"), list):
-            fields["classes"] = tuple(fields["classes"])
-        return cls(**fields)
+        return from_record(cls, values, error=CalibrationError)
 
     def require_model(self, config: DiTConfig) -> None:
         """Refuse guidance or classes that a model cannot follow.

@@ -8,7 +8,7 @@ so are the modulation weights, as floats or as the integers nearest to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import differences, json_number, load_tensors, save_tensors
+from ditas_export.calibration.artifact_header import (
+    FLOAT_PREFIX,
+    ArtifactHeader,
+    LinearFacts,
+    artifact_header,
+    wanted_tensors,
+)
 from ditas_export.calibration.calibration_settings import CalibrationSettings
+from ditas_export.dit.fitting import require_fits
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import (
@@ -32,7 +40,6 @@ from ditas_export.errors import (
     ArtifactError,
     CalibrationError,
     CheckpointError,
-    DitasExportError,
     OtherModelError,
     QuantizationError,
 )
@@ -182,7 +189,9 @@ class QuantizedDiT:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, 4-bit codes packed two a byte; bit-exact on loading."""
-        tensors = {f"float.{name}": tensor for name, tensor in self.float_parameters.items()}
+        tensors = {
+            f"{FLOAT_PREFIX}{name}": tensor for name, tensor in self.float_parameters.items()
+        }
         linears: dict[str, Any] = {}
         for name, linear in self.linears.items():
             parts, facts = linear_to_parts(linear)
@@ -219,76 +228,57 @@ class QuantizedDiT:
         """
         tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT, earlier=EARLIER_FORMAT)
         try:
-            identity = _identity(path, header, model)
-            linears = {
-                site.name: linear_from_parts(site.name, tensors, header["linears"][site.name])
-                for site in linear_sites(identity.config.depth)
-            }
-            _require_no_strays(tensors, header, linears, adaln_names(identity.config.depth))
-            prefix = "float."
+            stated = artifact_header(header)
+            identity = _identity(path, stated, model)
+            wanted = wanted_tensors(identity.config, stated.linears, stated.adaln_bits)
+            kept = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PROOF)}
+            require_fits(tensors, wanted, error=ArtifactError)
             return cls(
                 identity=identity,
                 float_parameters={
-                    name.removeprefix(prefix): tensor
+                    name.removeprefix(FLOAT_PREFIX): tensor
                     for name, tensor in tensors.items()
-                    if name.startswith(prefix)
+                    if name.startswith(FLOAT_PREFIX)
                 },
-                linears=linears,
-                activation_bits=header["activation_bits"],
-                adaln=_adaln_from_parts(tensors, identity.config, header.get("adaln_bits", 16)),
-                settings=dict(header["settings"]),
-                provenance=dict(header["provenance"]),
-                proofs=_proofs(tensors, header.get("proofs", {})),
+                linears={
+                    site.name: linear_from_parts(site.name, tensors, stated.linears[site.name])
+                    for site in linear_sites(identity.config.depth)
+                },
+                activation_bits=stated.activation_bits,
+                adaln=_adaln_from_parts(tensors, identity.config, stated.adaln_bits),
+                settings=stated.settings,
+                provenance=stated.provenance,
+                proofs=_proofs(kept, stated.proofs),
             )
         except OtherModelError:
             raise
-        except _DAMAGED as error:
-            raise ArtifactError(f"{path} is damaged: {_reason(error)}; calibrate again") from error
+        except (ArtifactError, CheckpointError, QuantizationError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}; calibrate again") from error
 
 
-_DAMAGED = (
-    ArtifactError,
-    CheckpointError,
-    QuantizationError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RuntimeError,
-)
-"""What reading parts of another form raises."""
-
-
-def _reason(error: Exception) -> str:
-    """Return why a file could not be read."""
-    if isinstance(error, DitasExportError):
-        return str(error)
-    return f"{type(error).__name__} {str(error)[:80]}"
-
-
-def _identity(path: Path, header: Mapping[str, Any], model: ModelIdentity | None) -> ModelIdentity:
+def _identity(path: Path, stated: ArtifactHeader, model: ModelIdentity | None) -> ModelIdentity:
     """Return whose artefact this is, refusing that of another model."""
     remedy = "Pass its own model with --model"
-    if "identity" in header:
-        identity = ModelIdentity.from_dict(header["identity"])
+    if stated.identity is not None:
         if model is not None:
-            identity.require_same(model, what=str(path), remedy=remedy)
-        return identity
+            stated.identity.require_same(model, what=str(path), remedy=remedy)
+        return stated.identity
     if model is None:
         raise OtherModelError(
             f"{path} is of an earlier format, which does not record all of its model; export it "
             f"with --model and --save-artifact, which writes it anew"
         )
+    earlier = stated.config or {}
     recorded = {
-        "tensors_sha256": header["provenance"]["checkpoint_sha256"],
-        "config": header["config"],
+        "tensors_sha256": stated.provenance.get("checkpoint_sha256"),
+        "config": dict(earlier),
     }
     config = model.config.to_dict()
-    stated = {
+    known = {
         "tensors_sha256": model.tensors_sha256,
-        "config": {name: config[name] for name in header["config"]},
+        "config": {name: config.get(name) for name in earlier},
     }
-    if odd := differences(recorded, stated):
+    if odd := differences(recorded, known):
         raise OtherModelError(f"{path} was made from another model: {'; '.join(odd)}. {remedy}")
     return model
 
@@ -342,34 +332,16 @@ def _are_numbers(values: Any) -> bool:
     )
 
 
-def _require_no_strays(
-    tensors: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    linears: Mapping[str, QuantizedLinear],
-    adaln: Sequence[str],
-) -> None:
-    """Refuse tensors that nothing reads: a branch whose linear says that it has none, say."""
-    known = {
-        f"{name}.{part}" for name, each in linears.items() for part in linear_to_parts(each)[0]
-    }
-    if header.get("adaln_bits", 16) != 16:
-        known |= {f"{name}.{part}" for name in adaln for part in ("codes", "scale")}
-    strays = [
-        name for name in tensors if not name.startswith(("float.", PROOF)) and name not in known
-    ]
-    if strays:
-        raise ArtifactError(f"it holds tensors of no use: {abbreviated(sorted(strays))}")
-
-
-def _proofs(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Part]:
+def _proofs(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Part]:
     """Rebuild what verification sampled; whoever takes a part checks its shapes."""
     proofs: dict[str, dict[str, Tensor]] = {name: {} for name in facts}
     for path, tensor in tensors.items():
-        if path.startswith(PROOF):
-            name, _, key = path.removeprefix(PROOF).rpartition("/")
-            if name not in proofs:
-                raise ArtifactError(f"it holds tensors of no use: {abbreviated([path])}")
-            proofs[name][key] = tensor
+        name, _, key = path.removeprefix(PROOF).rpartition("/")
+        if name not in proofs:
+            raise ArtifactError(f"it holds tensors of no use: {abbreviated([path])}")
+        proofs[name][key] = tensor
     return {name: Part(tensors=found, facts=dict(facts[name])) for name, found in proofs.items()}
 
 
@@ -399,36 +371,32 @@ def linear_to_parts(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[st
 
 
 def linear_from_parts(
-    name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    name: str, tensors: Mapping[str, Tensor], facts: LinearFacts
 ) -> QuantizedLinear:
-    """Rebuild the linear `name` from a file's tensors and facts."""
+    """Rebuild the linear `name` from tensors that fit its facts; see `wanted_of_linear`."""
     codes = tensors[f"{name}.codes"]
-    if facts["bits"] == 4:
-        codes = unpack_int4(codes, tuple(facts["shape"]))
-    elif list(codes.shape) != facts["shape"]:
-        raise ArtifactError(f"{name} has codes {tuple(codes.shape)}, said to be {facts['shape']}")
+    if facts.bits == 4:
+        codes = unpack_int4(codes, (facts.shape[0], facts.shape[1]))
     low_rank = None
-    if facts["rank"]:
+    if facts.rank:
         low_rank = LowRank(
             left_codes=tensors[f"{name}.low_rank.left_codes"],
             right_codes=tensors[f"{name}.low_rank.right_codes"],
             divisor=tensors[f"{name}.low_rank.divisor"],
         )
-        if low_rank.rank != facts["rank"]:
-            raise ArtifactError(f"{name} has rank {low_rank.rank}, said to be {facts['rank']}")
     return QuantizedLinear(
         weight=IntegerWeight(
             codes=codes,
             multipliers=tensors[f"{name}.multipliers"],
             row_scale=tensors[f"{name}.row_scale"],
-            bits=facts["bits"],
+            bits=facts.bits,
         ),
         low_rank=low_rank,
         bias=tensors[f"{name}.bias"],
         smoothing_scale=tensors[f"{name}.smoothing_scale"],
-        alpha=facts["alpha"],
+        alpha=facts.alpha,
         step_ranges=tensors[f"{name}.step_ranges"],
-        output_snr_db=float(facts["output_snr_db"]),
+        output_snr_db=float(facts.output_snr_db),
     )
 
 

@@ -23,13 +23,15 @@ from ditas_export.calibration.walk import WalkStates
 from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.sampling import Step, make_scheduler, trajectory
 from ditas_export.distributed import SINGLE, Ranks
+from ditas_export.dit.fitting import Wanted, require_fits
 from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiT
+from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
-from ditas_export.errors import ArtifactError, CalibrationError, CheckpointError, NonFiniteError
+from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.runtime.torch_runner import TorchRunner
+from ditas_export.saved_records import from_record
 
 STATES_KIND = "ditas-export calibration states"
 STATES_FORMAT = f"{STATES_KIND} 2"
@@ -66,7 +68,7 @@ class CalibrationStates:
         if odd := sorted(sites.keys() ^ self.input_maxima.keys()):
             raise ArtifactError(
                 f"calibration states: maxima of {abbreviated(odd)} are missing or of no linear of "
-                f"this model; calibrate again"
+                f"this model"
             )
         for name, width in sites.items():
             shapes[f"maxima of {name}"] = (self.input_maxima[name], (steps, width))
@@ -75,7 +77,7 @@ class CalibrationStates:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ArtifactError(
                     f"calibration states: {name} are {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"expected {shape} {dtype}; calibrate again"
+                    f"expected {shape} {dtype}"
                 )
             if not tensor.isfinite().all():
                 raise ArtifactError(f"calibration states: {name} are not finite; calibrate again")
@@ -84,9 +86,7 @@ class CalibrationStates:
         last = config.process.train_timesteps
         inside = bool(((self.timesteps >= 0) & (self.timesteps < last)).all())
         if not inside or not bool((self.timesteps.diff() < 0).all()):
-            raise ArtifactError(
-                f"calibration states: time steps do not descend within {last}; calibrate again"
-            )
+            raise ArtifactError(f"calibration states: time steps do not descend within {last}")
         try:
             settings.require_model(config)
         except CalibrationError as error:
@@ -108,10 +108,10 @@ class CalibrationStates:
         """
         tensors, header = load_tensors(path, file_format=STATES_FORMAT)
         try:
-            made_with = ModelIdentity.from_dict(header["identity"])
-            settings = CalibrationSettings.from_dict(header["settings"])
-        except (KeyError, TypeError, ValueError, CheckpointError, CalibrationError) as error:
+            stated = from_record(_Header, header, error=ArtifactError)
+        except ArtifactError as error:
             raise ArtifactError(f"{path} is damaged ({error}); calibrate again") from error
+        made_with, settings = stated.identity, stated.settings
         made_with.require_same(
             identity, what=str(path), remedy="Calibrate again, or pass the model that it is of"
         )
@@ -122,6 +122,7 @@ class CalibrationStates:
             if name.startswith(prefix)
         }
         try:
+            require_fits(tensors, _wanted(made_with.config, settings), error=ArtifactError)
             return cls(
                 latents=tensors["latents"],
                 timesteps=tensors["timesteps"],
@@ -129,8 +130,27 @@ class CalibrationStates:
                 settings=settings,
                 identity=made_with,
             )
-        except (KeyError, ArtifactError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from error
+        except ArtifactError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; calibrate again") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    """What the header of states says."""
+
+    settings: CalibrationSettings
+    identity: ModelIdentity
+
+
+def _wanted(config: DiTConfig, settings: CalibrationSettings) -> dict[str, Wanted]:
+    """Return what a file of states must hold, by name."""
+    steps, side = settings.steps, config.input_size
+    wanted = {
+        f"maxima.{site.name}": Wanted((steps, in_features(config, site)), low=0)
+        for site in linear_sites(config.depth)
+    }
+    latents = (steps, len(settings.classes), config.in_channels, side, side)
+    return wanted | {"latents": Wanted(latents), "timesteps": Wanted((steps,), torch.int64, low=0)}
 
 
 @fast_float32_matmul()

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
+from ditas_export.cli.natural import natural_options
 from ditas_export.cli.recipes import read_profile
-from ditas_export.engine.options import BatchRange, BuildOptions
+from ditas_export.engine.options import (
+    HIGHEST_OPT_LEVEL,
+    MOST_ROWS,
+    WORKSPACE,
+    BatchRange,
+    BuildOptions,
+)
 from ditas_export.engine.products import candidates
 from ditas_export.errors import EngineError
+from ditas_export.saved_records import Within, check_fields, from_record
 
-SETTINGS = frozenset(
-    (
-        "backend",
-        "batch",
-        "layout",
-        "as_is",
-        "workspace",
-        "opt_level",
-        "compute_capability",
-        "timing_cache",
-        "version_compatible",
-        "refit",
-    )
-)
-"""What a build profile may set; the command line has the same under the same names."""
 
-Value = TypeVar("Value")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Profile:
+    """What a build profile may set; the command line has the same under the same names."""
+
+    backend: str = "auto"
+    batch: tuple[Annotated[int, Within(1, MOST_ROWS)], ...] = (1, 2, 8)
+    layout: Literal["int4", "int8"] | None = None
+    as_is: bool = False
+    workspace: Annotated[float, WORKSPACE] | None = None
+    opt_level: Annotated[int, Within(0, HIGHEST_OPT_LEVEL)] | None = None
+    compute_capability: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    refit: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no range of batch sizes."""
+        check_fields(self, EngineError)
+        if len(self.batch) != 3:
+            listed = ",".join(map(str, self.batch[:8]))
+            raise EngineError(f"batch={listed!r}; give smallest, usual and largest, as 1,2,8")
+
+
+SETTINGS = frozenset(field.name for field in fields(_Profile))
+"""Names of what a build profile may set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +58,8 @@ class BuildSettings:
     options: BuildOptions
 
     def __post_init__(self) -> None:
-        """Refuse an unknown backend or layout."""
+        """Refuse an unknown backend."""
         candidates(self.backend)
-        if self.layout not in (None, "int4", "int8"):
-            raise EngineError(f"layout={self.layout!r}; choose one of int4, int8")
 
 
 def merge_settings(profile: str | None, given: Mapping[str, Any]) -> BuildSettings:
@@ -55,54 +70,19 @@ def merge_settings(profile: str | None, given: Mapping[str, Any]) -> BuildSettin
     """
     merged = read_profile(profile, SETTINGS) if profile is not None else {}
     merged |= {name: value for name, value in given.items() if value is not None}
-    options = BuildOptions(
-        batch=_batch(_parts(merged.get("batch", "1,2,8"))),
-        workspace_gib=_convert(merged, "workspace", float, "a number of GiB"),
-        opt_level=_convert(merged, "opt_level", int, "0 to 5"),
-        compute_capabilities=tuple(_parts(merged.get("compute_capability", ""))),
-        timing_cache=_convert(merged, "timing_cache", Path, "a file"),
-        version_compatible=_switch(merged, "version_compatible"),
-        refit=_switch(merged, "refit"),
-    )
+    asked = from_record(_Profile, natural_options(_Profile, merged), error=EngineError)
+    smallest, usual, largest = asked.batch
     return BuildSettings(
-        backend=merged.get("backend", "auto"),
-        as_is=_switch(merged, "as_is"),
-        layout=cast('Literal["int4", "int8"] | None', merged.get("layout")),
-        options=options,
+        backend=asked.backend,
+        as_is=asked.as_is,
+        layout=asked.layout,
+        options=BuildOptions(
+            batch=BatchRange(smallest=smallest, usual=usual, largest=largest),
+            workspace_gib=asked.workspace,
+            opt_level=asked.opt_level,
+            compute_capabilities=asked.compute_capability,
+            timing_cache=asked.timing_cache,
+            version_compatible=asked.version_compatible,
+            refit=asked.refit,
+        ),
     )
-
-
-def _parts(value: object) -> list[str]:
-    """Return the parts of a comma-separated text, a YAML list or a YAML number."""
-    if isinstance(value, list):
-        return [str(part) for part in value]
-    return [part.strip() for part in str(value).split(",") if part.strip()]
-
-
-def _batch(parts: list[str]) -> BatchRange:
-    """Return a range of batch sizes."""
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise EngineError(f"batch={','.join(parts)!r}; give smallest, usual and largest, as 1,2,8")
-    smallest, usual, largest = (int(part) for part in parts)
-    return BatchRange(smallest=smallest, usual=usual, largest=largest)
-
-
-def _convert(
-    merged: Mapping[str, Any], name: str, kind: Callable[[Any], Value], wanted: str
-) -> Value | None:
-    """Return a setting in its type, None where it is not set."""
-    value = merged.get(name)
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise EngineError(f"{name.replace('_', '-')}={value!r}; give {wanted}") from None
-
-
-def _switch(merged: Mapping[str, Any], name: str) -> bool:
-    """Return a setting that is on or off."""
-    value = merged.get(name, False)
-    if not isinstance(value, bool):
-        raise EngineError(f"{name.replace('_', '-')}={value!r}; give true or false")
-    return value

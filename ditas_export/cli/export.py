@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +23,17 @@ from ditas_export.cli.console import (
     stdout,
 )
 from ditas_export.cli.flags import DEBUG, defaults_of, flags_of, version_flag
+from ditas_export.cli.natural import natural_options
 from ditas_export.cli.recipes import read_recipe
 from ditas_export.errors import CalibrationError
 from ditas_export.options import DEFAULTS, FAST_WALK_TOKENS, WALK_TOKENS, ExportOptions
+from ditas_export.saved_records import from_record
 
 if TYPE_CHECKING:
     from ditas_export.distributed import Ranks
     from ditas_export.pipeline import ExportResult
 
 _DEFAULTS = defaults_of(ExportOptions)
-_INTEGERS = {field.name for field in fields(ExportOptions) if field.type in ("int", "int | None")}
 _option = flags_of(ExportOptions, DEFAULTS)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -270,40 +270,10 @@ def _merge(output: Path, recipe: str | None, given: Mapping[str, Any]) -> Export
     """Return the options: the command line over the recipe over the defaults."""
     merged = read_recipe(recipe, frozenset(_DEFAULTS)) if recipe is not None else {}
     merged |= {name: value for name, value in given.items() if value is not None}
-    for name in ("save_calibration", "calibration", "save_artifact", "artifact", "reference"):
-        if merged.get(name) is not None:
-            merged[name] = Path(merged[name])
-    if merged.get("rank") is not None:
-        merged["rank"] = _rank(merged["rank"])
-    for name in sorted(_INTEGERS & merged.keys()):
-        if not isinstance(merged[name], int | None):
-            raise CalibrationError(f"{name.replace('_', '-')}={merged[name]!r}; give a number")
-    for name in ("cfg_scale", "min_db"):
-        value = merged.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise CalibrationError(f"{name.replace('_', '-')}={value!r}; give a number")
-    if isinstance(merged.get("alpha_grid"), str):
-        merged["alpha_grid"] = _numbers(merged["alpha_grid"])
-    if isinstance(merged.get("alpha_grid"), list):
-        merged["alpha_grid"] = tuple(merged["alpha_grid"])
-    return ExportOptions(output=output, **merged)
-
-
-def _rank(value: str | int) -> int | None:
-    """Return a rank, None for `auto`."""
-    if value == "auto":
-        return None
-    if not str(value).isdigit():
-        raise CalibrationError(f"rank={value!r}; give auto, or a number of 0 or more")
-    return int(value)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """Return the numbers of a comma-separated list."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise CalibrationError(f"alpha-grid={text!r}; give numbers, as 0,0.25,0.5") from None
+    if merged.get("rank") == "auto":
+        del merged["rank"]
+    asked = natural_options(ExportOptions, merged)
+    return from_record(ExportOptions, {**asked, "output": output}, error=CalibrationError)
 
 
 def _run(options: ExportOptions, ranks: Ranks, *, show: bool) -> ExportResult:

@@ -14,8 +14,8 @@ from typing import Any
 
 from ditas_export.artifact_files import differences, sha256_of_tensors
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import checked_fields
 from ditas_export.errors import CheckpointError, OtherModelError
+from ditas_export.saved_records import check_fields, from_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,9 @@ class ModelIdentity:
 
     def __post_init__(self) -> None:
         """Refuse what is no hash."""
-        if not re.fullmatch(r"[0-9a-f]{64}", str(self.tensors_sha256)):
-            raise CheckpointError(f"tensors_sha256={str(self.tensors_sha256)[:40]!r} is no SHA-256")
+        check_fields(self, CheckpointError)
+        if not re.fullmatch(r"[0-9a-f]{64}", self.tensors_sha256):
+            raise CheckpointError(f"tensors_sha256={self.tensors_sha256[:40]!r} is no SHA-256")
 
     @property
     def fingerprint(self) -> str:
@@ -47,14 +48,7 @@ class ModelIdentity:
         Raises:
             CheckpointError: no mapping, an unknown name, or a value that no model has.
         """
-        fields = checked_fields(cls, values)
-        try:
-            return cls(
-                tensors_sha256=fields["tensors_sha256"],
-                config=DiTConfig.from_dict(fields["config"]),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"an identity lacks {error.args[0]}") from None
+        return from_record(cls, values)
 
     def differences(self, other: ModelIdentity) -> list[str]:
         """Return what differs, as `num_heads 8, now 4`: this one's value, then the other's."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditas_export.dit.model import DiT, DiTConfig, position_embedding
+from ditas_export.dit.fitting import Wanted, complaint, faults_of
+from ditas_export.dit.model import MOST_BLOCKS, DiT, DiTConfig, position_embedding
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import CheckpointError
 
@@ -154,6 +155,11 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
     hidden_size, in_channels, patch_size, _ = tensors[layout.patch_weight].shape
     in_blocks = [name for name in tensors if name.startswith(layout.block_prefix)]
     depth = len({name.removeprefix(layout.block_prefix).split(".")[0] for name in in_blocks})
+    if depth > MOST_BLOCKS:
+        raise CheckpointError(
+            f"{where} is no DiT: its tensors have names of {depth} blocks, expected {MOST_BLOCKS} "
+            f"at most; get the file again"
+        )
     if len(in_blocks) < _FEWEST_IN_BLOCK * depth:
         raise CheckpointError(
             f"{where} is no DiT: {len(in_blocks)} tensors have names of {depth} blocks, such as "
@@ -218,51 +224,25 @@ def _check(
     where: str,
 ) -> None:
     """Raise one error that names all that is wrong."""
-    expected = {slot.file_name: _slot_shape(slot, shapes[slot.name]) for slot in slots}
-    present = [slot for slot in slots if slot.file_name in tensors]
-    fitting = {
-        name: tensor for name, tensor in tensors.items() if tensor.shape == expected.get(name)
+    expected = {
+        slot.file_name: Wanted(tuple(_slot_shape(slot, shapes[slot.name])), dtype=None)
+        for slot in slots
     }
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and name not in fitting
-    ]
-    finite = {name: _is_finite(tensor) for name, tensor in fitting.items()}
-    sound = {name: tensor for name, tensor in fitting.items() if finite[name]}
-    unlike = _unlike_first(sound, present)
-    _refuse_own_embedders(unlike, present, where)
-    faults = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "misshapen": misshapen,
-        "not of a float type": [name for name, known in finite.items() if known is None],
-        "with NaN or infinity": [name for name, known in finite.items() if known is False],
-        "unlike block 0's copy": unlike,
-    }
-    if found := [
-        f"{len(names)} {fault} ({abbreviated(names)})" for fault, names in faults.items() if names
-    ]:
+    faults = faults_of(tensors, expected)
+    if not any(faults.values()):
+        unlike = _unlike_first(tensors, slots)
+        _refuse_own_embedders(unlike, slots, where)
+        faults = {"unlike block 0's copy": unlike}
+    if found := complaint(faults):
         raise CheckpointError(
-            f"{where} is no sound DiT checkpoint: {'; '.join(found)}. Expected the "
-            f"{len(expected)} tensors of its depth and width, all finite; get the file again, or "
-            f"check how it was written"
+            f"{where} is no sound DiT checkpoint: {found}. Expected the {len(expected)} tensors of "
+            f"its depth and width, all finite; get the file again, or check how it was written"
         )
 
 
 def _slot_shape(slot: Slot, shape: torch.Size) -> torch.Size:
     """Return the shape that a file's tensor must have: a parameter's, or a third of its rows."""
     return shape if slot.third is None else torch.Size((shape[0] // 3, *shape[1:]))
-
-
-def _is_finite(tensor: Tensor) -> bool | None:
-    """Return whether all values are finite in float32; None where they are no floats there."""
-    if not tensor.is_floating_point():
-        return None
-    try:
-        return bool(tensor.float().isfinite().all())
-    except (RuntimeError, NotImplementedError):  # types that torch stores and does not convert
-        return None
 
 
 def _unlike_first(tensors: Mapping[str, Tensor], slots: Iterable[Slot]) -> list[str]:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.dit.process import DIT_PROCESS, Process, checked_fields
+from ditas_export.dit.process import DIT_PROCESS, Process
 from ditas_export.errors import CheckpointError
+from ditas_export.saved_records import Above, Within, check_fields, from_record
 
 FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal time-step features, fixed in every published checkpoint."""
+
+MOST_BLOCKS = 1024
+"""Blocks that a model may have; the published ones have 12 to 28."""
+
+_MOST_POSITIONS = 2**27
+"""Numbers of a position table: 65 536 tokens of width 2048."""
 
 MAX_PERIOD = 10_000.0
 """Longest period of the sinusoidal time-step features."""
@@ -34,36 +41,24 @@ class DiTConfig:
     published one.
     """
 
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000  # the null row not counted
+    input_size: Annotated[int, Within(1, 4096)] = 32
+    patch_size: Annotated[int, Within(1, 4096)] = 2
+    in_channels: Annotated[int, Within(1, 4096)] = 4
+    hidden_size: Annotated[int, Within(1, 65_536)] = 1152
+    depth: Annotated[int, Within(1, MOST_BLOCKS)] = 28
+    num_heads: Annotated[int, Within(1, 65_536)] = 16
+    mlp_ratio: Annotated[float, Above(0, 64)] = 4.0
+    num_classes: Annotated[int, Within(0, 10_000_000)] = 1000  # the null row not counted
     null_row: bool = True  # whether the label table's last row stands for "no class"
     learn_sigma: bool = True  # whether the output has C more channels, the learned variance
-    layer_norm_eps: float = 1e-6
-    mlp_norm_eps: float = 1e-6  # of norm2; 1e-5 in diffusers
-    frequency_shift: int = 0  # see timestep_features; 1 in diffusers
+    layer_norm_eps: Annotated[float, Above(0, 1)] = 1e-6
+    mlp_norm_eps: Annotated[float, Above(0, 1)] = 1e-6  # of norm2; 1e-5 in diffusers
+    frequency_shift: Annotated[int, Within(0, 1)] = 0  # see timestep_features; 1 in diffusers
     process: Process = DIT_PROCESS
 
     def __post_init__(self) -> None:
         """Refuse what no DiT can have, naming the numbers."""
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected {smallest} or more")
-        for name in ("mlp_ratio", "layer_norm_eps", "mlp_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected a positive number")
-            if not math.isfinite(value):
-                raise CheckpointError(f"{name}={value}; expected a finite number")
-        for name in ("null_row", "learn_sigma"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise CheckpointError(f"{name}={str(value)[:40]!r}; expected true or false")
+        check_fields(self, CheckpointError)
         if self.input_size % self.patch_size:
             raise CheckpointError(
                 f"input_size={self.input_size} is no multiple of patch_size={self.patch_size}"
@@ -77,12 +72,15 @@ class DiTConfig:
             raise CheckpointError(
                 f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)"
             )
+        if self.num_tokens * self.hidden_size > _MOST_POSITIONS:
+            raise CheckpointError(
+                f"{self.num_tokens} tokens of width {self.hidden_size}; expected a table of "
+                f"{_MOST_POSITIONS:,} positions' features at most"
+            )
+        if not self.mlp_hidden_size >= 1:
+            raise CheckpointError(f"mlp_ratio={self.mlp_ratio} leaves the MLP no hidden layer")
         if self.label_rows < 1:
             raise CheckpointError("num_classes=0 without a null row: a label table has a row")
-        if self.frequency_shift >= FREQUENCY_EMBEDDING_SIZE // 2:
-            raise CheckpointError(f"frequency_shift={self.frequency_shift}; expected 0 or 1")
-        if not isinstance(self.process, Process):
-            raise CheckpointError(f"process={str(self.process)[:40]!r}; expected a Process")
         if self.process.variance == "learned_range" and not self.learn_sigma:
             raise CheckpointError(
                 "variance='learned_range', but the model puts out no variance "
@@ -143,23 +141,7 @@ class DiTConfig:
         Raises:
             CheckpointError: no mapping, an unknown name, or a value that no DiT has.
         """
-        fields = checked_fields(cls, values)
-        if "process" in fields:
-            fields["process"] = Process.from_dict(fields["process"])
-        return cls(**fields)
-
-
-_SMALLEST = {
-    "input_size": 1,
-    "patch_size": 1,
-    "in_channels": 1,
-    "hidden_size": 1,
-    "depth": 1,
-    "num_heads": 1,
-    "num_classes": 0,
-    "frequency_shift": 0,
-}
-"""Whole numbers of a configuration, and the least that each may be."""
+        return from_record(cls, values)
 
 
 def timestep_features(timesteps: Tensor, *, frequency_shift: int = 0) -> Tensor:

@@ -48,6 +48,7 @@ class PickleContent:
 
     content: Any  # dicts, lists, tuples, sets, text, numbers, tensors and `Inert`s
     not_made: tuple[str, ...]  # names of what would have been called
+    tensors: int  # in all
 
 
 def read_zip_pickle(path: Path) -> PickleContent:
@@ -83,7 +84,9 @@ def read_zip_pickle(path: Path) -> PickleContent:
             _fill(path, reader, spans)
     except _UNREADABLE as error:
         raise CheckpointError(_damaged(path, error)) from error
-    return PickleContent(content=content, not_made=tuple(reader.not_made))
+    return PickleContent(
+        content=content, not_made=tuple(reader.not_made), tensors=len(reader.pending)
+    )
 
 
 def read_legacy_pickle(path: Path) -> PickleContent:
@@ -109,7 +112,16 @@ def read_legacy_pickle(path: Path) -> PickleContent:
             _fill(path, reader, spans)
     except _UNREADABLE as error:
         raise CheckpointError(_damaged(path, error)) from error
-    return PickleContent(content=content, not_made=tuple(reader.not_made))
+    return PickleContent(
+        content=content, not_made=tuple(reader.not_made), tensors=len(reader.pending)
+    )
+
+
+def _content(content: Any, reader: PickleReader) -> PickleContent:
+    """Return what a reader made."""
+    return PickleContent(
+        content=content, not_made=tuple(reader.not_made), tensors=len(reader.pending)
+    )
 
 
 def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -7,7 +7,6 @@ text encoder) says nothing of the model, and tensors hold no parts.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ditas_export.dit.names import words_of
 from ditas_export.dit.pickle_machine import Inert
+from ditas_export.text_files import TextError, parse_json
 
 _DEPTH = 10
 """Parts within parts that are looked into."""
@@ -130,8 +130,8 @@ def table_of(value: Any) -> Tensor | None:
 def json_or_text(text: str) -> Any:
     """Return what text says as JSON, the text itself where it is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except TextError:
         return text
 
 

@@ -6,7 +6,6 @@ Tensors are mapped from the file.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Mapping
@@ -17,8 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ditas_export import text_files
 from ditas_export.dit.pickles import PickleContent, read_legacy_pickle, read_zip_pickle
 from ditas_export.errors import CheckpointError
+from ditas_export.text_files import TextError
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 
@@ -39,7 +40,11 @@ _OTHER_KINDS = {
 }
 """First bytes of what is often taken for a checkpoint."""
 
+MOST_TENSORS = 200_000
+"""Tensors of a file; a training checkpoint of a thousand blocks has fewer."""
+
 _LONGEST_NAME = 200
+_MOST_SHARDS = 10_000
 _TAR_PLACE = slice(257, 262)
 
 
@@ -132,6 +137,7 @@ def _read_safetensors(path: Path) -> TensorFile:
     """Map a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
+            _require_few(path, len(file.keys()))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(content=tensors, metadata=file.metadata() or {})
     except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
@@ -141,8 +147,17 @@ def _read_safetensors(path: Path) -> TensorFile:
         ) from error
 
 
+def _require_few(path: Path, count: int) -> None:
+    """Refuse a file of more tensors than any checkpoint has."""
+    if count > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path} has {count:,} tensors, expected {MOST_TENSORS:,} at most; get it again"
+        )
+
+
 def _of_pickle(path: Path, read: PickleContent) -> TensorFile:
-    """Refuse a pickle that holds no tensors by name."""
+    """Refuse a pickle that holds no tensors by name, or too many."""
+    _require_few(path, read.tensors)
     if isinstance(read.content, dict):
         return TensorFile(content=read.content, not_made=read.not_made)
     kind = getattr(read.content, "name", None) or type(read.content).__name__
@@ -160,6 +175,10 @@ def _read_shards(path: Path) -> TensorFile:
     if odd := [name for name in names.values() if not isinstance(name, str)]:
         raise CheckpointError(f"{path} lists {str(odd[0])[:40]!r} as a shard; expected file names")
     tensors: dict[str, Tensor] = {}
+    if len(set(names.values())) > _MOST_SHARDS:
+        raise CheckpointError(
+            f"{path} lists {len(set(names.values())):,} shards, expected {_MOST_SHARDS:,} at most"
+        )
     for name in sorted(set(names.values())):
         shard = path.parent / Path(name).name
         tensors.update(_read_weights(shard, _head(shard)).content)
@@ -173,9 +192,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, no JSON, or no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable JSON file: {error}") from error
+        content = text_files.read_json(path)
+    except (OSError, TextError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} is no readable JSON file: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

@@ -13,6 +13,9 @@ from torch import Tensor
 from ditas_export.dit.names import words_of
 from ditas_export.dit.pickle_machine import Inert
 
+_MOST_GROUPS = 64
+"""Models under prefixes of one part; the first ones are looked at."""
+
 _DEPTH = 4
 """Parts within parts that are looked into."""
 
@@ -64,7 +67,7 @@ def find_groups(content: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[
             if name.endswith(anchor) and isinstance(part[names[name]], Tensor | Inert)
         ]
         prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
-        for prefix in prefixes:
+        for prefix in prefixes[:_MOST_GROUPS]:
             longer = tuple(other for other in prefixes if len(other) > len(prefix))
             entries = {
                 name.removeprefix(prefix): part[full]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -19,6 +19,8 @@ from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 from ditas_export.onnx_export.form import FileForm
+from ditas_export.saved_records import Within, check_fields, from_record
+from ditas_export.text_files import TextError, read_json
 
 KIND = "ditas-export engine"
 FORMAT = f"{KIND} 1"
@@ -30,6 +32,10 @@ class Gpu:
 
     name: str
     compute_capability: str  # such as "8.9"
+
+    def __post_init__(self) -> None:
+        """Refuse what names no GPU."""
+        check_fields(self, EngineError)
 
     @classmethod
     def at(cls, device: torch.device) -> Gpu:
@@ -45,7 +51,7 @@ class EngineMetadata:
     product: str  # a key of `PRODUCTS`
     version: str
     plan_sha256: str
-    plan_bytes: int
+    plan_bytes: Annotated[int, Within(0, 2**62)]
     onnx_name: str
     onnx_sha256: str  # with its external data: `sha256_of_onnx`
     dit: DiTConfig  # "config" in the file
@@ -59,12 +65,10 @@ class EngineMetadata:
 
     def __post_init__(self) -> None:
         """Refuse what describes no plan, naming the value."""
+        check_fields(self, EngineError)
         if self.product not in PRODUCTS:
             raise EngineError(f"product={self.product!r}; choose one of {', '.join(PRODUCTS)}")
-        for name in ("version", "plan_sha256", "onnx_name", "onnx_sha256"):
-            if not isinstance(value := getattr(self, name), str):
-                raise EngineError(f"{name}={value!r}; expected a string")
-        if re.fullmatch(r"\d+(\.\d+)+", self.version) is None:
+        if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})+", self.version) is None:
             raise EngineError(f"version={self.version!r}; expected numbers, as 10.13.3")
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,22 +87,13 @@ class EngineMetadata:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EngineMetadata:
+    def from_dict(cls, values: object) -> EngineMetadata:
         """Return what `to_dict` described.
 
         Raises:
-            DitasExportError, KeyError, TypeError, AttributeError: anything else.
+            EngineError: anything else.
         """
-        others = dict(values)
-        gpu, replaces = others.pop("gpu"), others.pop("replaces", None)
-        return cls(
-            dit=DiTConfig.from_dict(others.pop("config")),
-            form=FileForm.from_dict(others.pop("form")),
-            options=BuildOptions.from_dict(others.pop("options")),
-            gpu=None if gpu is None else Gpu(**gpu),
-            replaces=None if replaces is None else cls.from_dict(replaces),
-            **others,
-        )
+        return from_record(cls, _with_dit(values), error=EngineError)
 
     def save(self, path: Path) -> None:
         """Write indented JSON; atomic."""
@@ -112,19 +107,29 @@ class EngineMetadata:
     def load(cls, path: Path) -> EngineMetadata:
         """Read what `save` wrote; EngineError on any other file."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
+            content = read_json(path)
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
                 raise EngineError(f"it is no {FORMAT!r} file")
             return cls.from_dict(content)
         except DitasExportError as error:
             raise EngineError(
                 f"{path} does not describe an engine ({error}); build it with ditas-build"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, TextError) as error:
             why = _why_no_metadata(path, error)
             raise EngineError(
                 f"{path} does not describe an engine ({why}); build it with ditas-build"
             ) from error
+
+
+def _with_dit(values: object) -> object:
+    """Return what a file says under the names of the fields: its "config" is `dit`."""
+    if not isinstance(values, dict) or "config" not in values:
+        return values
+    renamed = {"dit" if name == "config" else name: value for name, value in values.items()}
+    if "replaces" in renamed:
+        renamed["replaces"] = _with_dit(renamed["replaces"])
+    return renamed
 
 
 def _why_no_metadata(path: Path, error: Exception) -> str:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ditas_export.dit.process import checked_fields
-from ditas_export.errors import CheckpointError, EngineError
+from ditas_export.errors import EngineError
+from ditas_export.saved_records import Within, check_fields, from_record
 
 HIGHEST_OPT_LEVEL = 5
 
 GIB = 2**30
+
+WORKSPACE = Within(0.001, 65_536)
+"""GiB of scratch memory."""
+
+MOST_ROWS = 65_536
+"""Rows of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRange:
     """Batch sizes that an engine takes, and the one that it is tuned for."""
 
-    smallest: int = 1
-    usual: int = 2
-    largest: int = 8
+    smallest: Annotated[int, Within(1, MOST_ROWS)] = 1
+    usual: Annotated[int, Within(1, MOST_ROWS)] = 2
+    largest: Annotated[int, Within(1, MOST_ROWS)] = 8
 
     def __post_init__(self) -> None:
         """Refuse a range that is not one."""
-        sizes = (self.smallest, self.usual, self.largest)
-        whole = all(type(size) is int for size in sizes)
-        if not (whole and 1 <= self.smallest <= self.usual <= self.largest):
+        check_fields(self, EngineError)
+        if not self.smallest <= self.usual <= self.largest:
             raise EngineError(
                 f"batch sizes {self.smallest}, {self.usual}, {self.largest}: give the smallest, "
                 f"the usual and the largest, from 1 up"
@@ -41,8 +45,8 @@ class BuildOptions:
     """How to build; None and empty leave the choice to the product."""
 
     batch: BatchRange = field(default_factory=BatchRange)
-    workspace_gib: float | None = None
-    opt_level: int | None = None
+    workspace_gib: Annotated[float, WORKSPACE] | None = None
+    opt_level: Annotated[int, Within(0, HIGHEST_OPT_LEVEL)] | None = None
     compute_capabilities: tuple[str, ...] = ()  # GPUs to build for, such as "8.9"
     timing_cache: Path | None = None
     version_compatible: bool = False
@@ -54,17 +58,9 @@ class BuildOptions:
         Raises:
             EngineError: a workspace of nothing, an unknown level, or what is no compute capability.
         """
-        workspace, level = self.workspace_gib, self.opt_level
-        if workspace is not None and not (_is_number(workspace) and workspace * 2**10 >= 1):
-            size = f"{workspace:g}" if isinstance(workspace, float) else workspace
-            raise EngineError(f"workspace={size} GiB; give 1 MiB (0.001) or more")
-        if level is not None and not (type(level) is int and 0 <= level <= HIGHEST_OPT_LEVEL):
-            raise EngineError(f"opt-level={level}; give 0 to {HIGHEST_OPT_LEVEL}")
-        for name in ("version_compatible", "refit"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise EngineError(f"{name}={value!r}; expected true or false")
+        check_fields(self, EngineError)
         for number in self.compute_capabilities:
-            if re.fullmatch(r"\d+\.\d", str(number)) is None:
+            if re.fullmatch(r"[0-9]{1,3}\.[0-9]", number) is None:
                 raise EngineError(f"compute-capability={number!r}; give numbers, as 8.9,12.0")
 
     @property
@@ -86,20 +82,4 @@ class BuildOptions:
         Raises:
             EngineError: no mapping, an unknown name, or a value that no product takes.
         """
-        try:
-            fields = checked_fields(cls, values, nested={"batch": BatchRange})
-        except CheckpointError as error:
-            raise EngineError(str(error)) from error
-        listed, timings = fields.get("compute_capabilities", []), fields.get("timing_cache")
-        if not isinstance(listed, list) or not isinstance(timings, str | None):
-            raise EngineError(
-                "options whose compute capabilities are no list, or the cache no name"
-            )
-        fields["compute_capabilities"] = tuple(listed)
-        fields["timing_cache"] = None if timings is None else Path(timings)
-        return cls(**fields)
-
-
-def _is_number(value: object) -> bool:
-    """Return whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+        return from_record(cls, values, error=EngineError)

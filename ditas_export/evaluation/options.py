@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ditas_export.errors import VerificationError
+from ditas_export.options import LARGEST_SEED
+from ditas_export.saved_records import Within, check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +18,13 @@ class CompareOptions:
     reference: Path
     model: Path
     classes: str = "random"
-    images: int = 2
-    steps: int = 25
+    images: Annotated[int, Within(1, 4096)] = 2
+    steps: Annotated[int, Within(1, 100_000)] = 25
     cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
-    seed: int = 0
+    seed: Annotated[int, Within(0, LARGEST_SEED)] = 0
     linears: bool = True
-    linear_db: float = 20.0
-    threshold_db: float | None = None
+    linear_db: Annotated[float, Within(-1e6, 1e6)] = 20.0
+    threshold_db: Annotated[float, Within(-1e6, 1e6)] | None = None
     gen_inputs: Path | None = None
 
     def __post_init__(self) -> None:
@@ -31,6 +33,4 @@ class CompareOptions:
         Raises:
             VerificationError: a threshold that is no finite number.
         """
-        for name, value in (("linear-db", self.linear_db), ("threshold-db", self.threshold_db)):
-            if value is not None and not math.isfinite(value):
-                raise VerificationError(f"{name}={value}; give a number of decibels, such as 20")
+        check_fields(self, VerificationError)

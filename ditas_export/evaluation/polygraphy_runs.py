@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from ditas_export.runtime.onnxruntime_runner import (
     session_options,
 )
 from ditas_export.runtime.tensorrt_plan import load_product
+from ditas_export.text_files import read_json
 
 Outputs = Mapping[str, np.ndarray[Any, Any]]
 """Name of an output -> its value."""
@@ -121,10 +121,14 @@ def save_inputs(path: Path, feeds: Sequence[Feed]) -> None:
         save_json(list(feeds), str(partial))
 
 
+_LARGEST_INPUTS = 2**32
+"""Bytes of a file of inputs, which are written as text."""
+
+
 def is_inputs_file(path: Path) -> bool:
     """Return whether `save_inputs` wrote a file: a list of feeds of a DiT."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, most=_LARGEST_INPUTS)
     except (OSError, ValueError):
         return False
     names = set(INPUT_NAMES)

@@ -33,6 +33,7 @@ from ditas_export.generation.pixels import (
     write_png,
 )
 from ditas_export.generation.sampler import SampledBatch
+from ditas_export.text_files import TextError, read_json
 
 FORMAT = "ditas-export samples 1"
 LOCK_NAME = ".lock"
@@ -195,8 +196,8 @@ class ImageFolder:
 def _read_facts(path: Path) -> dict[str, Any]:
     """Return what `samples.json` says."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except (OSError, TextError) as error:
         raise ArtifactError(f"{path} is not readable: {error}; pick another folder") from error
     if not isinstance(found, dict):
         raise ArtifactError(f"{path} is none of ours; pick another folder")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from ditas_export.errors import RunnerError
-from ditas_export.options import CheckpointHints
+from ditas_export.options import LARGEST_SEED, CheckpointHints
 from ditas_export.runtime.options import Runtime
+from ditas_export.saved_records import Within, check_fields
 
 SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
 CfgChannelsChoice = Literal["3", "all"]
@@ -17,13 +18,11 @@ DeviceChoice = Literal["cpu", "cuda"]
 CFG_SCALE = 4.0
 """Guidance unless another is asked for (the published one); none where a model cannot be guided."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sampler": get_args(SamplerChoice),
-    "cfg_channels": get_args(CfgChannelsChoice),
-    "runtime": get_args(Runtime),
-    "device": get_args(DeviceChoice),
-}
-"""Options that take one of a few values."""
+MOST_IMAGES = 10_000_000
+"""Images of one folder; their files have numbers of six digits and more."""
+
+MOST_THREADS = 4096
+"""Threads of a backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,22 +31,22 @@ class SampleOptions:
 
     model: str
     output: Path
-    num_heads: int | None = None
-    num_classes: int | None = None
+    num_heads: Annotated[int, Within(1, 65_536)] | None = None
+    num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
     classes: str | None = None  # random
-    images: int | None = None
+    images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
     list: Path | None = None  # of labels and seeds, in the place of classes, images and seed
-    steps: int = 50
+    steps: Annotated[int, Within(1, 100_000)] = 50
     sampler: SamplerChoice = "ddpm"
     cfg_scale: float | None = None
     cfg_channels: CfgChannelsChoice = "3"
-    seed: int | None = None  # 0
-    batch: int = 8
+    seed: Annotated[int, Within(0, LARGEST_SEED)] | None = None  # 0
+    batch: Annotated[int, Within(1, 65_536)] = 8
     runtime: Runtime = "auto"
     device: DeviceChoice = "cpu"
-    threads: int | None = None
+    threads: Annotated[int, Within(1, MOST_THREADS)] | None = None
     vae: str | None = None
     npz: Path | None = None
 
@@ -62,11 +61,7 @@ class SampleOptions:
             raise RunnerError(
                 f"--list says which images are made; leave out --{' and --'.join(beside)}"
             )
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise RunnerError(f"{name}={value!r}; choose one of {', '.join(choices)}")
-        if self.threads is not None and self.threads < 1:
-            raise RunnerError(f"threads={self.threads}; use at least one")
+        check_fields(self, RunnerError)
 
     @property
     def hints(self) -> CheckpointHints:

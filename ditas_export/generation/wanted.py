@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditas_export.errors import RunnerError
+from ditas_export.text_files import TextError, read_text
 
 LARGEST_SEED = 2**63 - 1
 
@@ -28,8 +29,8 @@ def read_wanted(path: Path) -> WantedImages:
         RunnerError: no readable text, a line of another form (with its number), or no image.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, TextError) as error:
         raise RunnerError(f"cannot read {path}: {error}; expected lines of LABEL SEED") from error
     pairs = []
     for number, line in enumerate(lines, start=1):

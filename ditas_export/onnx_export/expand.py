@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.lowered import GRAPH_KEY, digest_of_graph, record_graph
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.text_files import parse_json
 
 
 def expand(source: Path, target: Path) -> None:
@@ -54,7 +54,7 @@ def expand_model(model: ir.Model) -> bool:
     is_unchanged = model.metadata_props.get(GRAPH_KEY) == digest_of_graph(model.graph)
     for chain in chains:
         expand_chain(model.graph, chain)
-    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
+    form = FileForm.from_dict(parse_json(model.metadata_props[FORM_KEY]))
     record_form(model, dataclasses.replace(form, layout="int8"))
     if is_unchanged:
         record_graph(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -23,6 +24,7 @@ from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
 from ditas_export.onnx_export.form import FileForm, Layout
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
+from ditas_export.onnx_export.interface import why_unlike
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
 from ditas_export.onnx_export.manifest import bytes_by_part
@@ -31,6 +33,8 @@ from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleto
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Precision, Target
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.saved_records import from_record
+from ditas_export.text_files import TextError, parse_json
 
 CONFIG_KEY = "ditas_export.config"
 IDENTITY_KEY = "ditas_export.identity"
@@ -243,13 +247,22 @@ def _order_initializers(graph: ir.Graph) -> None:
     graph.initializers.update(ordered)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RecordedIdentity:
+    """An identity as a file states it, beside the configuration."""
+
+    tensors_sha256: str
+    fingerprint: str
+
+
 def read_config(path: Path) -> DiTConfig:
     """Return what the model in a file that this package wrote computes beside its tensors.
 
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
 
     Raises:
-        OnnxExportError: no ONNX file, one of another origin, or a damaged record.
+        OnnxExportError: no ONNX file, one of another origin, a damaged record, or a graph of
+            another model than is recorded.
     """
     config, _ = _read_model(path)
     return config
@@ -267,23 +280,27 @@ def read_identity(path: Path) -> ModelIdentity | None:
 
 def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     """Return a file's configuration, and the identity that holds it where one is recorded."""
-    text = _metadata_entry(path, CONFIG_KEY)
+    text = metadata_entry(path, CONFIG_KEY)
     try:
-        config = DiTConfig.from_dict(json.loads(text))
-    except (ValueError, CheckpointError) as error:
+        config = DiTConfig.from_dict(parse_json(text))
+    except (TextError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
+    if reason := why_unlike(_model_by_reference(path).graph, config):
+        raise OnnxExportError(
+            f"{path} holds another model than its record says: {reason}; export it again"
+        )
     text = file_metadata(path).get(IDENTITY_KEY, "")
     if not text:
         return config, None
     try:
-        recorded = json.loads(text)
-        identity = ModelIdentity(tensors_sha256=recorded["tensors_sha256"], config=config)
-        if identity.fingerprint == recorded["fingerprint"]:
+        recorded = from_record(_RecordedIdentity, parse_json(text))
+        identity = ModelIdentity(tensors_sha256=recorded.tensors_sha256, config=config)
+        if identity.fingerprint == recorded.fingerprint:
             return config, identity
         reason = "its fingerprint is not that of its configuration and tensors"
-    except (ValueError, TypeError, KeyError, CheckpointError) as error:
+    except (TextError, CheckpointError) as error:
         reason = str(error)
     raise OnnxExportError(
         f"{path} has a damaged record of its model ({reason}); export it again with ditas-export"
@@ -296,10 +313,10 @@ def read_form(path: Path) -> FileForm:
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
-    text = _metadata_entry(path, FORM_KEY)
+    text = metadata_entry(path, FORM_KEY)
     try:
-        return FileForm.from_dict(json.loads(text))
-    except (ValueError, OnnxExportError) as error:
+        return FileForm.from_dict(parse_json(text))
+    except (TextError, OnnxExportError) as error:
         raise OnnxExportError(
             f"{path} has a damaged record of its form ({error}); export it with ditas-export"
         ) from error
@@ -325,7 +342,7 @@ def _form_or_none(path: Path) -> FileForm | None:
         return None
 
 
-def _metadata_entry(path: Path, key: str) -> str:
+def metadata_entry(path: Path, key: str) -> str:
     """Return one entry of a file's metadata, or say why it has none."""
     found = file_metadata(path)
     if key not in found:
@@ -356,12 +373,16 @@ def file_metadata(path: Path) -> dict[str, str]:
     Raises:
         OnnxExportError: no readable ONNX file.
     """
+    return {entry.key: entry.value for entry in _model_by_reference(path).metadata_props}
+
+
+def _model_by_reference(path: Path) -> onnx.ModelProto:
+    """Return an ONNX file's model without the bytes of its tensors, or say what the file is."""
     try:
-        model = load_by_reference(path)
+        return load_by_reference(path)
     except Exception as error:  # protobuf's DecodeError has no stable home
         reason = why_unreadable(path, error)
         raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _float_type(dtype: torch.dtype) -> Precision:

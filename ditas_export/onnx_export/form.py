@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ditas_export.dit.process import checked_fields
-from ditas_export.errors import CheckpointError, OnnxExportError
+from ditas_export.errors import OnnxExportError
 from ditas_export.options import Precision, Target
 from ditas_export.quantization.ranges import Ranges
+from ditas_export.saved_records import check_fields, from_record
 
 Layout = Literal["int4", "int8"]
 """How a 4-bit weight is stored: INT4 blocks, or the same numbers as INT8 rows."""
@@ -33,6 +33,7 @@ class FileForm:
 
     def __post_init__(self) -> None:
         """Refuse what no file has, naming the value."""
+        check_fields(self, OnnxExportError)
         none: tuple[None] = (None,)
         quantized = self.weight_bits is not None
         choices: dict[str, tuple[object, ...]] = {
@@ -77,10 +78,4 @@ class FileForm:
         Raises:
             OnnxExportError: no mapping, an unknown or a missing name, or a value that no file has.
         """
-        try:
-            fields = checked_fields(cls, values)
-        except CheckpointError as error:
-            raise OnnxExportError(str(error)) from error
-        if "float_type" not in fields:
-            raise OnnxExportError("a FileForm without a float type")
-        return cls(**fields)
+        return from_record(cls, values, error=OnnxExportError)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from ditas_export.artifact_files import atomic_path
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.text_files import read_json
 
 MANIFEST_KIND = "ditas-export manifest"
 MANIFEST_FORMAT = f"{MANIFEST_KIND} 2"
@@ -73,7 +74,7 @@ def read_manifest(model: Path) -> dict[str, Any] | None:
     Another JSON of that name is none.
     """
     try:
-        found = json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
+        found = read_json(model.with_suffix(".json"))
     except (OSError, ValueError):
         return None
     is_manifest = isinstance(found, dict) and str(found.get("format")).startswith(MANIFEST_KIND)

@@ -8,7 +8,6 @@ the file is the one that `export_onnx` writes for that target from the same quan
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -46,6 +45,7 @@ from ditas_export.onnx_export.lowering import (
 )
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.text_files import parse_json
 
 OtherTarget = Literal["onnxruntime", "tensorrt"]
 """A target that has a form of its own."""
@@ -76,7 +76,7 @@ def why_not_relowerable(model: ir.Model) -> str | None:
     It is the float model, or in another target's form, or of an earlier version, which does not
     state all that it takes, or a tool has changed its graph since it was written.
     """
-    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
+    form = FileForm.from_dict(parse_json(model.metadata_props[FORM_KEY]))
     if not form.is_quantized:
         return "it holds a float model, which has one form"
     if form.target != "portable":
@@ -98,8 +98,8 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
         raise OnnxExportError(
             f"this file cannot be written for {target}: {reason}; export it again"
         )
-    form = FileForm.from_dict(json.loads(model.metadata_props[FORM_KEY]))
-    config = DiTConfig.from_dict(json.loads(model.metadata_props[CONFIG_KEY]))
+    form = FileForm.from_dict(parse_json(model.metadata_props[FORM_KEY]))
+    config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
     assert form.activation_bits is not None  # a quantized file's form has them
     assert form.layout is not None
     lowered = lowered_linears(model.graph, [site.name for site in linear_sites(config.depth)])
@@ -114,7 +114,7 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
         )
         for each in ("portable", target)
     )
-    facts = json.loads(model.metadata_props.pop(LINEARS_KEY))
+    facts = parse_json(model.metadata_props.pop(LINEARS_KEY))
     del model.metadata_props[GRAPH_KEY]
     layout = form.layout
 

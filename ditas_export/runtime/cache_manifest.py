@@ -11,7 +11,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from ditas_export import text_files
+from ditas_export.errors import RunnerError
+from ditas_export.saved_records import Within, from_record
+from ditas_export.text_files import TextError
 
 MANIFEST = "manifest.json"
 """The name of an entry's manifest."""
@@ -25,9 +30,9 @@ _NEVER_EMPTY = ("onnxruntime", "openvino")
 class FileFacts:
     """A file's state on the disk, which a start compares, and its hash."""
 
-    size: int
-    mtime_ns: int
-    inode: int
+    size: Annotated[int, Within(0, 2**63)]
+    mtime_ns: Annotated[int, Within(-(2**63), 2**63)]
+    inode: Annotated[int, Within(0, 2**64)]
     sha256: str
 
     def has_state_of(self, path: Path) -> bool:
@@ -60,18 +65,13 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Self | None:
         """Read what `save` wrote; None if there is no such file, or another's."""
-        content = read_json(folder / MANIFEST)
         try:
-            files = {name: FileFacts(**facts) for name, facts in content.pop("files").items()}
-            found = cls(files=files, **content)
-        except (AttributeError, KeyError, TypeError):
+            found = from_record(cls, read_json(folder / MANIFEST), error=RunnerError)
+        except RunnerError:
             return None
-        texts = [found.kind, found.source, *(facts.sha256 for facts in files.values())]
-        numbers = [n for facts in files.values() for n in (facts.size, facts.mtime_ns, facts.inode)]
-        plain_names = all(name == Path(name).name for name in files)
-        of_types = all(type(text) is str for text in texts) and all(type(n) is int for n in numbers)
-        is_whole = bool(files) or found.kind not in _NEVER_EMPTY
-        return found if plain_names and of_types and is_whole else None
+        plain_names = all(name == Path(name).name for name in found.files)
+        is_whole = bool(found.files) or found.kind not in _NEVER_EMPTY
+        return found if plain_names and is_whole else None
 
     @classmethod
     def of(cls, folder: Path, *, kind: str, source: Path) -> Self:
@@ -114,8 +114,8 @@ class Manifest:
 def read_json(path: Path) -> Any:
     """Return the content of a small JSON file, None if there is none to read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return text_files.read_json(path)
+    except (OSError, TextError):
         return None
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from ditas_export.diffusion.runner import Closing
 from ditas_export.diffusion.sampling import REMEDY
 from ditas_export.dit.model import DiTConfig
-from ditas_export.errors import DitasExportError, NonFiniteError, RunnerError
+from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.inputs import require_fitting
 
 
@@ -61,8 +61,9 @@ class CheckedRunner(Closing):
         require_fitting(self._config, latents, timesteps, class_labels)
         with self._turn:
             backend = self._open_backend()
-            with _faults_as_errors(self):
+            with faults_as_errors(self.description):
                 output = self._infer(backend, latents, timesteps.long(), class_labels.long())
+                _require_output(output, len(latents), self._config)
                 odd = _rows_that_are_not_finite(output)
         if odd:
             error = NonFiniteError(
@@ -97,13 +98,11 @@ def _rows_that_are_not_finite(output: Tensor) -> list[int]:
     return [] if bool(finite.all()) else finite.logical_not().nonzero().flatten().tolist()
 
 
-@contextmanager
-def _faults_as_errors(runner: CheckedRunner) -> Iterator[None]:
-    """Say in one line what a backend failed with, whatever it raised."""
-    try:
-        yield
-    except DitasExportError:
-        raise
-    except Exception as error:  # every backend has exceptions of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RunnerError(f"{runner.description} failed: {reason}") from error
+def _require_output(output: Tensor, rows: int, config: DiTConfig) -> None:
+    """Refuse an output that is not the model's; the caller names who gave it."""
+    side = config.input_size
+    expected = (rows, config.out_channels, side, side)
+    if tuple(output.shape) != expected or output.dtype != torch.float32:
+        raise ValueError(
+            f"it gave {tuple(output.shape)} {output.dtype}, expected {expected} torch.float32"
+        )

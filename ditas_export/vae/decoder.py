@@ -22,6 +22,7 @@ from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
+from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
 from ditas_export.vae.load import load_latent_decoder
@@ -101,6 +102,11 @@ class _ImageByImage(Closing):
         return self._sha256
 
     @property
+    @abstractmethod
+    def description(self) -> str:
+        """What decodes, and where."""
+
+    @property
     def in_channels(self) -> int:
         """Channels of the latents that it takes, C."""
         return self._shape.in_channels
@@ -128,8 +134,20 @@ class _ImageByImage(Closing):
                 f"latents are {tuple(latents.shape)}; the VAE takes (N, {self.in_channels}, h, w), "
                 f"one image at least"
             )
-        images = [self._decode(image[None].detach().float()) for image in latents]
+        with faults_as_errors(self.description):
+            images = [self._decoded(image[None].detach().float()) for image in latents]
         return torch.cat(images).to(latents.device)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the pixels of one image, held against the shape that the VAE has."""
+        images = self._decode(latents)
+        sides = tuple(side * self.scale for side in latents.shape[2:])
+        if tuple(images.shape) != (1, 3, *sides) or images.dtype != torch.float32:
+            raise ValueError(
+                f"it gave {tuple(images.shape)} {images.dtype}, expected {(1, 3, *sides)} "
+                f"torch.float32"
+            )
+        return images
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:

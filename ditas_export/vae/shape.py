@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors, checked_fields
+from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
-from ditas_export.onnx_export.export import file_metadata
+from ditas_export.onnx_export.export import file_metadata, metadata_entry
+from ditas_export.saved_records import Within, check_fields, from_record
+from ditas_export.text_files import TextError, parse_json
 
 VAE_KEY = "ditas_export.vae"
 """Metadata entry of a decoder's file; it holds a `VaeShape`."""
@@ -22,9 +24,13 @@ IMAGES_NAME = "images"
 class VaeShape:
     """What a VAE's decoder takes and gives."""
 
-    in_channels: int  # of the latents
-    scale: int  # pixels per latent pixel, along one side
+    in_channels: Annotated[int, Within(1, 4096)]  # of the latents
+    scale: Annotated[int, Within(1, 1024)]  # pixels per latent pixel, along one side
     factors: VaeFactors | None = None  # None in files of earlier versions, which do not say
+
+    def __post_init__(self) -> None:
+        """Refuse what no decoder has."""
+        check_fields(self, CheckpointError)
 
 
 def require_fitting_vae(
@@ -61,11 +67,10 @@ def read_vae_shape(path: Path) -> VaeShape:
         OnnxExportError: no ONNX file, or one of another origin.
     """
     try:
-        written = json.loads(file_metadata(path)[VAE_KEY])
-        return VaeShape(**checked_fields(VaeShape, written, nested={"factors": VaeFactors}))
-    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        return from_record(VaeShape, parse_json(metadata_entry(path, VAE_KEY)))
+    except (TextError, CheckpointError) as error:
         raise OnnxExportError(
-            f"{path} does not say which VAE it decodes for ({error!r}); write it with "
+            f"{path} does not say which VAE it decodes for ({error}); write it with "
             f"ditas-export --vae"
         ) from error
 

@@ -1,0 +1,88 @@
+"""What a file says of its model, held against its graph: inputs, output, tables and blocks.
+
+Metadata that do not fit the graph would be followed all the same: a model of ten classes said to
+have nine takes the tenth for "no class".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import onnx
+
+from ditas_export.dit.model import DiTConfig
+from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
+
+_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})[./]")
+"""How names of a block's nodes begin."""
+
+
+def why_unlike(graph: onnx.GraphProto, config: DiTConfig) -> str | None:
+    """Return in what a graph is not the model of a configuration, None where it is."""
+    side = config.input_size
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    given = (config.in_channels, side, side), (config.out_channels, side, side)
+    latents, timesteps, labels = INPUT_NAMES
+    faults = [
+        *_value_faults("inputs", inputs, {
+            latents: (_FLOAT, given[0]), timesteps: (_INT64, ()), labels: (_INT64, ()),
+        }),
+        *_value_faults("outputs", graph.output, {OUTPUT_NAME: (_FLOAT, given[1])}),
+        *_table_faults(graph.initializer, config),
+        *_depth_faults(graph.node, config),
+    ]  # fmt: skip
+    return faults[0] if faults else None
+
+
+def _value_faults(
+    what: str,
+    values: Sequence[onnx.ValueInfoProto],
+    expected: dict[str, tuple[int, tuple[int, ...]]],
+) -> Iterator[str]:
+    """Yield what is wrong with inputs or outputs; the first dimension is the batch's."""
+    if [value.name for value in values] != list(expected):
+        found = ", ".join(value.name[:40] for value in values[:8]) or "none"
+        yield f"its {what} are {found}, expected {', '.join(expected)}"
+        return
+    for value in values:
+        dtype, sizes = expected[value.name]
+        tensor = value.type.tensor_type
+        if tensor.elem_type != dtype:
+            names = onnx.TensorProto.DataType
+            found = names.Name(tensor.elem_type) if tensor.elem_type in names.values() else "none"
+            yield f"{value.name} is of type {found}, expected {names.Name(dtype)}"
+        found_sizes = [each.dim_value or each.dim_param for each in tensor.shape.dim][1:]
+        if not tensor.HasField("shape") or len(tensor.shape.dim) != len(sizes) + 1:
+            yield f"{value.name} has {len(tensor.shape.dim)} dimensions, expected {len(sizes) + 1}"
+        elif any(
+            isinstance(found, int) and found != size
+            for found, size in zip(found_sizes, sizes, strict=True)
+        ):
+            yield f"{value.name} has rows of {tuple(found_sizes)}, its record says {sizes}"
+
+
+def _table_faults(constants: Iterable[onnx.TensorProto], config: DiTConfig) -> Iterator[str]:
+    """Yield which tables are not of the recorded sizes."""
+    patch = config.patch_size
+    sizes = {
+        "y_embedder.embedding_table.weight": (config.label_rows, config.hidden_size),
+        "pos_embed": (1, config.num_tokens, config.hidden_size),
+        "x_embedder.proj.weight": (config.hidden_size, config.in_channels, patch, patch),
+    }
+    found = {tensor.name: tuple(tensor.dims) for tensor in constants if tensor.name in sizes}
+    for name, expected in sizes.items():
+        if name not in found:
+            yield f"it has no {name}"
+        elif found[name] != expected:
+            yield f"{name} is {found[name]}, its record says {expected}"
+
+
+def _depth_faults(nodes: Iterable[onnx.NodeProto], config: DiTConfig) -> Iterator[str]:
+    """Yield whether nodes are of another number of blocks."""
+    blocks = {int(match[1]) for node in nodes if (match := _BLOCK.match(node.name))}
+    if blocks != set(range(config.depth)):
+        yield f"its nodes are of {len(blocks)} blocks, its record says {config.depth}"
