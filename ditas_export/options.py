@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ditas_export.errors import OnnxExportError
+from ditas_export.paths import convert_path_fields
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -148,6 +149,7 @@ class ExportOptions:
             OnnxExportError: an unknown value, 8-bit weights in the 4-bit layout, ranges of float
                 activations, or a bf16 file for onnxruntime.
         """
+        convert_path_fields(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

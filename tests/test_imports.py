@@ -17,6 +17,7 @@ PACKAGE = Path(ditas_export.__file__).parent
 
 ORDER = (
     "errors",
+    "paths",
     "figures",
     "file_signs",
     "artifact_files",

@@ -19,6 +19,7 @@ from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 from ditas_export.onnx_export.form import FileForm
+from ditas_export.paths import StrPath
 
 KIND = "ditas-export engine"
 FORMAT = f"{KIND} 1"
@@ -100,8 +101,9 @@ class EngineMetadata:
             **others,
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write indented JSON; atomic."""
+        path = Path(path)
         content = {"format": FORMAT, **self.to_dict()}
         with atomic_path(path) as partial:
             partial.write_text(
@@ -109,8 +111,9 @@ class EngineMetadata:
             )
 
     @classmethod
-    def load(cls, path: Path) -> EngineMetadata:
+    def load(cls, path: StrPath) -> EngineMetadata:
         """Read what `save` wrote; EngineError on any other file."""
+        path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
@@ -136,7 +139,9 @@ def _why_no_metadata(path: Path, error: Exception) -> str:
     return f"{plan} is {sign}" if sign else "it is not there; it belongs beside the plan"
 
 
-def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> EngineMetadata:
+def metadata_of(
+    plan: StrPath, *, hash_file: Callable[[Path], str] = sha256_of_file
+) -> EngineMetadata:
     """Return the metadata of a plan: those beside it, or of what they replace the ones that fit.
 
     Args:
@@ -146,6 +151,7 @@ def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file
     Raises:
         EngineError: no plan, no metadata beside it, or those of another plan.
     """
+    plan = Path(plan)
     metadata = EngineMetadata.load(metadata_path(plan))
     try:
         found = hash_file(plan)
@@ -160,8 +166,9 @@ def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file
     raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
 
 
-def is_plan_file(path: Path) -> bool:
+def is_plan_file(path: StrPath) -> bool:
     """Return whether a file is a plan with its metadata beside it."""
+    path = Path(path)
     try:
         metadata_of(path)
     except EngineError:
@@ -169,8 +176,9 @@ def is_plan_file(path: Path) -> bool:
     return True
 
 
-def metadata_path(plan: Path) -> Path:
+def metadata_path(plan: StrPath) -> Path:
     """Return where the metadata of a plan lie: out.plan, out.plan.json."""
+    plan = Path(plan)
     return plan.with_name(f"{plan.name}.json")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ditas_export.dit.process import checked_fields
 from ditas_export.errors import CheckpointError, EngineError
+from ditas_export.paths import convert_path_fields
 
 HIGHEST_OPT_LEVEL = 5
 
@@ -54,6 +55,7 @@ class BuildOptions:
         Raises:
             EngineError: a workspace of nothing, an unknown level, or what is no compute capability.
         """
+        convert_path_fields(self)
         workspace, level = self.workspace_gib, self.opt_level
         if workspace is not None and not (_is_number(workspace) and workspace * 2**10 >= 1):
             size = f"{workspace:g}" if isinstance(workspace, float) else workspace

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditas_export.errors import VerificationError
+from ditas_export.paths import convert_path_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class CompareOptions:
         Raises:
             VerificationError: a threshold that is no finite number.
         """
+        convert_path_fields(self)
         for name, value in (("linear-db", self.linear_db), ("threshold-db", self.threshold_db)):
             if value is not None and not math.isfinite(value):
                 raise VerificationError(f"{name}={value}; give a number of decibels, such as 20")

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ditas_export.errors import RunnerError
 from ditas_export.options import CheckpointHints
+from ditas_export.paths import convert_path_fields
 from ditas_export.runtime.options import Runtime
 
 SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
@@ -57,6 +58,7 @@ class SampleOptions:
         Raises:
             RunnerError: an unknown value, or a list beside what it says itself.
         """
+        convert_path_fields(self)
         beside = [name for name in ("classes", "images", "seed") if getattr(self, name) is not None]
         if self.list is not None and beside:
             raise RunnerError(

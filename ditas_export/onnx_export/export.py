@@ -30,6 +30,7 @@ from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Precision, Target
+from ditas_export.paths import StrPath
 from ditas_export.quantization.ranges import Ranges
 
 CONFIG_KEY = "ditas_export.config"
@@ -53,7 +54,7 @@ Lower = Callable[[Subgraph, str, Sequence[ir.Value], int], Sequence[ir.Value]]
 
 def export_onnx(
     folded: FoldedDiT,
-    path: Path,
+    path: StrPath,
     *,
     layout: Layout = "int4",
     ranges: Ranges = "token",
@@ -75,6 +76,7 @@ def export_onnx(
             weights cannot take, or a graph that breaks a rule.
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     float_type = _float_type(folded.dtype)
     require_writable(path)
     parameters = folded.float_parameters
@@ -136,7 +138,7 @@ def record_choices(model: ir.Model, choices: Mapping[str, Choice]) -> None:
     model.metadata_props[REASONS_KEY] = json.dumps(reasons, sort_keys=True)
 
 
-def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:
+def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | None = None) -> None:
     """Write the float model with the interface of the quantized file.
 
     Args:
@@ -148,6 +150,7 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
         OnnxExportError: a float type other than fp32, fp16 and bf16.
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     parameters = model.state_dict()
     dtype = model.pos_embed.dtype
     float_type = _float_type(dtype)
@@ -241,7 +244,7 @@ def _order_initializers(graph: ir.Graph) -> None:
     graph.initializers.update(ordered)
 
 
-def read_config(path: Path) -> DiTConfig:
+def read_config(path: StrPath) -> DiTConfig:
     """Return what the model in a file that this package wrote computes beside its tensors.
 
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
@@ -249,16 +252,18 @@ def read_config(path: Path) -> DiTConfig:
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
+    path = Path(path)
     config, _ = _read_model(path)
     return config
 
 
-def read_identity(path: Path) -> ModelIdentity | None:
+def read_identity(path: StrPath) -> ModelIdentity | None:
     """Return the float model that a file was made from; None where an earlier version wrote it.
 
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
+    path = Path(path)
     _, identity = _read_model(path)
     return identity
 
@@ -288,12 +293,13 @@ def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     )
 
 
-def read_form(path: Path) -> FileForm:
+def read_form(path: StrPath) -> FileForm:
     """Return how a file was written.
 
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
+    path = Path(path)
     text = _metadata_entry(path, FORM_KEY)
     try:
         return FileForm.from_dict(json.loads(text))
@@ -303,14 +309,16 @@ def read_form(path: Path) -> FileForm:
         ) from error
 
 
-def is_quantized_file(path: Path) -> bool:
+def is_quantized_file(path: StrPath) -> bool:
     """Return whether `export_onnx` wrote a file."""
+    path = Path(path)
     form = _form_or_none(path)
     return form is not None and form.is_quantized
 
 
-def is_float_file(path: Path) -> bool:
+def is_float_file(path: StrPath) -> bool:
     """Return whether `export_reference` wrote a file."""
+    path = Path(path)
     form = _form_or_none(path)
     return form is not None and not form.is_quantized
 
@@ -335,12 +343,13 @@ def _metadata_entry(path: Path, key: str) -> str:
     return found[key]
 
 
-def require_form_for_tensorrt(path: Path) -> None:
+def require_form_for_tensorrt(path: StrPath) -> None:
     """Raise if a file was written in ONNX Runtime's form.
 
     Raises:
         OnnxExportError: it was, with UINT8 activations, or no file of this package.
     """
+    path = Path(path)
     if not read_form(path).fits_tensorrt:
         raise OnnxExportError(
             f"{path} was exported for onnxruntime, in a form that TensorRT does not take (UINT8 "
@@ -348,12 +357,13 @@ def require_form_for_tensorrt(path: Path) -> None:
         )
 
 
-def file_metadata(path: Path) -> dict[str, str]:
+def file_metadata(path: StrPath) -> dict[str, str]:
     """Return an ONNX file's metadata; its tensors are not read.
 
     Raises:
         OnnxExportError: no readable ONNX file.
     """
+    path = Path(path)
     try:
         model = load_by_reference(path)
     except Exception as error:  # protobuf's DecodeError has no stable home

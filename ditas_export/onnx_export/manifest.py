@@ -12,6 +12,7 @@ import onnx_ir as ir
 from ditas_export.artifact_files import atomic_path
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.paths import StrPath
 
 MANIFEST_KIND = "ditas-export manifest"
 MANIFEST_FORMAT = f"{MANIFEST_KIND} 2"
@@ -67,11 +68,12 @@ def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_manifest(model: Path) -> dict[str, Any] | None:
+def read_manifest(model: StrPath) -> dict[str, Any] | None:
     """Return the manifest beside an exported file, out.json of out.onnx; None where there is none.
 
     Another JSON of that name is none.
     """
+    model = Path(model)
     try:
         found = json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,7 +82,7 @@ def read_manifest(model: Path) -> dict[str, Any] | None:
     return found if is_manifest else None
 
 
-def require_own_manifest(model: Path, sha256: str | None = None) -> None:
+def require_own_manifest(model: StrPath, sha256: str | None = None) -> None:
     """Refuse an exported file beside which lies the manifest of another.
 
     Args:
@@ -90,6 +92,7 @@ def require_own_manifest(model: Path, sha256: str | None = None) -> None:
     Raises:
         OnnxExportError: the manifest records another hash, or the file cannot be read.
     """
+    model = Path(model)
     manifest = read_manifest(model)
     if manifest is None:
         return

@@ -10,6 +10,7 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors, checked_fields
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
 from ditas_export.onnx_export.export import file_metadata
+from ditas_export.paths import StrPath
 
 VAE_KEY = "ditas_export.vae"
 """Metadata entry of a decoder's file; it holds a `VaeShape`."""
@@ -54,12 +55,13 @@ def require_fitting_vae(
         )
 
 
-def read_vae_shape(path: Path) -> VaeShape:
+def read_vae_shape(path: StrPath) -> VaeShape:
     """Return the shape of the decoder in a file that `export_vae_decoder` wrote.
 
     Raises:
         OnnxExportError: no ONNX file, or one of another origin.
     """
+    path = Path(path)
     try:
         written = json.loads(file_metadata(path)[VAE_KEY])
         return VaeShape(**checked_fields(VaeShape, written, nested={"factors": VaeFactors}))
@@ -70,8 +72,9 @@ def read_vae_shape(path: Path) -> VaeShape:
         ) from error
 
 
-def is_decoder_file(path: Path) -> bool:
+def is_decoder_file(path: StrPath) -> bool:
     """Return whether `export_vae_decoder` wrote a file."""
+    path = Path(path)
     try:
         return VAE_KEY in file_metadata(path)
     except OnnxExportError:
