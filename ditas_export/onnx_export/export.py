@@ -167,7 +167,19 @@ def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | Non
     lower_placeholders(graph_model, lower)
     identity = identity or identity_of(model)
     describe(graph_model, identity, FileForm(float_type=float_type))
-    save_model(graph_model, path)
+    check_contract(graph_model)
+    _leave_types_to_tensors(graph_model.graph)
+    write_model(graph_model, path)
+
+
+def _leave_types_to_tensors(graph: ir.Graph) -> None:
+    """Write no second record of what initializers are.
+
+    A tool that replaces a weight does not update it: onnxruntime's `quantize_dynamic` transposes
+    weights, and then fails on their former shapes.
+    """
+    for value in graph.initializers.values():
+        value.type = value.shape = None
 
 
 def lower_placeholders(model: ir.Model, lower: Lower) -> None:
