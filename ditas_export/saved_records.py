@@ -205,8 +205,8 @@ def _plain_value(hint: Any, value: object, bounds: Bounds) -> Any:
         if isinstance(value, bool):
             return value
         raise UnfitError("true or false")
-    if isinstance(value, Path) and hint is Path:
-        return value
+    if isinstance(value, Path):  # a field that is a name is given one, such as a model's
+        return hint(value)
     if not isinstance(value, str) or len(value) > _LONGEST_TEXT or "\0" in value:
         raise UnfitError(f"a text of {_LONGEST_TEXT} characters at most")
     return hint(value)

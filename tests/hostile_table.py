@@ -83,7 +83,8 @@ def _valued(name: str, value: float) -> Callable[[dict[str, Any]], Any]:
 STATE_CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("names", "one tensor missing", lambda s: {n: t for n, t in s.items() if n != BIAS}),
     ("names", "one more", lambda s: {**s, "blocks.0.more": torch.zeros(3)}),
-    ("names", "half of the blocks", lambda s: {n: t for n, t in s.items() if "blocks.1.a" not in n}),
+    ("names", "half of the blocks", lambda s: {n: t for n, t in s.items()
+                                               if "blocks.1.a" not in n}),
     ("names", "a gap between blocks", lambda s: {n.replace("blocks.1", "blocks.7"): t
                                                  for n, t in s.items()}),
     ("names", "control characters", lambda s: {**s, "blocks.0.\x1b[31m\nx": torch.zeros(3)}),
@@ -309,7 +310,8 @@ def _pickles() -> Iterator[Case]:
 # Folders -----------------------------------------------------------------------------------------
 
 FOLDER_VALUES: list[tuple[str, str, Any]] = [
-    *(("transformer/config.json", "sample_size", v) for v in (0, -1, "8", 10**9, [8, 9], None, True)),
+    *(("transformer/config.json", "sample_size", v)
+      for v in (0, -1, "8", 10**9, [8, 9], None, True)),
     *(("transformer/config.json", "patch_size", v) for v in (0, -2, 3, 2.0)),
     *(("transformer/config.json", "num_layers", v) for v in (0, 10**7, True, "2")),
     *(("transformer/config.json", "num_attention_heads", v) for v in (0, 5, 10**30)),

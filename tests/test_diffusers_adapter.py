@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import random_vae
@@ -27,6 +31,8 @@ from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError, RunnerError
 from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.manifest import MANIFEST_FORMAT
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -238,12 +244,86 @@ def test_pictures_come_out_of_it(float_file: Path) -> None:
     assert np.asarray(images[0]).shape == (32, 32, 3)
 
 
-def test_it_has_nothing_to_save(float_file: Path, tmp_path: Path) -> None:
+def pipeline_of(transformer: Any) -> Any:
+    return DiTPipeline(transformer=transformer, vae=random_vae(), scheduler=DDIMScheduler())
+
+
+def test_a_pipeline_is_saved_and_loaded_with_its_file(float_file: Path, tmp_path: Path) -> None:
+    pipeline = pipeline_of(OnnxDiTTransformer2DModel(float_file))
+    expected = run(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "transformer" / float_file.name).read_bytes() == float_file.read_bytes()
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.transformer) is OnnxDiTTransformer2DModel
+    assert torch.equal(run(loaded), expected)
+    half = OnnxDiTTransformer2DModel.from_pretrained(
+        tmp_path, subfolder="transformer", torch_dtype=torch.float16
+    )
+    assert half.dtype == torch.float16
+    loaded.save_pretrained(tmp_path)  # over itself
+
+
+def test_saving_takes_data_and_manifest_along(float_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(float_file))
+    onnx.save(model, str(tmp_path / "big.onnx"), save_as_external_data=True, location="big.data")
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "file": {"sha256": sha256_of_onnx(tmp_path / "big.onnx")},
+    }
+    (tmp_path / "big.json").write_text(json.dumps(manifest))
+    OnnxDiTTransformer2DModel(tmp_path / "big.onnx").save_pretrained(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"big.onnx", "big.data", "big.json", "config.json"}
+    OnnxDiTTransformer2DModel.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "big.onnx").write_bytes(float_file.read_bytes())
+    with pytest.raises(OnnxExportError, match="is the manifest of another file"):
+        OnnxDiTTransformer2DModel.from_pretrained(tmp_path / "saved")
+
+
+def test_folders_of_others_are_refused(folder: Path, transformer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"names no ONNX file; give what save_pretrained"):
+        OnnxDiTTransformer2DModel.from_pretrained(folder / "transformer")
+    with pytest.raises(RunnerError, match=r"has no config\.json; give what save_pretrained wrote"):
+        OnnxDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert transformer.config.num_layers == 2
+
+
+def test_it_is_pickled_by_its_file(float_file: Path) -> None:
     adapter = OnnxDiTTransformer2DModel(float_file)
-    assert not adapter.state_dict()
-    with pytest.raises(RunnerError, match="holds no weights to save; keep its ONNX file"):
+    inputs = torch.randn(2, 4, 8, 8), 500, torch.tensor([0, 1000])
+    again = pickle.loads(pickle.dumps(adapter))
+    assert torch.equal(again(*inputs).sample, adapter(*inputs).sample)
+
+
+def test_what_was_made_of_a_runner_has_no_file(dit: DiT, tmp_path: Path) -> None:
+    adapter = OnnxDiTTransformer2DModel(runner=TorchRunner(dit))
+    with pytest.raises(RunnerError, match="made of a runner, and has no file to save"):
         adapter.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RunnerError, match="made of a runner, and has no file to pickle"):
+        pickle.dumps(adapter)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pipeline_takes_it_for_its_own(
+    float_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No warning of types; there is a parameter for offloading to look at; `from_pipe`."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    first = pipeline_of(OnnxDiTTransformer2DModel(float_file))
+    assert "xpected types" not in caplog.text
+    with pytest.raises(ValueError, match=r"expected .*'transformer'"):  # it compares exact types
+        DiTPipeline.from_pipe(first)
+    pipeline = DiTPipeline.from_pipe(first, transformer=first.transformer)
+    assert pipeline.transformer is first.transformer
+    assert next(pipeline.transformer.parameters()).device == torch.device("cpu")
+
+
+def test_offloading_works(float_file: Path) -> None:
+    pytest.importorskip("accelerate", reason="not a dependency")
+    pipeline = pipeline_of(OnnxDiTTransformer2DModel(float_file))
+    expected = run(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(run(pipeline), expected)
 
 
 def test_what_it_is_made_of(dit: DiT, float_file: Path, tmp_path: Path) -> None:

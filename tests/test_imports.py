@@ -18,6 +18,7 @@ PACKAGE = Path(ditas_export.__file__).parent
 ORDER = (
     "telemetry",
     "errors",
+    "paths",
     "figures",
     "saved_records",
     "text_files",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -283,11 +284,18 @@ def test_recipes_fill_options(recipe: Path) -> None:
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path: Path) -> None:
-    """`.ci/run` on a README whose test command only leaves a trace."""
+    """`.ci/run` on a README whose test command only leaves a trace, tools installed before it."""
     (tmp_path / ".ci").mkdir()
     script = tmp_path / ".ci" / "run"
     script.write_bytes((ROOT / ".ci" / "run").read_bytes())
     command = next(block for block in blocks() if "pytest" in block)
     (tmp_path / "README.md").write_text(README.replace(command, "echo ran > trace\n"))
-    subprocess.run(["bash", str(script)], check=True, cwd=tmp_path)
-    assert (tmp_path / "trace").read_text() == "ran\n"
+    tools = tmp_path / ".ci" / "browser-tools"
+    tools.write_text("#!/bin/sh\necho tools > trace-of-tools\n")
+    tools.chmod(0o755)
+    for ci in ("", "true"):
+        assert not (tmp_path / "trace-of-tools").exists()
+        environment = {**os.environ, "CI": ci}
+        subprocess.run(["bash", str(script)], check=True, cwd=tmp_path, env=environment)
+        assert (tmp_path / "trace").read_text() == "ran\n"
+    assert (tmp_path / "trace-of-tools").exists()

@@ -42,6 +42,7 @@ from ditas_export.dit.sites import block_sites, in_features, linear_sites, out_f
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.options import WALK_TOKENS
+from ditas_export.paths import StrPath
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.saved_records import from_record
 from ditas_export.timings import Timings
@@ -183,7 +184,7 @@ def quantize_dit(
     states: CalibrationStates,
     settings: QuantizationSettings,
     *,
-    progress: Path | None = None,
+    progress: StrPath | None = None,
     ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
     timings: Timings | None = None,
@@ -206,6 +207,7 @@ def quantize_dit(
         CalibrationError: an output that is not finite, or more ranks than batches of states.
         ArtifactError: a file of a block cannot be written, or states of another model.
     """
+    progress = None if progress is None else Path(progress)
     config, device = model.config, model.pos_embed.device
     if config != states.identity.config:
         odd = differences(states.identity.config.to_dict(), config.to_dict())

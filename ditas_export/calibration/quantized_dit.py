@@ -44,6 +44,7 @@ from ditas_export.errors import (
     QuantizationError,
 )
 from ditas_export.kept_parts import Part
+from ditas_export.paths import StrPath
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.quantization.weight_only import WeightOnlyWeight
@@ -187,8 +188,9 @@ class QuantizedDiT:
         """Bits of the modulation weights: 8, 4, or 16 where they are float."""
         return next((weight.bits for weight in self.adaln.values()), 16)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write one safetensors file, 4-bit codes packed two a byte; bit-exact on loading."""
+        path = Path(path)
         tensors = {
             f"{FLOAT_PREFIX}{name}": tensor for name, tensor in self.float_parameters.items()
         }
@@ -214,7 +216,7 @@ class QuantizedDiT:
         save_tensors(path, tensors, file_format=ARTIFACT_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: Path, *, model: ModelIdentity | None = None) -> QuantizedDiT:
+    def load(cls, path: StrPath, *, model: ModelIdentity | None = None) -> QuantizedDiT:
         """Read an artefact.
 
         Args:
@@ -226,6 +228,7 @@ class QuantizedDiT:
             ArtifactError: another kind of file, a damaged one, an artefact of another model, or one
                 of an earlier format without a model.
         """
+        path = Path(path)
         tensors, header = load_tensors(path, file_format=ARTIFACT_FORMAT, earlier=EARLIER_FORMAT)
         try:
             stated = artifact_header(header)

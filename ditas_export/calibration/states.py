@@ -30,6 +30,7 @@ from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
 from ditas_export.fast_matmul import fast_float32_matmul
+from ditas_export.paths import StrPath
 from ditas_export.runtime.torch_runner import TorchRunner
 from ditas_export.saved_records import from_record
 
@@ -92,20 +93,22 @@ class CalibrationStates:
         except CalibrationError as error:
             raise ArtifactError(f"calibration states: {error}; calibrate again") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write one safetensors file."""
+        path = Path(path)
         tensors = {f"maxima.{name}": maxima for name, maxima in self.input_maxima.items()}
         tensors |= {"latents": self.latents, "timesteps": self.timesteps}
         header = {"settings": self.settings.to_dict(), "identity": self.identity.to_dict()}
         save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: Path, *, identity: ModelIdentity) -> CalibrationStates:
+    def load(cls, path: StrPath, *, identity: ModelIdentity) -> CalibrationStates:
         """Read states made with this very model.
 
         Raises:
             ArtifactError: another kind of file, a damaged one, or states of another model.
         """
+        path = Path(path)
         tensors, header = load_tensors(path, file_format=STATES_FORMAT)
         try:
             stated = from_record(_Header, header, error=ArtifactError)
@@ -160,7 +163,7 @@ def collect_states(
     *,
     identity: ModelIdentity,
     ranks: Ranks = SINGLE,
-    progress: Path | None = None,
+    progress: StrPath | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationStates:
     """Sample with the float model once and return what calibration needs of it, on every rank.
@@ -178,6 +181,7 @@ def collect_states(
         CalibrationError: an activation is not finite.
         ArtifactError: a file of a batch cannot be written.
     """
+    progress = None if progress is None else Path(progress)
     batches = sample_batches(len(settings.classes))
     kept = _KeptBatches(folder=progress, facts=sampling_facts(identity, settings))
     latents, maxima = ranks.together(

@@ -21,6 +21,7 @@ from ditas_export.engine.child import OnProgress, run_builder
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product
 from ditas_export.onnx_export.export import read_config
+from ditas_export.paths import StrPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class BuiltEngine:
 
 
 def build_engine(
-    onnx_path: Path,
-    plan_path: Path,
+    onnx_path: StrPath,
+    plan_path: StrPath,
     *,
     product: Product,
     options: BuildOptions | None = None,
@@ -59,6 +60,8 @@ def build_engine(
         OnnxExportError: the file does not say which DiT it holds.
         ArtifactError: the plan or the timing cache cannot be written.
     """
+    onnx_path = Path(onnx_path)
+    plan_path = Path(plan_path)
     options = options or BuildOptions()
     product.require_options(options)
     product.require_installed()

@@ -44,6 +44,7 @@ from ditas_export.onnx_export.external_data import (
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
+from ditas_export.paths import StrPath
 from ditas_export.temporary_files import temporary_folder
 
 Build = Callable[[Path, Path], BuiltEngine]
@@ -60,8 +61,8 @@ class MadeEngine:
 
 
 def make_engine(
-    onnx_path: Path,
-    plan_path: Path,
+    onnx_path: StrPath,
+    plan_path: StrPath,
     *,
     product: Product,
     options: BuildOptions,
@@ -88,6 +89,8 @@ def make_engine(
         ArtifactError: a file cannot be written, something else has its name, or another process
             is writing it.
     """
+    onnx_path = Path(onnx_path)
+    plan_path = Path(plan_path)
     config = read_config(onnx_path)
     require_external_data(onnx_path)
     require_form_for_tensorrt(onnx_path)

@@ -19,6 +19,7 @@ from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 from ditas_export.onnx_export.form import FileForm
+from ditas_export.paths import StrPath
 from ditas_export.saved_records import Within, check_fields, from_record
 from ditas_export.text_files import TextError, read_json
 
@@ -95,8 +96,9 @@ class EngineMetadata:
         """
         return from_record(cls, _with_dit(values), error=EngineError)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write indented JSON; atomic."""
+        path = Path(path)
         content = {"format": FORMAT, **self.to_dict()}
         with atomic_path(path) as partial:
             partial.write_text(
@@ -104,8 +106,9 @@ class EngineMetadata:
             )
 
     @classmethod
-    def load(cls, path: Path) -> EngineMetadata:
+    def load(cls, path: StrPath) -> EngineMetadata:
         """Read what `save` wrote; EngineError on any other file."""
+        path = Path(path)
         try:
             content = read_json(path)
             if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
@@ -141,7 +144,9 @@ def _why_no_metadata(path: Path, error: Exception) -> str:
     return f"{plan} is {sign}" if sign else "it is not there; it belongs beside the plan"
 
 
-def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> EngineMetadata:
+def metadata_of(
+    plan: StrPath, *, hash_file: Callable[[Path], str] = sha256_of_file
+) -> EngineMetadata:
     """Return the metadata of a plan: those beside it, or of what they replace the ones that fit.
 
     Args:
@@ -151,6 +156,7 @@ def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file
     Raises:
         EngineError: no plan, no metadata beside it, or those of another plan.
     """
+    plan = Path(plan)
     metadata = EngineMetadata.load(metadata_path(plan))
     try:
         found = hash_file(plan)
@@ -165,8 +171,9 @@ def metadata_of(plan: Path, *, hash_file: Callable[[Path], str] = sha256_of_file
     raise EngineError(f"{metadata_path(plan)} describes another plan; {hint}")
 
 
-def is_plan_file(path: Path) -> bool:
+def is_plan_file(path: StrPath) -> bool:
     """Return whether a file is a plan with its metadata beside it."""
+    path = Path(path)
     try:
         metadata_of(path)
     except EngineError:
@@ -174,8 +181,9 @@ def is_plan_file(path: Path) -> bool:
     return True
 
 
-def metadata_path(plan: Path) -> Path:
+def metadata_path(plan: StrPath) -> Path:
     """Return where the metadata of a plan lie: out.plan, out.plan.json."""
+    plan = Path(plan)
     return plan.with_name(f"{plan.name}.json")
 
 

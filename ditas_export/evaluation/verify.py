@@ -33,6 +33,7 @@ from ditas_export.evaluation.held_out import (
 from ditas_export.evaluation.metrics import snr_db
 from ditas_export.figures import finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
+from ditas_export.paths import StrPath
 from ditas_export.runtime.onnxruntime_runner import (
     BARE_SESSION,
     OnnxRuntimeRunner,
@@ -171,7 +172,7 @@ class Verification:
 def verify_file(
     float_model: DiT,
     fake_quantized: DiT,
-    path: Path,
+    path: StrPath,
     settings: VerificationSettings,
     *,
     fake_quantized_fastest: Callable[[], DiT] | None = None,
@@ -205,6 +206,7 @@ def verify_file(
         RunnerError: the runtime is missing, or refuses the file.
         ArtifactError: what is to be kept cannot be written.
     """
+    path = Path(path)
     dtype = fake_quantized.pos_embed.dtype
     open_file = _file_opener(dtype)
     differs = dtype != torch.bfloat16 and (weight_only or fake_quantized_fastest is not None)

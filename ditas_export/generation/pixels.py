@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path
+from ditas_export.paths import StrPath
 
 NPZ_COMMENT = b"ditas-export samples"
 """The archive's comment, by which a file is known as made here."""
@@ -42,19 +43,21 @@ def to_pixels(images: Tensor) -> Pixels:
     return pixels
 
 
-def write_png(path: Path, pixels: Pixels) -> None:
+def write_png(path: StrPath, pixels: Pixels) -> None:
     """Write one picture, (H, W, 1 or 3); atomic.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     with atomic_path(path) as partial:
         image.save(partial, format="PNG")
 
 
-def read_png(path: Path) -> Pixels:
+def read_png(path: StrPath) -> Pixels:
     """Return what `write_png` wrote, (H, W, 1 or 3)."""
+    path = Path(path)
     with Image.open(path) as image:
         if image.mode not in ("L", "RGB"):
             raise ValueError(f"a picture of mode {image.mode}, which ditas-sample does not write")
@@ -88,7 +91,7 @@ def as_rgb(pixels: Pixels) -> Pixels:
 
 
 def write_npz(
-    path: Path, arrays: Iterable[np.ndarray[Any, Any]], *, count: int, like: np.ndarray[Any, Any]
+    path: StrPath, arrays: Iterable[np.ndarray[Any, Any]], *, count: int, like: np.ndarray[Any, Any]
 ) -> None:
     """Write `count` arrays as one, `arr_0`, stacked, without holding them all; atomic.
 
@@ -103,6 +106,7 @@ def write_npz(
     Raises:
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     header = {
         "descr": np.lib.format.dtype_to_descr(like.dtype),
         "fortran_order": False,
@@ -120,8 +124,9 @@ def write_npz(
             file.write(np.ascontiguousarray(array).tobytes())
 
 
-def is_npz_file(path: Path) -> bool:
+def is_npz_file(path: StrPath) -> bool:
     """Return whether `write_npz` wrote a file."""
+    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment == NPZ_COMMENT

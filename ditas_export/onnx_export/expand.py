@@ -16,10 +16,11 @@ from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.lowered import GRAPH_KEY, digest_of_graph, record_graph
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.paths import StrPath
 from ditas_export.text_files import parse_json
 
 
-def expand(source: Path, target: Path) -> None:
+def expand(source: StrPath, target: StrPath) -> None:
     """Write the INT4 chains of a file as INT8 rows, bit for bit the same integers and scales.
 
     Weight-only INT4 stays as it is: its kernels read it directly.
@@ -32,6 +33,8 @@ def expand(source: Path, target: Path) -> None:
         OnnxExportError: no such file, or nothing in it to expand.
         ArtifactError: the target cannot be written.
     """
+    source = Path(source)
+    target = Path(target)
     read_form(source)  # says what is wrong with a file of another origin
     model = load_mapped(source)
     if not expand_model(model):

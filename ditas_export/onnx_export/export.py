@@ -32,6 +32,7 @@ from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Precision, Target
+from ditas_export.paths import StrPath
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.saved_records import from_record
 from ditas_export.text_files import TextError, parse_json
@@ -57,7 +58,7 @@ Lower = Callable[[Subgraph, str, Sequence[ir.Value], int], Sequence[ir.Value]]
 
 def export_onnx(
     folded: FoldedDiT,
-    path: Path,
+    path: StrPath,
     *,
     layout: Layout = "int4",
     ranges: Ranges = "token",
@@ -79,6 +80,7 @@ def export_onnx(
             weights cannot take, or a graph that breaks a rule.
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     float_type = _float_type(folded.dtype)
     require_writable(path)
     parameters = folded.float_parameters
@@ -142,7 +144,7 @@ def record_choices(model: ir.Model, choices: Mapping[str, Choice]) -> None:
     model.metadata_props[REASONS_KEY] = json.dumps(reasons, sort_keys=True)
 
 
-def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None = None) -> None:
+def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | None = None) -> None:
     """Write the float model with the interface of the quantized file.
 
     Args:
@@ -154,6 +156,7 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
         OnnxExportError: a float type other than fp32, fp16 and bf16.
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     parameters = model.state_dict()
     dtype = model.pos_embed.dtype
     float_type = _float_type(dtype)
@@ -170,7 +173,19 @@ def export_reference(model: DiT, path: Path, *, identity: ModelIdentity | None =
     lower_placeholders(graph_model, lower)
     identity = identity or identity_of(model)
     describe(graph_model, identity, FileForm(float_type=float_type))
-    save_model(graph_model, path)
+    check_contract(graph_model)
+    _leave_types_to_tensors(graph_model.graph)
+    write_model(graph_model, path)
+
+
+def _leave_types_to_tensors(graph: ir.Graph) -> None:
+    """Write no second record of what initializers are.
+
+    A tool that replaces a weight does not update it: onnxruntime's `quantize_dynamic` transposes
+    weights, and then fails on their former shapes.
+    """
+    for value in graph.initializers.values():
+        value.type = value.shape = None
 
 
 def lower_placeholders(model: ir.Model, lower: Lower) -> None:
@@ -255,7 +270,7 @@ class _RecordedIdentity:
     fingerprint: str
 
 
-def read_config(path: Path) -> DiTConfig:
+def read_config(path: StrPath) -> DiTConfig:
     """Return what the model in a file that this package wrote computes beside its tensors.
 
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
@@ -264,16 +279,18 @@ def read_config(path: Path) -> DiTConfig:
         OnnxExportError: no ONNX file, one of another origin, a damaged record, or a graph of
             another model than is recorded.
     """
+    path = Path(path)
     config, _ = _read_model(path)
     return config
 
 
-def read_identity(path: Path) -> ModelIdentity | None:
+def read_identity(path: StrPath) -> ModelIdentity | None:
     """Return the float model that a file was made from; None where an earlier version wrote it.
 
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
+    path = Path(path)
     _, identity = _read_model(path)
     return identity
 
@@ -307,12 +324,13 @@ def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     )
 
 
-def read_form(path: Path) -> FileForm:
+def read_form(path: StrPath) -> FileForm:
     """Return how a file was written.
 
     Raises:
         OnnxExportError: no ONNX file, one of another origin, or a damaged record.
     """
+    path = Path(path)
     text = metadata_entry(path, FORM_KEY)
     try:
         return FileForm.from_dict(parse_json(text))
@@ -322,14 +340,16 @@ def read_form(path: Path) -> FileForm:
         ) from error
 
 
-def is_quantized_file(path: Path) -> bool:
+def is_quantized_file(path: StrPath) -> bool:
     """Return whether `export_onnx` wrote a file."""
+    path = Path(path)
     form = _form_or_none(path)
     return form is not None and form.is_quantized
 
 
-def is_float_file(path: Path) -> bool:
+def is_float_file(path: StrPath) -> bool:
     """Return whether `export_reference` wrote a file."""
+    path = Path(path)
     form = _form_or_none(path)
     return form is not None and not form.is_quantized
 
@@ -354,12 +374,13 @@ def metadata_entry(path: Path, key: str) -> str:
     return found[key]
 
 
-def require_form_for_tensorrt(path: Path) -> None:
+def require_form_for_tensorrt(path: StrPath) -> None:
     """Raise if a file was written in ONNX Runtime's form.
 
     Raises:
         OnnxExportError: it was, with UINT8 activations, or no file of this package.
     """
+    path = Path(path)
     if not read_form(path).fits_tensorrt:
         raise OnnxExportError(
             f"{path} was exported for onnxruntime, in a form that TensorRT does not take (UINT8 "
@@ -367,13 +388,13 @@ def require_form_for_tensorrt(path: Path) -> None:
         )
 
 
-def file_metadata(path: Path) -> dict[str, str]:
+def file_metadata(path: StrPath) -> dict[str, str]:
     """Return an ONNX file's metadata; its tensors are not read.
 
     Raises:
         OnnxExportError: no readable ONNX file.
     """
-    return {entry.key: entry.value for entry in _model_by_reference(path).metadata_props}
+    return {entry.key: entry.value for entry in _model_by_reference(Path(path)).metadata_props}
 
 
 def _model_by_reference(path: Path) -> onnx.ModelProto:

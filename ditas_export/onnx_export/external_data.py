@@ -25,10 +25,11 @@ from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
+from ditas_export.paths import StrPath
 from ditas_export.temporary_files import temporary_folder
 
 
-def sha256_of_onnx(path: Path, *, hash_file: Callable[[Path], str] = sha256_of_file) -> str:
+def sha256_of_onnx(path: StrPath, *, hash_file: Callable[[Path], str] = sha256_of_file) -> str:
     """Return the hex SHA-256 of an ONNX file and of its external data.
 
     Without external data it is the hash of the file's bytes. Else it is the hash of the hex hashes
@@ -41,6 +42,7 @@ def sha256_of_onnx(path: Path, *, hash_file: Callable[[Path], str] = sha256_of_f
     Raises:
         OnnxExportError: see `external_files`.
     """
+    path = Path(path)
     files = external_files(path)
     digests = [hash_file(file) for file in (path, *files)]
     if not files:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from ditas_export.artifact_files import atomic_path
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.paths import StrPath
 from ditas_export.text_files import read_json
 
 MANIFEST_KIND = "ditas-export manifest"
@@ -68,11 +69,12 @@ def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_manifest(model: Path) -> dict[str, Any] | None:
+def read_manifest(model: StrPath) -> dict[str, Any] | None:
     """Return the manifest beside an exported file, out.json of out.onnx; None where there is none.
 
     Another JSON of that name is none.
     """
+    model = Path(model)
     try:
         found = read_json(model.with_suffix(".json"))
     except (OSError, ValueError):
@@ -81,7 +83,7 @@ def read_manifest(model: Path) -> dict[str, Any] | None:
     return found if is_manifest else None
 
 
-def require_own_manifest(model: Path, sha256: str | None = None) -> None:
+def require_own_manifest(model: StrPath, sha256: str | None = None) -> None:
     """Refuse an exported file beside which lies the manifest of another.
 
     Args:
@@ -91,6 +93,7 @@ def require_own_manifest(model: Path, sha256: str | None = None) -> None:
     Raises:
         OnnxExportError: the manifest records another hash, or the file cannot be read.
     """
+    model = Path(model)
     manifest = read_manifest(model)
     if manifest is None:
         return

@@ -45,13 +45,14 @@ from ditas_export.onnx_export.lowering import (
 )
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.subgraph import Subgraph
+from ditas_export.paths import StrPath
 from ditas_export.text_files import parse_json
 
 OtherTarget = Literal["onnxruntime", "tensorrt"]
 """A target that has a form of its own."""
 
 
-def relower(source: Path, path: Path, target: OtherTarget) -> None:
+def relower(source: StrPath, path: StrPath, target: OtherTarget) -> None:
     """Write a portable file in another target's form; float type, ranges and layout stay.
 
     Args:
@@ -63,6 +64,8 @@ def relower(source: Path, path: Path, target: OtherTarget) -> None:
         OnnxExportError: no such file, or see `relower_model`.
         ArtifactError: the file cannot be written.
     """
+    source = Path(source)
+    path = Path(path)
     read_form(source)  # says what is wrong with a file of another origin
     model = load_mapped(source)
     relower_model(model, target)

@@ -26,6 +26,7 @@ from typing import Self
 
 from ditas_export import __version__
 from ditas_export.errors import RunnerError
+from ditas_export.paths import StrPath
 from ditas_export.runtime.cache_hashes import FileHashes
 from ditas_export.runtime.cache_locks import hold, take, turn
 from ditas_export.runtime.cache_manifest import MANIFEST, Manifest, sync
@@ -137,12 +138,13 @@ class Cache:
     limit: int  # bytes
 
     @classmethod
-    def at(cls, root: Path) -> Self:
+    def at(cls, root: StrPath) -> Self:
         """Return the cache in a folder, of the size that the user allows.
 
         Raises:
             RunnerError: $DITAS_EXPORT_CACHE_GIB is no size.
         """
+        root = Path(root)
         return cls(root=root, limit=allowed_bytes())
 
     def find(self, key: Key) -> Entry | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -14,32 +15,45 @@ from torch import Tensor
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.onnx_export.external_data import external_files
+from ditas_export.onnx_export.manifest import read_manifest, require_own_manifest
+from ditas_export.paths import StrPath
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
+_Transformer: Any = DiTTransformer2DModel  # diffusers' annotations are in part wrong
 
-class OnnxDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+FILE_ENTRY = "onnx_file"
+"""The entry of a saved folder's config that names the file in it."""
+
+
+class OnnxDiTTransformer2DModel(_Transformer):  # type: ignore[misc]
     """What `DiTPipeline` asks of a transformer, answered by a `Runner`.
 
-    `config` has the entries of `DiTTransformer2DModel`. `to` moves and casts what the pipeline
-    feeds, never the runner: it takes float32 and gives float32, and the result is cast back.
+    It is the pipeline's own class by type, which `DiTPipeline` checks; of that class it has the
+    configuration, and no layers. `from_pipe` wants it passed: `transformer=pipe.transformer`. `to`
+    moves and casts what the pipeline feeds, never the runner: it takes float32 and gives float32,
+    and the result is cast back.
 
     Args:
         path: file written by `export_onnx` or `export_reference`; ONNX Runtime runs it on the CPU.
-        runner: an open runner instead of a file.
+        runner: an open runner instead of a file; such an adapter can be neither saved nor pickled.
 
     Raises:
         RunnerError: neither or both of path and runner, or ONNX Runtime refuses the file.
         OnnxExportError: the file does not say which DiT it holds.
     """
 
-    def __init__(self, path: str | Path | None = None, *, runner: Runner | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.runner = _one_runner(path, runner)
+    _supports_gradient_checkpointing = False
+
+    def __init__(self, path: StrPath | None = None, *, runner: Runner | None = None) -> None:
+        ModelMixin.__init__(self)  # type: ignore[no-untyped-call]  # builds no layers
+        self.file = None if path is None else Path(path)
+        self.runner = _one_runner(self.file, runner)
         settings = _diffusers_config(self.runner.config)
-        self.register_to_config(**settings)  # type: ignore[no-untyped-call]
-        # Holds the float type and the device that the pipeline reads off the transformer.
-        self.register_buffer("placement", torch.zeros(()), persistent=False)
+        self.register_to_config(**settings)
+        # Holds the float type and the device that the pipeline reads off the transformer; a
+        # parameter, as offloading looks for one.
+        self.placement = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(
         self,
@@ -66,23 +80,61 @@ class OnnxDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         output = self.runner(hidden_states.float(), timesteps, class_labels).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def save_pretrained(self, *_args: Any, **_options: Any) -> NoReturn:
-        """Refuse to write a folder that nothing could load: the weights are the ONNX file's.
+    def save_pretrained(self, save_directory: StrPath, *_args: Any, **_options: Any) -> None:
+        """Copy the file, its external data and its manifest into a folder, with a `config.json`.
 
         Raises:
-            RunnerError: always.
+            RunnerError: the adapter was made of a runner.
         """
-        raise RunnerError(
-            "an OnnxDiTTransformer2DModel holds no weights to save; keep its ONNX file, and save "
-            "the pipeline's vae and scheduler by themselves"
-        )
+        file = self._own_file("save")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = [file.with_suffix(".json")] if read_manifest(file) is not None else []
+        for each in (file, *external_files(file), *beside):
+            if each.resolve() != (folder / each.name).resolve():
+                shutil.copy2(each, folder / each.name)
+        self.register_to_config(**{FILE_ENTRY: file.name})
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: StrPath, **options: Any
+    ) -> OnnxDiTTransformer2DModel:
+        """Open what `save_pretrained` wrote; of the options `torch_dtype` counts.
+
+        Raises:
+            RunnerError: the folder was written by something else.
+            OnnxExportError: the file in it is another than was saved.
+        """
+        folder = Path(pretrained_model_name_or_path) / (options.get("subfolder") or "")
+        if not (folder / cls.config_name).is_file():
+            raise RunnerError(f"{folder} has no {cls.config_name}; give what save_pretrained wrote")
+        name = cls.load_config(folder).get(FILE_ENTRY)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise RunnerError(
+                f"{folder} names no ONNX file; give what save_pretrained of an "
+                f"OnnxDiTTransformer2DModel wrote"
+            )
+        model = cls(folder / name)
+        dtype = options.get("torch_dtype")
+        return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return the file to open again, for pickles and copies."""
+        return type(self), (str(self._own_file("pickle").absolute()),)
+
+    def _own_file(self, verb: str) -> Path:
+        """Return the file that the adapter was made of."""
+        if self.file is None:
+            raise RunnerError(f"this adapter was made of a runner, and has no file to {verb}")
+        return self.file
 
 
-def _one_runner(path: str | Path | None, runner: Runner | None) -> Runner:
+def _one_runner(path: Path | None, runner: Runner | None) -> Runner:
     """Return the runner that was given, or one of the file."""
     if runner is None and path is not None:
-        require_own_manifest(Path(path))
-        return OnnxRuntimeRunner(Path(path))
+        require_own_manifest(path)
+        return OnnxRuntimeRunner(path)
     if runner is None or path is not None:
         raise RunnerError("pass the path of an exported file, or runner=, and not both")
     return runner

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditas_export.onnx_export.export import read_config
 from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.paths import StrPath
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.inputs import Feed, feed_of
 
@@ -19,7 +20,8 @@ from ditas_export.runtime.inputs import Feed, feed_of
 class ExportedFileRunner(CheckedRunner):
     """A `Runner` of an ONNX file; a backend gives `_run`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: StrPath) -> None:
+        path = Path(path)
         super().__init__(read_config(path))
         require_external_data(path)
 

@@ -23,6 +23,7 @@ from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import bytes_of, sha256_of_onnx
 from ditas_export.onnx_export.forms.joined import OUTPUT_PART
 from ditas_export.onnx_export.patterns import int4_chains
+from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.fastest_form import fastest_file, load_fastest
@@ -102,16 +103,17 @@ class OnnxRuntimeRunner(ExportedFileRunner):
 
     def __init__(
         self,
-        path: Path,
+        path: StrPath,
         *,
         as_is: bool = False,
         threads: int | None = None,
         providers: Sequence[str] = CPU,
         device_id: int = 0,
         session_entries: Mapping[str, str] | None = None,
-        cache: Path | None = None,
+        cache: StrPath | None = None,
         sha256: str | None = None,
     ) -> None:
+        path = Path(path)
         super().__init__(path)
         entries = ACCURATE_WEIGHT_ONLY | dict(session_entries or {})
         self._kernels: Counter[str] | None = None
@@ -159,7 +161,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
         return np.asarray(output)
 
 
-def matmul_kernels(path: Path, *, as_is: bool = True) -> dict[str, str]:
+def matmul_kernels(path: StrPath, *, as_is: bool = True) -> dict[str, str]:
     """Return, for every matrix product of a file, the operator that ONNX Runtime's CPU runs.
 
     Of the file's own form, or of the one that `OnnxRuntimeRunner` runs.
@@ -172,6 +174,7 @@ def matmul_kernels(path: Path, *, as_is: bool = True) -> dict[str, str]:
         OnnxExportError: external data that cannot be read.
         ArtifactError: the temporary folder cannot take the optimized graph.
     """
+    path = Path(path)
     with temporary_folder(room=bytes_of(path)) as folder:
         optimized = folder / "optimized.onnx"
         with fastest_file(path, as_is=as_is) as file:

@@ -23,6 +23,7 @@ from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.options import NO_HINTS, CheckpointHints
+from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache
 from ditas_export.runtime.cache_settings import default_cache
 from ditas_export.runtime.onnxruntime_runner import (
@@ -61,13 +62,13 @@ class OpenedModel:
 
 
 def open_runner(
-    model: str,
+    model: StrPath,
     *,
     runtime: Runtime = "auto",
     device: str = "cpu",
     threads: int | None = None,
     hints: CheckpointHints = NO_HINTS,
-    cache: Path | None = None,
+    cache: StrPath | None = None,
 ) -> OpenedModel:
     """Open a model in the backend that is asked for, or in the fastest that is installed.
 
@@ -90,6 +91,7 @@ def open_runner(
         OnnxExportError: a file with the manifest of another beside it.
         DitasExportError: a model that cannot be read.
     """
+    model = str(model)
     if runtime not in get_args(Runtime):
         raise RunnerError(f"runtime={runtime!r}; choose one of {', '.join(get_args(Runtime))}")
     is_artifact = _is_artifact(Path(model))
@@ -97,7 +99,7 @@ def open_runner(
         raise RunnerError(
             f"{model} carries its own configuration; leave out {', '.join(hints.given)}"
         )
-    cache = cache or default_cache()
+    cache = Path(cache) if cache else default_cache()
     hash_file = sha256_of_file if cache is None else Cache.at(cache).hash_of_file
     if has_suffix(model, PLAN_SUFFIXES):
         return _open_plan(Path(model), runtime, device, threads, cache, hash_file)

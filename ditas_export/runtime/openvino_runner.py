@@ -15,6 +15,7 @@ import numpy as np
 
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
 from ditas_export.runtime.fastest_form import fastest_file
@@ -76,14 +77,15 @@ class OpenVINORunner(ExportedFileRunner):
 
     def __init__(
         self,
-        path: Path,
+        path: StrPath,
         *,
         as_is: bool = False,
         threads: int | None = None,
         precision: str = "f32",
-        cache: Path | None = None,
+        cache: StrPath | None = None,
         sha256: str | None = None,
     ) -> None:
+        path = Path(path)
         super().__init__(path)
         numeric = {"INFERENCE_PRECISION_HINT": precision} | FLOAT_ACTIVATIONS
         settings: dict[str, Any] = dict(numeric)

@@ -23,6 +23,7 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Key
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.cuda_stream import CudaStream
@@ -91,7 +92,10 @@ class TensorRTRunner(CheckedRunner):
             GPU, or is not the one that its metadata describe.
     """
 
-    def __init__(self, plan: Path, *, device: str = "cuda:0", cache: Path | None = None) -> None:
+    def __init__(
+        self, plan: StrPath, *, device: str = "cuda:0", cache: StrPath | None = None
+    ) -> None:
+        plan = Path(plan)
         if not plan.is_file():
             raise RunnerError(f"there is no file {plan}; build it with ditas-build")
         self._cache = None if cache is None else Cache.at(cache)

@@ -22,6 +22,7 @@ from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
+from ditas_export.paths import StrPath
 from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
@@ -208,7 +209,8 @@ class OnnxVaeDecoder(_ImageByImage):
         OnnxExportError: the file does not say which VAE it decodes for.
     """
 
-    def __init__(self, path: Path, device: str = "cpu", *, threads: int | None = None) -> None:
+    def __init__(self, path: StrPath, device: str = "cpu", *, threads: int | None = None) -> None:
+        path = Path(path)
         super().__init__(read_vae_shape(path))
         self._sha256 = sha256_of_onnx(path)
         index = device_index(device)
@@ -236,7 +238,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
 
 def open_decoder(
-    vae: str | None, *, config: DiTConfig, device: str, threads: int | None = None
+    vae: StrPath | None, *, config: DiTConfig, device: str, threads: int | None = None
 ) -> Decoder | None:
     """Return the decoder of a model's latents, None where none is wanted.
 
@@ -253,6 +255,7 @@ def open_decoder(
     """
     if vae is None or vae == NO_VAE:
         return None
+    vae = str(vae)
     in_onnx = has_suffix(vae, ONNX_SUFFIXES)
     decoder: Decoder = (
         OnnxVaeDecoder(Path(vae), device, threads=threads) if in_onnx else VaeDecoder(vae, device)

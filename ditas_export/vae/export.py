@@ -13,11 +13,12 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.onnx_export.export import write_model
 from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, quiet_exporter, strip_metadata
+from ditas_export.paths import StrPath
 from ditas_export.vae.load import LatentDecoder, load_latent_decoder
 from ditas_export.vae.shape import IMAGES_NAME, LATENTS_NAME, VAE_KEY
 
 
-def export_vae_decoder(name: str, path: Path) -> None:
+def export_vae_decoder(name: str, path: StrPath) -> None:
     """Write a VAE's decoder as ONNX: opset 21, the default domain only.
 
     Input `latents` (N, C, h, w) float32, as the sampler leaves them; output `images`
@@ -33,6 +34,7 @@ def export_vae_decoder(name: str, path: Path) -> None:
         OnnxExportError: the graph is no valid ONNX.
         ArtifactError: the file cannot be written.
     """
+    path = Path(path)
     require_writable(path)
     decoder = load_latent_decoder(name)
     model = _trace(decoder)

@@ -10,6 +10,7 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
 from ditas_export.onnx_export.export import file_metadata, metadata_entry
+from ditas_export.paths import StrPath
 from ditas_export.saved_records import Within, check_fields, from_record
 from ditas_export.text_files import TextError, parse_json
 
@@ -60,12 +61,13 @@ def require_fitting_vae(
         )
 
 
-def read_vae_shape(path: Path) -> VaeShape:
+def read_vae_shape(path: StrPath) -> VaeShape:
     """Return the shape of the decoder in a file that `export_vae_decoder` wrote.
 
     Raises:
         OnnxExportError: no ONNX file, or one of another origin.
     """
+    path = Path(path)
     try:
         return from_record(VaeShape, parse_json(metadata_entry(path, VAE_KEY)))
     except (TextError, CheckpointError) as error:
@@ -75,8 +77,9 @@ def read_vae_shape(path: Path) -> VaeShape:
         ) from error
 
 
-def is_decoder_file(path: Path) -> bool:
+def is_decoder_file(path: StrPath) -> bool:
     """Return whether `export_vae_decoder` wrote a file."""
+    path = Path(path)
     try:
         return VAE_KEY in file_metadata(path)
     except OnnxExportError:

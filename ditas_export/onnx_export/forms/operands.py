@@ -81,12 +81,17 @@ def denormalized(graph: Subgraph, y: ir.Value, token: ir.Value | None) -> ir.Val
 
 
 def quantized_input(graph: Subgraph, x: ir.Value, scale: torch.Tensor, prefix: str) -> ir.Value:
-    """Write Q/DQ of an activation with constants of its own: shared ones keep MatMuls unfused."""
+    """Write Q/DQ of an activation with constants of its own: shared ones keep MatMuls unfused.
+
+    The branch's, which has a prefix, states the axis, which is the default and without effect on
+    one scale: so graph tools that merge equal nodes (onnxslim) leave the two apart.
+    """
     quantizer = [
         graph.constant(f"{prefix}input_scale", scale),
         graph.constant(f"{prefix}input_zero_point", torch.zeros((), dtype=torch.int8)),
     ]
-    codes = graph.node("QuantizeLinear", [x, *quantizer], name=f"{prefix}input_Quantize")
+    apart = {"axis": 1} if prefix else {}
+    codes = graph.node("QuantizeLinear", [x, *quantizer], name=f"{prefix}input_Quantize", **apart)
     return graph.node("DequantizeLinear", [codes, *quantizer], name=f"{prefix}input_Dequantize")
 
 
