@@ -47,7 +47,7 @@ def options(folder: Path, checkpoint: Path, **changes: Any) -> ExportOptions:
         ({"steps": 1}, "steps=1"),
         ({"steps": 1001}, "takes 2 to 1000 steps, not 1001"),
         ({"classes": "10"}, "names class 10; this model has 0 to 9"),
-        ({"samples": 0}, "ask for at least one"),
+        ({"samples": 0}, "samples=0"),
         ({"cfg_scale": 0.5}, "guidance starts at 1"),
         ({"method": "best"}, "no method"),
         ({"adaln": 4, "model": "narrow"}, "adaLN weights in 4 bits"),
