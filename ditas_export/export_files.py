@@ -23,13 +23,14 @@ from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import manifest_of, versions
 from ditas_export.export_proofs import Proofs
 from ditas_export.kept_parts import KeptParts
-from ditas_export.onnx_export.export import FLOAT_TYPES, export_onnx, export_reference
+from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import (
     install,
     remove_other_data,
     rename_pair,
     sha256_of_onnx,
 )
+from ditas_export.onnx_export.file_facts import FLOAT_TYPES
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
 from ditas_export.options import PREFERENCES, ExportOptions

@@ -43,7 +43,7 @@ from ditas_export.evaluation.verify import Verification
 from ditas_export.export_files import write_or_keep
 from ditas_export.export_job import ExportJob, OnProgress, Solved, device_of, digest_of
 from ditas_export.export_proofs import sample_beforehand
-from ditas_export.onnx_export.export import FLOAT_TYPES
+from ditas_export.onnx_export.file_facts import FLOAT_TYPES
 from ditas_export.options import (
     CFG_SCALE,
     DEFAULTS,

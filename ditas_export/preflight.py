@@ -25,7 +25,7 @@ from ditas_export.dit.diffusers_folder import HUB_ID
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import ArtifactError
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
-from ditas_export.onnx_export.export import is_float_file, is_quantized_file
+from ditas_export.onnx_export.file_facts import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
 from ditas_export.options import FAST_WALK_TOKENS, ExportOptions
 from ditas_export.vae.load import load_latent_decoder

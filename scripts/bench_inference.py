@@ -37,7 +37,8 @@ from torch import Tensor
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.onnx_export.export import export_onnx, export_reference, read_config
+from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.torch_int8 import int8_dit

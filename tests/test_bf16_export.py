@@ -37,7 +37,7 @@ from ditas_export.cli.export import app
 from ditas_export.errors import OnnxExportError, RunnerError, VerificationError
 from ditas_export.evaluation.compare import compare
 from ditas_export.evaluation.options import CompareOptions
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.quantization.ranges import MAX_CODE, RANGE_FLOOR, token_ranges, unit_scale
 from ditas_export.runtime.open_runner import open_runner

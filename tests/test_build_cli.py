@@ -27,7 +27,7 @@ from ditas_export.engine.products import TENSORRT
 from ditas_export.engine.report import expected_kernels
 from ditas_export.engine.trtexec import run_tool
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from quantized_fixture import TINY, exported
 from ditas_export.engine.metadata import Gpu
 from ditas_export.engine.products import RTX
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -51,7 +51,8 @@ from ditas_export.evaluation.linear_outputs import linear_outputs
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import Outputs, onnx_runner, opened
-from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference
+from ditas_export.onnx_export.export import export_reference
+from ditas_export.onnx_export.file_facts import IDENTITY_KEY
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner

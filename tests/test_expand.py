@@ -12,7 +12,7 @@ from quantized_fixture import example_inputs, exported
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import read_config, read_form
+from ditas_export.onnx_export.file_facts import read_config, read_form
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 

@@ -20,8 +20,8 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import ArtifactError, DitasExportError, EngineError, OnnxExportError
 from ditas_export.file_signs import PLAN_SUFFIXES, describe_impostor, has_suffix
-from ditas_export.onnx_export.export import file_metadata
 from ditas_export.onnx_export.external_data import external_files
+from ditas_export.onnx_export.file_facts import file_metadata
 
 
 def cut_zip() -> bytes:

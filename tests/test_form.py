@@ -9,7 +9,7 @@ import pytest
 from quantized_fixture import exported, exported_reference
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.export import FORM_KEY, read_form, require_form_for_tensorrt
+from ditas_export.onnx_export.file_facts import FORM_KEY, read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.form import FileForm
 
 QUANTIZED: dict[str, Any] = {

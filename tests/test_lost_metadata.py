@@ -11,7 +11,7 @@ from quantized_fixture import exported, exported_reference
 from typer.testing import CliRunner
 
 from ditas_export.cli import build, compare, sample
-from ditas_export.onnx_export.export import CONFIG_KEY, FORM_KEY, IDENTITY_KEY
+from ditas_export.onnx_export.file_facts import CONFIG_KEY, FORM_KEY, IDENTITY_KEY
 
 KEYS = (CONFIG_KEY, FORM_KEY)
 """What a file needs; of the identity, files of earlier versions have none."""

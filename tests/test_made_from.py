@@ -35,8 +35,8 @@ from ditas_export.cli import build, compare, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
 from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, OtherModelError
-from ditas_export.onnx_export.export import CONFIG_KEY, IDENTITY_KEY
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.file_facts import CONFIG_KEY, IDENTITY_KEY
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, require_own_manifest
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export

@@ -32,17 +32,14 @@ from ditas_export.calibration.quantized_dit import QuantizedDiT
 from ditas_export.dit.model import modulate_by_factor
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.onnx_export import export as export_module
-from ditas_export.onnx_export.export import (
-    export_onnx,
-    export_reference,
-    read_config,
-    read_form,
-)
+from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import external_files
+from ditas_export.onnx_export.file_facts import read_config, read_form
 from ditas_export.onnx_export.form import FileForm
+from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
-from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME, export_skeleton
+from ditas_export.onnx_export.skeleton import export_skeleton
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
     OnnxRuntimeRunner,

@@ -34,7 +34,7 @@ from ditas_export.errors import (
     RunnerError,
 )
 from ditas_export.evaluation import held_out
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import (
     ExportResult,

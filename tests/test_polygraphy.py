@@ -16,7 +16,7 @@ from quantized_fixture import TINY, example_inputs, exported, exported_reference
 from typer.testing import CliRunner
 
 from ditas_export.cli.compare import app
-from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 needs_rtx = pytest.mark.skipif(

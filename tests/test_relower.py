@@ -16,7 +16,7 @@ from quantized_fixture import exported, exported_reference
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.expand import expand
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.onnx_export.lowered import LINEARS_KEY
 from ditas_export.onnx_export.relower import relower
 

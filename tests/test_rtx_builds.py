@@ -31,7 +31,8 @@ from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import export_onnx, read_config, read_form
+from ditas_export.onnx_export.export import export_onnx
+from ditas_export.onnx_export.file_facts import read_config, read_form
 
 pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 

@@ -28,7 +28,7 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, Product
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import DitasExportError, EngineError, RunnerError
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner

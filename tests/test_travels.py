@@ -33,7 +33,8 @@ from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
 from ditas_export.dit.process import Process, VaeFactors
 from ditas_export.generation import job
-from ditas_export.onnx_export.export import IDENTITY_KEY, export_reference, read_config
+from ditas_export.onnx_export.export import export_reference
+from ditas_export.onnx_export.file_facts import IDENTITY_KEY, read_config
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.open_runner import open_runner
 from ditas_export.vae.export import export_vae_decoder

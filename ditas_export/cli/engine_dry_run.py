@@ -16,8 +16,8 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import OPTION_NAMES, Product, candidates
 from ditas_export.engine.trtexec import command_line
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import read_config, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.file_facts import read_config, require_form_for_tensorrt
 from ditas_export.onnx_export.manifest import require_own_manifest
 
 

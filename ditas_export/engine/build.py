@@ -20,7 +20,7 @@ from ditas_export.engine.builder_process import BuildRequest
 from ditas_export.engine.child import OnProgress, run_builder
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product
-from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.paths import StrPath
 
 

@@ -28,12 +28,7 @@ from ditas_export.engine.report import LayerReport, expected_kernels, layer_repo
 from ditas_export.errors import EngineError
 from ditas_export.job_files import JobFiles, Output, json_kind
 from ditas_export.onnx_export.expand import expand_model
-from ditas_export.onnx_export.export import (
-    read_config,
-    read_form,
-    require_form_for_tensorrt,
-    save_model,
-)
+from ditas_export.onnx_export.export import save_model
 from ditas_export.onnx_export.external_data import (
     bytes_of,
     load_mapped,
@@ -41,6 +36,7 @@ from ditas_export.onnx_export.external_data import (
     require_external_data,
     sha256_of_onnx,
 )
+from ditas_export.onnx_export.file_facts import read_config, read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable

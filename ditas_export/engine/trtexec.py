@@ -15,7 +15,7 @@ from ditas_export.engine.build import BuiltEngine, input_shapes, shape_words
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX, Product
 from ditas_export.errors import EngineError
-from ditas_export.onnx_export.export import read_config
+from ditas_export.onnx_export.file_facts import read_config
 
 MIB = 2**20
 

@@ -44,10 +44,10 @@ from ditas_export.evaluation.polygraphy_runs import (
 from ditas_export.figures import finite_or_none
 from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
 from ditas_export.job_files import JobFiles, Output, json_kind
-from ditas_export.onnx_export.export import read_config, read_identity
 from ditas_export.onnx_export.external_data import plain_files, require_external_data
+from ditas_export.onnx_export.file_facts import read_config, read_identity
+from ditas_export.onnx_export.interface import OUTPUT_NAME as OUTPUT
 from ditas_export.onnx_export.manifest import require_own_manifest
-from ditas_export.onnx_export.skeleton import OUTPUT_NAME as OUTPUT
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.inputs import Feed, feed_of
 from ditas_export.runtime.open_runner import onnxruntime_takes

@@ -17,7 +17,7 @@ from torch import Tensor
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import linear_sites, value_rows
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.forms.joined import OUTPUT_PART
+from ditas_export.onnx_export.interface import OUTPUT_PART
 
 
 def linear_outputs(path: Path, config: DiTConfig) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS, RTX
 from ditas_export.errors import DitasExportError, RunnerError
 from ditas_export.evaluation.linear_outputs import with_outputs
-from ditas_export.onnx_export.skeleton import INPUT_NAMES
+from ditas_export.onnx_export.interface import INPUT_NAMES
 from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,

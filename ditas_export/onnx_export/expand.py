@@ -10,8 +10,9 @@ import onnx_ir as ir
 import torch
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.export import FORM_KEY, read_form, record_form, save_model
+from ditas_export.onnx_export.export import record_form, save_model
 from ditas_export.onnx_export.external_data import load_mapped
+from ditas_export.onnx_export.file_facts import FORM_KEY, read_form
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.lowered import GRAPH_KEY, digest_of_graph, record_graph
 from ditas_export.onnx_export.patterns import Int4Chain, array, int4_chains, integer_attribute

@@ -17,9 +17,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
 
 from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
 from ditas_export.errors import ArtifactError, OnnxExportError
@@ -27,6 +27,9 @@ from ditas_export.file_signs import describe_impostor, why_unreadable
 from ditas_export.onnx_export.by_reference import load_by_reference
 from ditas_export.paths import StrPath
 from ditas_export.temporary_files import temporary_folder
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def sha256_of_onnx(path: StrPath, *, hash_file: Callable[[Path], str] = sha256_of_file) -> str:
@@ -95,7 +98,9 @@ def load_mapped(path: Path) -> ir.Model:
         for entry in tensor.external_data:
             if entry.key == "location":  # resolved: readers of their own rules refuse links
                 entry.value = str((path.parent / entry.value).resolve())
-    return ir.from_proto(model)
+    from onnx_ir import from_proto  # half a second that no prepared model needs
+
+    return from_proto(model)
 
 
 def bytes_of(path: Path) -> int:
@@ -123,7 +128,10 @@ def plain_files(path: Path) -> Iterator[Path]:
         return
     with temporary_folder(room=bytes_of(path)) as copies:
         copy = copies / path.name
-        ir.save(load_mapped(path), copy, external_data=f"{path.name}.data")
+        model = load_mapped(path)
+        from onnx_ir import save
+
+        save(model, copy, external_data=f"{path.name}.data")
         yield copy
 
 
@@ -274,10 +282,10 @@ def _wanted_bytes(path: Path, model: onnx.ModelProto) -> dict[str, int]:
         location = entries["location"]
         _require_beside(path, location)
         try:
-            bits = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+            bits = math.prod(tensor.dims) * _BITS[tensor.data_type]
             size = -(-bits // 8)
             offset, length = (int(entries.get(*each)) for each in (("offset", 0), ("length", size)))
-        except (ValueError, TypeError) as error:  # no number, or a type without a size
+        except (ValueError, TypeError, KeyError) as error:  # no number, or a type without a size
             raise OnnxExportError(
                 f"{path} does not say where in {location!r} its tensor {tensor.name!r} lies "
                 f"({error}); export it again"
@@ -289,6 +297,23 @@ def _wanted_bytes(path: Path, model: onnx.ModelProto) -> dict[str, int]:
             )
         wanted[location] = max(wanted.get(location, 0), offset + length)
     return wanted
+
+
+_BITS = {
+    onnx.TensorProto.DataType.Value(name): bits
+    for bits, names in {
+        4: ("INT4", "UINT4", "FLOAT4E2M1"),
+        8: ("BOOL", "INT8", "UINT8", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2",
+            "FLOAT8E5M2FNUZ", "FLOAT8E8M0"),
+        16: ("FLOAT16", "BFLOAT16", "INT16", "UINT16"),
+        32: ("FLOAT", "INT32", "UINT32"),
+        64: ("DOUBLE", "INT64", "UINT64", "COMPLEX64"),
+        128: ("COMPLEX128",),
+    }.items()
+    for name in names
+    if name in onnx.TensorProto.DataType.keys()  # noqa: SIM118 (no mapping)
+}  # fmt: skip
+"""Bits of a value by data type; types that this onnx does not know yet are left out."""
 
 
 def _require_beside(path: Path, location: str) -> None:

@@ -12,7 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.onnx_export.skeleton import INPUT_NAMES, OUTPUT_NAME
+
+INPUT_NAMES = ("latents", "timesteps", "class_labels")
+OUTPUT_NAME = "model_output"
+
+INPUT_PART, OUTPUT_PART = "input_", "output_"
+"""How the names of nodes of one part go on after a linear's path, before the part's number."""
 
 _FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.paths import StrPath
 from ditas_export.text_files import read_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 MANIFEST_KIND = "ditas-export manifest"
 MANIFEST_FORMAT = f"{MANIFEST_KIND} 2"

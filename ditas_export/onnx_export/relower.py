@@ -19,16 +19,13 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.export import (
-    CONFIG_KEY,
-    FLOAT_TYPES,
-    FORM_KEY,
     lower_placeholders,
-    read_form,
     record_choices,
     record_form,
     save_model,
 )
 from ditas_export.onnx_export.external_data import load_mapped
+from ditas_export.onnx_export.file_facts import CONFIG_KEY, FLOAT_TYPES, FORM_KEY, read_form
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.lowered import (
     GRAPH_KEY,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ditas_export.dit.model import DiT, DiTConfig, Modulate
 from ditas_export.errors import OnnxExportError
+from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
 
 OPSET = 21
 """The first opset with INT4 and block scales."""
@@ -32,9 +33,6 @@ IR_VERSION = 10
 
 PLACEHOLDER_DOMAIN = "ditas_export.placeholder"
 PLACEHOLDER = "Linear"
-
-INPUT_NAMES = ("latents", "timesteps", "class_labels")
-OUTPUT_NAME = "model_output"
 
 _MODEL = "model"
 """Attribute under which `_Interface` holds the DiT; taken off every name again."""

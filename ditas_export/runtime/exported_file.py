@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditas_export.onnx_export.export import read_config
 from ditas_export.onnx_export.external_data import require_external_data
+from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.paths import StrPath
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.inputs import Feed, feed_of

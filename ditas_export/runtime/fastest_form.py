@@ -1,4 +1,7 @@
-"""A portable file in the form that runtimes on CPUs run fastest; every other file as it is."""
+"""A portable file in the form that runtimes on CPUs run fastest; every other file as it is.
+
+Runners import this only where a model is not prepared yet: onnx-ir takes half a second.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ditas_export.onnx_export.export import read_form
+from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import bytes_of, load_mapped, plain_files
+from ditas_export.onnx_export.file_facts import read_form
+from ditas_export.onnx_export.patterns import int4_chains
 from ditas_export.onnx_export.relower import relower_model, why_not_relowerable
 from ditas_export.options import Precision, Target
 from ditas_export.temporary_files import temporary_folder
@@ -60,6 +65,14 @@ def fastest_file(path: Path, *, as_is: bool) -> Iterator[Path]:
         written = folder / path.name
         ir.save(model, written, external_data=f"{path.name}.data")
         yield written
+
+
+def write_expanded(path: Path, target: Path, *, as_is: bool) -> None:
+    """Write a file in its form here, its INT4 chains as INT8 rows and its tensors beside it."""
+    model = load_fastest(path, as_is=as_is)
+    for chain in list(int4_chains(model.graph)):
+        expand_chain(model.graph, chain)
+    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def _has_faster_form(path: Path, model: ir.Model) -> bool:

@@ -16,17 +16,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from ditas_export.errors import RunnerError
-from ditas_export.onnx_export.expand import expand_chain
 from ditas_export.onnx_export.external_data import bytes_of, sha256_of_onnx
-from ditas_export.onnx_export.forms.joined import OUTPUT_PART
-from ditas_export.onnx_export.patterns import int4_chains
+from ditas_export.onnx_export.interface import OUTPUT_PART
 from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
-from ditas_export.runtime.fastest_form import fastest_file, load_fastest
 from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 from ditas_export.runtime.rtx_provider import rtx_device
@@ -131,6 +127,10 @@ class OnnxRuntimeRunner(ExportedFileRunner):
             with contextlib.suppress(OSError):  # the cache was deleted meanwhile; it runs on
                 self._kernels = Counter(_product_kernels(self._entry.path / _MODEL_NAME).values())
         else:
+            from ditas_export.runtime.fastest_form import (
+                fastest_file,  # seconds, if nothing is kept
+            )
+
             with fastest_file(path, as_is=as_is or tuple(providers) != CPU) as file:
                 self._backend = open_session(
                     file, options, providers, device_id, source=path, own_options=own_options
@@ -177,6 +177,8 @@ def matmul_kernels(path: StrPath, *, as_is: bool = True) -> dict[str, str]:
     path = Path(path)
     with temporary_folder(room=bytes_of(path)) as folder:
         optimized = folder / "optimized.onnx"
+        from ditas_export.runtime.fastest_form import fastest_file
+
         with fastest_file(path, as_is=as_is) as file:
             _optimize(file, optimized, {}, source=path)
         return _product_kernels(optimized)
@@ -248,10 +250,12 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str], *, as
         RunnerError: tensors that cannot be read, or a file that ONNX Runtime refuses.
         OSError: the folder is full.
     """
+    from ditas_export.runtime.fastest_form import write_expanded
+
     with tempfile.TemporaryDirectory(prefix="expanded-", dir=target.parent) as folder:
         expanded = Path(folder) / target.name
         try:
-            _write_expanded(path, expanded, as_is=as_is)
+            write_expanded(path, expanded, as_is=as_is)
         except ValueError as error:  # such as a tensor that does not begin where one may
             reason = str(error).splitlines()[0]
             raise RunnerError(f"the tensors of {path} cannot be read: {reason}") from error
@@ -262,14 +266,6 @@ def _prepare(path: Path, target: Path, session_entries: Mapping[str, str], *, as
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
     _forget_unaligned_packing(target)
-
-
-def _write_expanded(path: Path, target: Path, *, as_is: bool) -> None:
-    """Write a file in its form here, its INT4 chains as INT8 rows and its tensors beside it."""
-    model = load_fastest(path, as_is=as_is)
-    for chain in list(int4_chains(model.graph)):
-        expand_chain(model.graph, chain)
-    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def _forget_unaligned_packing(optimized: Path) -> None:

@@ -19,8 +19,8 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
-from ditas_export.onnx_export.export import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.external_data import sha256_of_onnx
+from ditas_export.onnx_export.file_facts import read_form, require_form_for_tensorrt
 from ditas_export.onnx_export.manifest import require_own_manifest
 from ditas_export.options import NO_HINTS, CheckpointHints
 from ditas_export.paths import StrPath

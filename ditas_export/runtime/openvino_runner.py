@@ -18,7 +18,6 @@ from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Entry, Key
 from ditas_export.runtime.exported_file import ExportedFileRunner
-from ditas_export.runtime.fastest_form import fastest_file
 from ditas_export.runtime.inputs import Feed
 from ditas_export.telemetry import import_openvino
 
@@ -162,6 +161,8 @@ def _compiled(
 
 def _compile(path: Path, settings: Mapping[str, Any], *, as_is: bool) -> Any:
     """Return the compiled model of a file."""
+    from ditas_export.runtime.fastest_form import fastest_file  # seconds, if nothing is kept
+
     with fastest_file(path, as_is=as_is) as file, _refusals(path):
         return _openvino().Core().compile_model(str(file), "CPU", dict(settings))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
-from ditas_export.onnx_export.export import file_metadata, metadata_entry
+from ditas_export.onnx_export.file_facts import file_metadata, metadata_entry
 from ditas_export.paths import StrPath
 from ditas_export.saved_records import Within, check_fields, from_record
 from ditas_export.text_files import TextError, parse_json

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ditas_export.errors import DitasExportError
-from ditas_export.onnx_export.export import read_config, read_identity
+from ditas_export.onnx_export.file_facts import read_config, read_identity
 
 HERE = Path(__file__).parent
 PICTURE_CHANNELS = (1, 3)

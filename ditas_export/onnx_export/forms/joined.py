@@ -30,12 +30,10 @@ from ditas_export.onnx_export.forms.operands import (
     right_product,
     smoothed,
 )
+from ditas_export.onnx_export.interface import INPUT_PART, OUTPUT_PART
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.quantization.integer import LowRank, joined_rows
 from ditas_export.quantization.ranges import Ranges
-
-INPUT_PART, OUTPUT_PART = "input_", "output_"
-"""How the names of nodes of one part go on after a linear's path, before the part's number."""
 
 UNSIGNED_ZERO_POINT = 128
 """Of codes in UINT8 that are INT8 codes plus this."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from ditas_export.onnx_export import onnxruntime_form
+from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
 from ditas_export.onnx_export.rules.rule import Finding, Rule, name_of
-from ditas_export.onnx_export.skeleton import INPUT_NAMES, IR_VERSION, OPSET, OUTPUT_NAME
+from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET
 
 
 def _default_domain(model: ir.Model) -> Iterator[Finding]:
