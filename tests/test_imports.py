@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from quantized_fixture import exported
 
 import ditas_export
 
@@ -76,6 +78,31 @@ def test_imports_point_one_way(path: Path) -> None:
         imported = str(node.module).removeprefix("ditas_export.")
         if (room, imported) not in EXCEPTIONS:
             assert ORDER.index(imported.split(".")[0]) <= ORDER.index(room), (path, imported)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_path: Path) -> None:
+    """Half a second each: PyTorch's compiler, which diffusers asks for; onnx-ir; the exporter."""
+    model = exported()
+    code = (
+        "import sys\n"
+        "from ditas_export.cli.sample import main\n"
+        "start = sys.argv[1]\n"
+        f"sys.argv = ['ditas-sample', {str(model)!r}, '-o', {str(tmp_path)!r} + '/' + start,\n"
+        f"    '--images', '1', '--steps', '2', '--runtime', {runtime!r}, '--quiet']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "slow = {'torch._dynamo', 'sympy', 'onnx_ir', 'onnxscript', 'torch.onnx._internal'}\n"
+        "found = slow & set(sys.modules)\n"
+        "assert start == 'first' or not found, found\n"
+        "import torch._dynamo, diffusers.models\n"  # both work afterwards
+    )
+    environment = {**os.environ, "DITAS_EXPORT_CACHE": str(tmp_path / "cache")}
+    for start in ("first", "prepared"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, start],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,9 @@ def _renamed_num(num: int, images: int | None, *, quiet: bool) -> int:
 
 def _run(options: SampleOptions, ranks: Ranks, *, show: bool) -> SampleReport:
     """Do the job, with a progress bar that tells images per second."""
+    from ditas_export.cli.lean_diffusers import import_lean_diffusers
+
+    import_lean_diffusers()
     from ditas_export.generation.job import generate
 
     console = stderr()
