@@ -93,7 +93,13 @@ def load_mapped(path: Path) -> ir.Model:
         for entry in tensor.external_data:
             if entry.key == "location":  # resolved: readers of their own rules refuse links
                 entry.value = str((path.parent / entry.value).resolve())
-    return ir.from_proto(model)
+    try:
+        return ir.from_proto(model)
+    except Exception as error:  # its SerdeError has no stable home
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise OnnxExportError(
+            f"{path} is no readable ONNX file: {reason}; export it again"
+        ) from error
 
 
 @contextlib.contextmanager
