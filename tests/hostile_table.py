@@ -698,8 +698,9 @@ def _kept_cases(
     for (kind, name), change in tensors.items():
         make = _kept(base, file_format, change=change)
         yield Case(loader=loader, kind=kind, name=name, make=make)
-    make = _kept(base, file_format)
-    yield Case(loader=loader, kind="sound", name="as it is", make=make, is_sound=True)
+    make, is_long = _kept(base, file_format), file_format == STATES_FORMAT
+    yield Case(loader=loader, kind="sound", name="as it is", make=make, is_sound=True,
+               needs_limits=is_long)  # fmt: skip
 
 
 def _artifacts() -> Iterator[Case]:
