@@ -763,7 +763,7 @@ RECIPES: dict[str, list[str | bytes]] = {
         "method: [lin]", "steps: 1", "steps: 9223372036854775808", "fast: maybe", "fast: 1",
         "device: 5", "target: [portable]", "walk-tokens: 0", "min-db: .inf", "adaln: 4.0",
         "block-size: 0", "classes: {1: 2}", "classes: true", "classes: [[1], 2]",
-        "num-heads: 0", f"seed: {DIGITS}", "betas: [a]", "layout: null\nranges: 5",
+        "num-heads: 0", f"seed: {DIGITS}", "betas: {a: 1}", "layout: null\nranges: 5",
     ],
     "YAML": [
         "", "5", "- a", "samples", "a: b: c", "samples: 1\nsamples: 2", "samples: !!python/tuple 5",
