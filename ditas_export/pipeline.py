@@ -58,6 +58,7 @@ from ditas_export.preflight import (
     check_model,
     check_states,
     job_files,
+    require_states_fit,
 )
 from ditas_export.timings import Timings
 
@@ -277,6 +278,7 @@ def _states(job: ExportJob, settings: QuantizationSettings) -> CalibrationStates
 def _calibration_settings(job: ExportJob) -> CalibrationSettings:
     """Return how the float model samples: as asked, or by the defaults."""
     options, config = job.options, job.loaded.model.config
+    require_states_fit(options.or_default("steps"), options.or_default("samples"), config)
     return CalibrationSettings(
         steps=options.or_default("steps"),
         cfg_scale=resolved_cfg_scale(options.cfg_scale, default=CFG_SCALE, config=config),

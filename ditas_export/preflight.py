@@ -5,6 +5,7 @@ Everything here takes seconds, and what it refuses would else be found after an 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.distributed import Ranks
 from ditas_export.dit.diffusers_folder import HUB_ID
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.errors import ArtifactError
+from ditas_export.errors import ArtifactError, CalibrationError
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
 from ditas_export.onnx_export.file_facts import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
@@ -130,6 +131,21 @@ def check_calibration(
     make_scheduler("ddpm", calibration.steps, config.process)
     settings.require_fits(config)
     peak_bytes(config, calibration, settings, ranks)
+
+
+def require_states_fit(steps: int, samples: int, config: DiTConfig) -> None:
+    """Refuse calibration states that the memory of this machine cannot hold.
+
+    Raises:
+        CalibrationError: says how many bytes they take.
+    """
+    wanted = 4 * steps * samples * config.in_channels * config.input_size**2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > there:
+        raise CalibrationError(
+            f"--samples {samples} with --steps {steps} keeps states of {wanted:,} bytes, and this "
+            f"machine has {there:,} of memory; ask for fewer"
+        )
 
 
 def check_states(

@@ -48,6 +48,7 @@ from ditas_export.paths import StrPath
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.quantization.weight_only import WeightOnlyWeight
+from ditas_export.saved_records import shown
 
 ARTIFACT_KIND = "ditas-export quantized DiT"
 ARTIFACT_FORMAT = f"{ARTIFACT_KIND} 3"
@@ -123,6 +124,9 @@ class QuantizedDiT:
 
     def _require_settings(self) -> None:
         """Check what is said of the calibration, where something is."""
+        grid = self.settings.get("alpha_grid")
+        if grid is not None and not _are_numbers(grid):
+            raise ArtifactError(f"alpha_grid={shown(grid)}; expected numbers")
         found = self.settings.get("calibration")
         if found is None:
             return
@@ -130,9 +134,6 @@ class QuantizedDiT:
             CalibrationSettings.from_dict(found).require_model(self.config)
         except (CheckpointError, CalibrationError) as error:
             raise ArtifactError(f"the settings of its calibration: {error}") from error
-        grid = self.settings.get("alpha_grid")
-        if grid is not None and not _are_numbers(grid):
-            raise ArtifactError(f"alpha_grid={str(grid)[:40]}; expected numbers")
 
     def require_parameters_of(self, model: DiT) -> None:
         """Refuse float parameters that are not those of the model that this was made from.

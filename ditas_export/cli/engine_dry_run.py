@@ -28,6 +28,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
         EngineError: the file has to be expanded first, or no program has the options.
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
+    read_config(model)  # says first what is wrong with the file
     require_form_for_tensorrt(model)
     require_external_data(model)
     require_own_manifest(model)
@@ -64,6 +65,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
         EngineError: no product that the backend stands for has the options.
         OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
     """
+    read_config(model)  # says first what is wrong with the file
     require_form_for_tensorrt(model)
     require_external_data(model)
     require_own_manifest(model)

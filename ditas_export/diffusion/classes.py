@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ditas_export.errors import RunnerError
 from ditas_export.options import LARGEST_SEED
+from ditas_export.saved_records import shown
+
+_NUMBER = re.compile(r"[0-9]{1,12}")
 
 RANDOM_IMAGES = 8
 """Images of `random` where no number is asked for."""
@@ -43,14 +48,14 @@ def _named_classes(text: str, num_labels: int) -> list[int]:
     named: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise RunnerError(f"classes={text!r}; write 3,7 or 0-9 or random")
+        if not _NUMBER.fullmatch(first) or (dash and not _NUMBER.fullmatch(last)):
+            raise RunnerError(f"classes={shown(text)}; write 3,7 or 0-9 or random")
         if int(last or first) >= num_labels:  # before a range of any length is made
             raise RunnerError(
-                f"classes={text!r} names class {int(last or first)}; this model has 0 to "
+                f"classes={shown(text)} names class {int(last or first)}; this model has 0 to "
                 f"{num_labels - 1}"
             )
         if int(last or first) < int(first):
-            raise RunnerError(f"classes={text!r} names none by {part!r}; write ranges upwards")
+            raise RunnerError(f"classes={shown(text)} names none by {part!r}; write ranges upwards")
         named.extend(range(int(first), int(last or first) + 1))
     return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from ditas_export.errors import RunnerError
 from ditas_export.text_files import TextError, read_text
 
 LARGEST_SEED = 2**63 - 1
+
+_NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ def read_wanted(path: Path) -> WantedImages:
         words = line.partition("#")[0].replace(",", " ").split()
         if not words:
             continue
-        if len(words) > 2 or not all(word.isascii() and word.isdecimal() for word in words):
+        if len(words) > 2 or not all(map(_NUMBER.fullmatch, words)):
             raise RunnerError(
                 f"{path}, line {number}: {line.strip()[:40]!r}; expected LABEL SEED, such as 3 17"
             )

@@ -100,7 +100,13 @@ def load_mapped(path: Path) -> ir.Model:
                 entry.value = str((path.parent / entry.value).resolve())
     from onnx_ir import from_proto  # half a second that no prepared model needs
 
-    return from_proto(model)
+    try:
+        return from_proto(model)
+    except Exception as error:  # its SerdeError has no stable home
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise OnnxExportError(
+            f"{path} is no readable ONNX file: {reason}; export it again"
+        ) from error
 
 
 def bytes_of(path: Path) -> int:

@@ -98,6 +98,11 @@ class _ImageByImage(Closing):
         self._backend: Any = None
 
     @property
+    @abstractmethod
+    def description(self) -> str:
+        """One line: which VAE, backend, version and device."""
+
+    @property
     def sha256(self) -> str:
         """Hash of its weights."""
         return self._sha256
