@@ -108,11 +108,6 @@ class _ImageByImage(Closing):
         return self._sha256
 
     @property
-    @abstractmethod
-    def description(self) -> str:
-        """What decodes, and where."""
-
-    @property
     def in_channels(self) -> int:
         """Channels of the latents that it takes, C."""
         return self._shape.in_channels
