@@ -68,8 +68,6 @@ def write_or_keep(job: ExportJob, solved: Solved) -> tuple[Verification, dict[st
 def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, Any]]:
     """Write every file that was asked for; return the proof and the manifest."""
     options, quantized = job.options, solved.quantized
-    if options.save_artifact is not None:
-        solved.artifact.save(options.save_artifact)
     layout = _layout(options, quantized)
     ranges = options.ranges or quantized.settings["ranges"]
     proofs = Proofs.of(job, solved, ranges)
@@ -114,8 +112,10 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             kept=kept,
             on_step=lambda done, total: job.on_progress("verify", done, total),
         )
-    if options.save_artifact is not None and verification.matches is not False:
-        proofs.kept_with(solved.artifact, kept).save(options.save_artifact)
+    if options.save_artifact is not None:
+        is_proved = verification.matches is not False
+        artifact = proofs.kept_with(solved.artifact, kept) if is_proved else solved.artifact
+        artifact.save(options.save_artifact)
     if not kept_manifest.exists():
         if verification.matches is False:
             candidate = rename_pair(candidate, options.rejected.name)

@@ -238,7 +238,7 @@ def test_without_a_runtime_the_command_says_that_the_file_was_not_run(
                  "runtime"):  # fmt: skip
         assert proof[name] is None, name
     assert proof["fake_quantized_single_step_snr_db"] > 10
-    assert len(proof["fake_quantized_final_latents_snr_db"]) == 3
+    assert len(proof["fake_quantized_final_latents_snr_db"]) == len(proof["seeds"]) >= 2
 
 
 def test_the_command_refuses_onnxruntimes_target(checkpoint: Path, tmp_path: Path) -> None:

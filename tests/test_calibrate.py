@@ -439,7 +439,7 @@ def test_blocks_that_do_not_divide_are_refused() -> None:
         ({"steps": 1, "classes": (0,)}, "steps=1"),
         ({"classes": ()}, "at least one sample"),
         ({"classes": (0,), "cfg_scale": float("nan")}, "cfg_scale=nan"),
-        ({"classes": (0,), "precision": "fp16"}, "precision='fp16' of sampling; pick one of fp32"),
+        ({"classes": (0,), "precision": "fp16"}, "precision='fp16'; expected one of fp32"),
     ],
 )
 def test_impossible_calibrations_are_refused(settings: dict[str, object], message: str) -> None:

@@ -308,7 +308,7 @@ def test_a_second_run_of_one_output_is_refused(checkpoint: Path, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         export(asked, on_progress=second)
     assert f"process {os.getpid()} on {socket.gethostname()} (" in messages[0]
-    assert f"{Path(sys.argv[0]).name} " in messages[0]
+    assert f"({Path(sys.argv[0]).name}" in messages[0]
     assert ", since 20" in messages[0]
     assert "wait for it, stop it, or name another" in messages[0]
 

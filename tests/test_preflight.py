@@ -187,5 +187,5 @@ def test_an_artifact_that_does_not_say_how_it_was_calibrated(artifact: Quantized
 
 @pytest.mark.parametrize("seed", [-1, 2**64 - 1])
 def test_seeds_that_no_generator_takes_are_refused(tmp_path: Path, seed: int) -> None:
-    with pytest.raises(OnnxExportError, match=f"seed={seed}; pick 0 to"):
+    with pytest.raises(OnnxExportError, match=f"seed={seed}; expected a whole number, 0 to"):
         ExportOptions(output=tmp_path / "out.onnx", seed=seed)

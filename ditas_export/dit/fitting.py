@@ -67,7 +67,11 @@ def faults_of(tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> di
     }
     shared = _is_shared(typed.values())
     values = {} if shared else {n: _fault_of_values(t, wanted[n].low) for n, t in typed.items()}
-    untyped = [name for name in plain if name not in typed or values.get(name) == _NO_FLOATS]
+    untyped = [
+        f"{name} {_of_type(tensor.dtype)}{_instead(wanted[name].dtype)}"
+        for name, tensor in plain.items()
+        if name not in typed or values.get(name) == _NO_FLOATS
+    ]
     return {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
@@ -88,6 +92,16 @@ def complaint(faults: Mapping[str, list[str]]) -> str:
 
 
 _NO_FLOATS, _NOT_FINITE, _TOO_LOW = "no floats", "not finite", "too low"
+
+
+def _of_type(dtype: torch.dtype) -> str:
+    """Return an element type's name."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _instead(dtype: torch.dtype | None) -> str:
+    """Return what was asked for, where a type is."""
+    return "" if dtype is None else f" instead of {_of_type(dtype)}"
 
 
 def _asks_for_types(wanted: Mapping[str, Wanted]) -> bool:
