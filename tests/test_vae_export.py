@@ -132,7 +132,7 @@ def test_the_decoder_of_a_file(vae_file: Path) -> None:
 
 
 def test_a_dit_is_no_vae() -> None:
-    with pytest.raises(OnnxExportError, match="has no metadata entry ditas_export.vae"):
+    with pytest.raises(OnnxExportError, match=r"has no metadata entry ditas_export\.vae"):
         OnnxVaeDecoder(exported())
 
 
