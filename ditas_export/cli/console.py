@@ -68,7 +68,7 @@ def stages(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(STAGE_NAMES.get(stage, stage), total=total)
-            progress.update(tasks[stage], completed=done)
+            progress.update(tasks[stage], completed=done, total=total)
 
         yield advance
 
