@@ -554,7 +554,7 @@ FAULTS: dict[str, tuple[Callable[[State], None], str]] = {
         _not_finite,
         "2 with NaN or infinity (blocks.0.mlp.fc2.weight, final_layer.linear.bias)",
     ),
-    "integers": (_integers, "1 not of a float type (t_embedder.mlp.0.bias int64)"),
+    "integers": (_integers, "1 not of a float type (t_embedder.mlp.0.bias int32)"),
     "positions": (_no_positions, "has no pos_embed, and nothing says how large its latents are"),
 }
 

@@ -211,8 +211,8 @@ def test_bad_recipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         ("walk-tokens: 40k\n", "walk_tokens='40k'; expected a whole number"),
         ("w: four\n", "w='four'; expected a whole number"),
         ("fast: maybe\n", "fast='maybe'; expected true or false"),
-        ("cfg-scale: none\n", "cfg-scale='none'; give a number"),
-        ("cfg-scale: true\n", "cfg-scale=True; give a number"),
+        ("cfg-scale: none\n", "cfg_scale='none'; expected a number"),
+        ("cfg-scale: true\n", "cfg_scale=True; expected a number"),
     ):
         recipe.write_text(text)
         code, _, err = run("--recipe", recipe, tmp_path / "out.onnx")

@@ -87,7 +87,7 @@ CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "rank": ((None, 0, 4), (-1, 2.5, 10**9)),
     "alpha_grid": ((None, (0.5,), (0.0, 1.0)), ((), (2.0,), (float("nan"),), "0.5")),
     "steps": ((None, 2, 50), (0, 1, -3, 10**9)),
-    "samples": ((None, 1, 12), (0, -1, 10**12)),
+    "samples": ((None, 1, 12), (0, -1, 2**41)),
     "seed": ((None, 0, 2**62), (-1, 2**64, 1.5)),
     "cfg_scale": ((None, 0.0, 1.0, 4.0), (float("inf"), "high")),
     "min_db": ((None, 30.0), (float("nan"), "loud")),

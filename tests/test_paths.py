@@ -36,6 +36,7 @@ from ditas_export.evaluation.verify import VerificationSettings, verify_file
 from ditas_export.generation import pixels
 from ditas_export.generation.options import SampleOptions
 from ditas_export.onnx_export import export as exports
+from ditas_export.onnx_export import file_facts
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import read_manifest, require_own_manifest
@@ -70,13 +71,13 @@ def test_options_make_paths_of_strings_and_names_of_paths(kind: type) -> None:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "read_config": exports.read_config,
-    "read_identity": exports.read_identity,
-    "read_form": exports.read_form,
-    "is_quantized_file": exports.is_quantized_file,
-    "is_float_file": exports.is_float_file,
-    "require_form_for_tensorrt": exports.require_form_for_tensorrt,
-    "file_metadata": exports.file_metadata,
+    "read_config": file_facts.read_config,
+    "read_identity": file_facts.read_identity,
+    "read_form": file_facts.read_form,
+    "is_quantized_file": file_facts.is_quantized_file,
+    "is_float_file": file_facts.is_float_file,
+    "require_form_for_tensorrt": file_facts.require_form_for_tensorrt,
+    "file_metadata": file_facts.file_metadata,
     "sha256_of_onnx": sha256_of_onnx,
     "read_manifest": read_manifest,
     "require_own_manifest": require_own_manifest,
