@@ -4,8 +4,10 @@
     python scripts/bench_inference.py --depth 2 --batch 8 --peers
 
 Random weights, low-rank branch of rank 32 included: right for speed, not for quality. The exported
-files are the default `int4` layout with a float32 side, once for each kind of ranges, portable and
-with `--target onnxruntime` ("joined": the branch is part of the linear's product). A round opens a
+files are the default `int4` layout with a float32 side and the default's modulation, once for each
+kind of ranges, portable and with `--target onnxruntime` ("joined": the branch is part of the
+linear's product). A portable file runs in ONNX Runtime as in a session that is told nothing, and by
+our runner, which writes the joined form of it. A round opens a
 form, warms it up, times it and closes it before the next. `--peers` adds what else quantizes a DiT
 to INT8 on a CPU: onnxruntime's dynamic quantization, OpenVINO's NNCF and torchao, each if it is
 installed. `--only` keeps the forms whose names contain one of its words, and onnxruntime's float32.
@@ -34,12 +36,14 @@ from bench_torch_int8 import allow_graphs
 from random_quantized import RANK, randomly_quantized
 from torch import Tensor
 
+from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.file_facts import read_config
-from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from ditas_export.options import DEFAULTS
+from ditas_export.runtime.onnxruntime_runner import BARE_SESSION, OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.torch_int8 import int8_dit
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -138,7 +142,7 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     reference = folder / "float.onnx"
     export_reference(model, reference)
     quantized = randomly_quantized(model)
-    folded = fold_smoothing(quantized)
+    folded = fold_smoothing(quantize_adaln(quantized, DEFAULTS["adaln"]))
     files = {}
     for target in ("portable", "onnxruntime"):
         for ranges in ("token", "static"):
@@ -150,7 +154,12 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     }
     for (target, ranges), path in files.items():
         openers[f"onnxruntime {_form(target, ranges)}"] = partial(
-            OnnxRuntimeRunner, path, as_is=True, threads=threads, cache=cache
+            OnnxRuntimeRunner,
+            path,
+            as_is=True,
+            threads=threads,
+            cache=cache,
+            session_entries=BARE_SESSION if target == "portable" else None,
         )
         if target == "portable":
             openers[f"onnxruntime {_form(target, ranges)}, by our runner"] = partial(
