@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="onnxruntime", choices=["onnxruntime", "openvino"])
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--adaln", type=int, default=16, choices=[16, 8, 4])
+    parser.add_argument("--adaln", type=int, default=8, choices=[16, 8, 4])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
