@@ -82,6 +82,16 @@ def without_linears(path: Path) -> None:
     onnx.save(model, str(path))
 
 
+def with_record(text: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        model = onnx.load(str(exported(rank=4)))
+        (entry,) = (entry for entry in model.metadata_props if entry.key == LINEARS_KEY)
+        entry.value = text
+        onnx.save(model, str(path))
+
+    return change
+
+
 def with_facts(**changes: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         model = onnx.load(str(exported()))
@@ -109,8 +119,15 @@ def with_facts(**changes: Any) -> Callable[[Path], None]:
             r"0\.attn\.proj cannot be read back .*do not fit",
         ),
         (with_facts(divisor=[2, 3, 5, 7]), "a divisor of the low-rank branch is even"),
-        (with_facts(static_range="wide"), "cannot be read back"),
-        (with_facts(static_range=float("nan")), "its static range is nan"),
+        (with_facts(static_range="wide"), "static_range='wide'; expected a number"),
+        (with_facts(static_range=float("nan")), "static_range=nan; expected a finite number"),
+        (with_facts(static_range=-1), "static_range=-1; expected a number, 0 to"),
+        (with_facts(divisor=None), "its branch has no divisor on record"),
+        (with_facts(more=1), "has no 'more'"),
+        (with_record("[]"), "record of its linears is not of the linears of its model"),
+        (with_record("{"), "record of its linears is damaged: it is no JSON"),
+        (with_record("[" * 1000), "record of its linears is damaged: its JSON is nested"),
+        (with_record('{"blocks.0.attn.qkv": 5}'), "is not of the linears of its model"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, write: Callable[[Path], None], message: str) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,12 +23,25 @@ from ditas_export.errors import OnnxExportError, QuantizationError
 from ditas_export.onnx_export.patterns import array
 from ditas_export.onnx_export.skeleton import PLACEHOLDER, PLACEHOLDER_DOMAIN
 from ditas_export.quantization.integer import IntegerWeight, LowRank
+from ditas_export.saved_records import Within, from_record
+from ditas_export.text_files import TextError, parse_json
 
 LINEARS_KEY = "ditas_export.linears"
 """Metadata entry of a portable file: module path -> `static_range`, and `divisor` of a branch."""
 
+LARGEST_FLOAT = 3.5e38
+"""Beyond every float32."""
+
 GRAPH_KEY = "ditas_export.graph"
 """Metadata entry of a portable file: the hash of its nodes, by which a changed graph is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRecord:
+    """What a file states of a linear."""
+
+    static_range: Annotated[float, Within(0, LARGEST_FLOAT)]
+    divisor: tuple[Annotated[int, Within(1, 2**24)], ...] | None = None  # of a branch
 
 
 def record_linears(model: ir.Model, linears: Mapping[str, FoldedLinear]) -> None:
@@ -41,6 +53,30 @@ def record_linears(model: ir.Model, linears: Mapping[str, FoldedLinear]) -> None
             facts[module]["divisor"] = linear.low_rank.divisor.tolist()
     model.metadata_props[LINEARS_KEY] = json.dumps(facts, sort_keys=True)
     record_graph(model)
+
+
+def recorded_linears(text: str, modules: Collection[str]) -> dict[str, LinearRecord]:
+    """Return what `record_linears` stated, by module path.
+
+    Args:
+        text: the metadata entry.
+        modules: the linears of the model; each of them is recorded, and nothing else.
+
+    Raises:
+        OnnxExportError: no such record.
+    """
+    try:
+        found = parse_json(text)
+    except TextError as error:
+        raise OnnxExportError(f"the record of its linears is damaged: {error}") from error
+    if not isinstance(found, Mapping) or found.keys() != set(modules):
+        raise OnnxExportError("the record of its linears is not of the linears of its model")
+    return {
+        module: from_record(
+            LinearRecord, found[module], where=f"the record of {module}", error=OnnxExportError
+        )
+        for module in modules
+    }
 
 
 def record_graph(model: ir.Model) -> None:
@@ -185,14 +221,14 @@ def _lowered(module: str, nodes: Sequence[ir.Node]) -> Lowered:
     )
 
 
-def read_linear(lowered: Lowered, facts: Mapping[str, Any]) -> FoldedLinear:
+def read_linear(lowered: Lowered, record: LinearRecord) -> FoldedLinear:
     """Return the linear that was lowered to the portable form, INT8 activations; the same integers.
 
     An INT8 row is read as 8-bit codes of multiplier 1, whatever they were before.
 
     Args:
         lowered: of `lowered_linears`.
-        facts: of this linear, what `record_linears` stated.
+        record: of this linear.
 
     Raises:
         OnnxExportError: a constant that is missing or no linear's.
@@ -204,22 +240,15 @@ def read_linear(lowered: Lowered, facts: Mapping[str, Any]) -> FoldedLinear:
         multiplier = lowered.constant("input_multiplier")
         return FoldedLinear(
             weight=_weight(lowered, row_scale),
-            low_rank=_low_rank(lowered, row_scale, facts),
+            low_rank=_low_rank(lowered, row_scale, record),
             bias=_required(lowered, "bias").flatten(),
             input_multiplier=multiplier,
-            static_range=_finite(facts["static_range"]),
+            static_range=record.static_range,
         )
-    except (KeyError, TypeError, ValueError, QuantizationError, OnnxExportError) as error:
+    except (TypeError, ValueError, QuantizationError, OnnxExportError) as error:
         raise OnnxExportError(
             f"the linear {lowered.module} cannot be read back ({error}); export the file again"
         ) from error
-
-
-def _finite(value: Any) -> float:
-    """Return a finite number, as a fact of a linear must be."""
-    if not math.isfinite(value):
-        raise OnnxExportError(f"its static range is {value}")
-    return float(value)
 
 
 def _weight(lowered: Lowered, row_scale: Tensor) -> IntegerWeight:
@@ -234,16 +263,18 @@ def _weight(lowered: Lowered, row_scale: Tensor) -> IntegerWeight:
     return IntegerWeight(codes=codes, multipliers=multipliers, row_scale=row_scale, bits=4)
 
 
-def _low_rank(lowered: Lowered, row_scale: Tensor, facts: Mapping[str, Any]) -> LowRank | None:
+def _low_rank(lowered: Lowered, row_scale: Tensor, record: LinearRecord) -> LowRank | None:
     """Return the branch's integers; its float factor is left codes times row scales, rounded."""
     right_codes, left = lowered.constant("right_codes"), lowered.constant("left")
     if right_codes is None or left is None:
         return None
+    if record.divisor is None:
+        raise OnnxExportError("its branch has no divisor on record")
     codes = (left.T.double() / row_scale.double()[:, None]).round()
     return LowRank(
         left_codes=codes.to(torch.int8).contiguous(),
         right_codes=right_codes.T.contiguous(),
-        divisor=torch.tensor(facts["divisor"], dtype=torch.int32),
+        divisor=torch.tensor(record.divisor, dtype=torch.int32),
     )
 
 

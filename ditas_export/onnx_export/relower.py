@@ -33,6 +33,7 @@ from ditas_export.onnx_export.lowered import (
     digest_of_graph,
     lowered_linears,
     read_linear,
+    recorded_linears,
 )
 from ditas_export.onnx_export.lowering import (
     Choice,
@@ -114,7 +115,7 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
         )
         for each in ("portable", target)
     )
-    facts = parse_json(model.metadata_props.pop(LINEARS_KEY))
+    records = recorded_linears(model.metadata_props.pop(LINEARS_KEY), lowered)
     del model.metadata_props[GRAPH_KEY]
     layout = form.layout
 
@@ -124,7 +125,7 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
         if _is_alike(was[module], choices[module]):
             (x,) = inputs
             return [lowered[module].put_back(graph.before, x)]
-        linear = read_linear(lowered[module], facts.get(module, {}))
+        linear = read_linear(lowered[module], records[module])
         return lower_linear(
             graph, inputs, linear, choices[module], layout=layout, ranges=ranges, outputs=outputs
         )
