@@ -128,7 +128,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             ranges=ranges,
             verification=verification,
         )
-        manifest["verification"]["kept_with_artifact"] = bool(proofs.known)
+        manifest["verification"]["kept_with_artifact"] = list(proofs.taken)
         manifest["fold_proof"] = fold_proof.to_dict()
         manifest["noise_check"] = job.noise.to_dict()
         seconds = job.timings.seconds.items()

@@ -70,7 +70,8 @@ class Proofs:
 
     settings: VerificationSettings
     floats: KeptParts  # of the float model
-    known: Mapping[str, Part]  # what a file of these very numbers sampled
+    has_floats: bool  # whether those came with the artefact
+    known: Mapping[str, Part]  # what a file of these very numbers sampled, from the artefact
     float_key: str
     numbers_key: str
 
@@ -84,15 +85,24 @@ class Proofs:
         )
         float_key = _float_key(quantized.identity, settings)
         numbers_key = _numbers_key(job.options, quantized, ranges, float_key)
+        floats = _under(float_key, solved.artifact.proofs)
         return cls(
             settings=settings,
             floats=KeptParts(
                 folder=job.work.part("heldout", float_key),
-                parts=_under(float_key, solved.artifact.proofs),
+                parts=floats,
             ),
+            has_floats=bool(floats),
             known=_under(numbers_key, solved.artifact.proofs),
             float_key=float_key,
             numbers_key=numbers_key,
+        )
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Whose samples come with the artefact: they are its maker's word."""
+        return tuple(
+            who for who, has in (("float", self.has_floats), ("file", bool(self.known))) if has
         )
 
     def kept_with(self, artifact: QuantizedDiT, kept: KeptParts) -> QuantizedDiT:
