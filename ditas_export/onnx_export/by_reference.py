@@ -7,6 +7,9 @@ from pathlib import Path
 
 import onnx
 
+from ditas_export.errors import OnnxExportError
+from ditas_export.file_signs import why_unreadable
+
 RAW_DATA = (7, 5, 9)
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
 
@@ -34,6 +37,19 @@ def load_by_reference(path: Path) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.ParseFromString(_cut(data, 0, len(data), RAW_DATA, path.name))
         return model
+
+
+def read_by_reference(path: Path) -> onnx.ModelProto:
+    """Return an ONNX file's model without the bytes of its tensors, or say what the file is.
+
+    Raises:
+        OnnxExportError: see `load_by_reference`.
+    """
+    try:
+        return load_by_reference(path)
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        reason = why_unreadable(path, error)
+        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
 
 
 def _cut(data: mmap.mmap, start: int, end: int, fields: tuple[int, ...], location: str) -> bytes:

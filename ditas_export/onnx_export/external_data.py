@@ -24,7 +24,7 @@ import onnx
 from ditas_export.artifact_files import atomic_path, settle, sha256_of_file
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.file_signs import describe_impostor, why_unreadable
-from ditas_export.onnx_export.by_reference import load_by_reference
+from ditas_export.onnx_export.by_reference import read_by_reference
 from ditas_export.paths import StrPath
 from ditas_export.temporary_files import temporary_folder
 
@@ -81,7 +81,7 @@ def _data_of(path: Path) -> dict[Path, int]:
     Raises:
         OnnxExportError: no readable ONNX file, or one that asks for what it may not.
     """
-    wanted = _wanted_bytes(path, _references(path))
+    wanted = _wanted_bytes(path, read_by_reference(path))
     _require_bytes(path, path, wanted.pop(path.name, 0))
     return {path.parent / location: size for location, size in sorted(wanted.items())}
 
@@ -93,7 +93,7 @@ def load_mapped(path: Path) -> ir.Model:
         OnnxExportError: see `external_files`.
     """
     external_files(path)
-    model = _references(path)
+    model = read_by_reference(path)
     for tensor in _tensors(model):
         for entry in tensor.external_data:
             if entry.key == "location":  # resolved: readers of their own rules refuse links
@@ -234,15 +234,6 @@ def rename_pair(path: Path, name: str) -> Path:
             data.with_name(path.name + data.name.removeprefix(name)).rename(data)
     path.unlink(missing_ok=True)
     return renamed
-
-
-def _references(path: Path) -> onnx.ModelProto:
-    """Return an ONNX file's model without the bytes of its tensors, or say what the file is."""
-    try:
-        return load_by_reference(path)
-    except Exception as error:  # protobuf's DecodeError has no stable home
-        reason = why_unreadable(path, error)
-        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import torch
 
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
-from ditas_export.file_signs import why_unreadable
-from ditas_export.onnx_export.by_reference import load_by_reference
+from ditas_export.onnx_export.by_reference import read_by_reference
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.interface import why_unlike
 from ditas_export.options import Precision
@@ -75,7 +73,7 @@ def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
-    if reason := why_unlike(_model_by_reference(path).graph, config):
+    if reason := why_unlike(read_by_reference(path).graph, config):
         raise OnnxExportError(
             f"{path} holds another model than its record says: {reason}; export it again"
         )
@@ -165,13 +163,4 @@ def file_metadata(path: StrPath) -> dict[str, str]:
     Raises:
         OnnxExportError: no readable ONNX file.
     """
-    return {entry.key: entry.value for entry in _model_by_reference(Path(path)).metadata_props}
-
-
-def _model_by_reference(path: Path) -> onnx.ModelProto:
-    """Return an ONNX file's model without the bytes of its tensors, or say what the file is."""
-    try:
-        return load_by_reference(path)
-    except Exception as error:  # protobuf's DecodeError has no stable home
-        reason = why_unreadable(path, error)
-        raise OnnxExportError(f"{path} is no readable ONNX file: {reason}") from error
+    return {entry.key: entry.value for entry in read_by_reference(Path(path)).metadata_props}
