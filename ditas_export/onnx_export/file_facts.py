@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
 
 from ditas_export.dit.identity import ModelIdentity
@@ -66,18 +67,20 @@ def read_identity(path: StrPath) -> ModelIdentity | None:
 
 def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
     """Return a file's configuration, and the identity that holds it where one is recorded."""
-    text = metadata_entry(path, CONFIG_KEY)
+    model = read_by_reference(path)
+    stated = _metadata_of(model)
+    text = _entry(path, stated, CONFIG_KEY)
     try:
         config = DiTConfig.from_dict(parse_json(text))
     except (TextError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
         ) from error
-    if reason := why_unlike(read_by_reference(path).graph, config):
+    if reason := why_unlike(model.graph, config):
         raise OnnxExportError(
             f"{path} holds another model than its record says: {reason}; export it again"
         )
-    text = file_metadata(path).get(IDENTITY_KEY, "")
+    text = stated.get(IDENTITY_KEY, "")
     if not text:
         return config, None
     try:
@@ -133,7 +136,11 @@ def _form_or_none(path: Path) -> FileForm | None:
 
 def metadata_entry(path: Path, key: str) -> str:
     """Return one entry of a file's metadata, or say why it has none."""
-    found = file_metadata(path)
+    return _entry(path, file_metadata(path), key)
+
+
+def _entry(path: Path, found: Mapping[str, str], key: str) -> str:
+    """Return one entry of the metadata that a file has, or say why it has none."""
     if key not in found:
         raise OnnxExportError(
             f"{path} has no metadata entry {key}: ditas-export did not write it, or a tool that "
@@ -163,4 +170,9 @@ def file_metadata(path: StrPath) -> dict[str, str]:
     Raises:
         OnnxExportError: no readable ONNX file.
     """
-    return {entry.key: entry.value for entry in read_by_reference(Path(path)).metadata_props}
+    return _metadata_of(read_by_reference(Path(path)))
+
+
+def _metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return a model's metadata."""
+    return {entry.key: entry.value for entry in model.metadata_props}
