@@ -141,7 +141,7 @@ def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
         torch.zeros(2, dtype=torch.int64),
     )
     batch = torch.export.Dim("N", min=1)
-    with quiet_exporter():
+    with tidy_exporter():
         program = torch.onnx.export(
             interface,
             example,
@@ -160,13 +160,24 @@ def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks on optional packages and its own internals off the screen."""
+def tidy_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks off the screen, and what it caches out of memory.
+
+    PyTorch keeps a trace's symbolic shapes for ever, and with them all that its cache of fake
+    tensors found under them: 1.8 MiB of every export of five blocks (torch 2.13). Without that
+    cache 0.6 MiB stay, and tracing takes a tenth longer.
+    """
+    from torch._dynamo import config as dynamo_config  # a second's work, which the exporter does
+
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            dynamo_config.patch(fake_tensor_cache_enabled=False),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -12,7 +12,7 @@ import torch
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.onnx_export.export import write_model
-from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, quiet_exporter, strip_metadata
+from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET, strip_metadata, tidy_exporter
 from ditas_export.paths import StrPath
 from ditas_export.vae.load import LatentDecoder, load_latent_decoder
 from ditas_export.vae.shape import IMAGES_NAME, LATENTS_NAME, VAE_KEY
@@ -51,7 +51,7 @@ def _trace(decoder: LatentDecoder) -> ir.Model:
     """Export the decoder; no two of the example's dimensions are equal, and none is fixed."""
     free = {0: "N", 2: "h", 3: "w"}
     dimensions = {axis: torch.export.Dim(name, min=1) for axis, name in free.items()}
-    with quiet_exporter():
+    with tidy_exporter():
         program = torch.onnx.export(
             decoder,
             (torch.zeros(2, decoder.shape.in_channels, 6, 10),),
