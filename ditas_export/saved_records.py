@@ -145,8 +145,7 @@ def fitted(hint: Any, value: object, bounds: Bounds = None) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
             return None
-        (inner,) = (each for each in args if each is not NoneType)
-        return fitted(inner, value, bounds)
+        return fitted(_member(args, value), value, bounds)
     if origin is Literal:
         return _choice(args, value)
     if origin is tuple:
@@ -156,6 +155,23 @@ def fitted(hint: Any, value: object, bounds: Bounds = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_record(hint, value)
     return _plain_value(hint, value, bounds)
+
+
+def _member(members: tuple[Any, ...], value: object) -> Any:
+    """Return which hint of a union a value is of: of dataclasses, the one whose literals fit it."""
+    kinds = [each for each in members if each is not NoneType]
+    if isinstance(value, Mapping):
+        for kind in kinds[1:]:
+            literals = {name: hint for name, hint in hints_of(kind).items() if _is_literal(hint)}
+            told = {name: value[name] for name in literals if name in value}
+            if told and all(said in get_args(literals[name]) for name, said in told.items()):
+                return kind
+    return next((kind for kind in kinds if type(value) is kind), kinds[0])
+
+
+def _is_literal(hint: Any) -> bool:
+    """Return whether a hint names a few values."""
+    return get_origin(hint) is Literal
 
 
 def _fitted(kind: type, name: str, value: object) -> Any:

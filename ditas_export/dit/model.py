@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.dit.process import DIT_PROCESS, Process
+from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.errors import CheckpointError
 from ditas_export.saved_records import Above, Within, check_fields, from_record
 
@@ -54,7 +54,7 @@ class DiTConfig:
     layer_norm_eps: Annotated[float, Above(0, 1)] = 1e-6
     mlp_norm_eps: Annotated[float, Above(0, 1)] = 1e-6  # of norm2; 1e-5 in diffusers
     frequency_shift: Annotated[int, Within(0, 1)] = 0  # see timestep_features; 1 in diffusers
-    process: Process = DIT_PROCESS
+    process: Process | FlowProcess = DIT_PROCESS
 
     def __post_init__(self) -> None:
         """Refuse what no DiT can have, naming the numbers."""
@@ -81,7 +81,13 @@ class DiTConfig:
             raise CheckpointError(f"mlp_ratio={self.mlp_ratio} leaves the MLP no hidden layer")
         if self.label_rows < 1:
             raise CheckpointError("num_classes=0 without a null row: a label table has a row")
-        if self.process.variance == "learned_range" and not self.learn_sigma:
+        if isinstance(self.process, FlowProcess):
+            if self.learn_sigma:
+                raise CheckpointError(
+                    "learn_sigma=True with a flow, whose models ship without the half of the "
+                    "output that is no velocity; expected learn_sigma=False"
+                )
+        elif self.process.variance == "learned_range" and not self.learn_sigma:
             raise CheckpointError(
                 "variance='learned_range', but the model puts out no variance "
                 "(learn_sigma=False); expected fixed_small or fixed_large"

@@ -1,14 +1,17 @@
-"""The diffusion process that a model was trained on, as its checkpoint records it.
+"""The process that a model was trained on, as its checkpoint records it: a diffusion or a flow.
 
 The process travels with the model's shape: what samples a model reads it there, wherever the model
 lies. Sources: Ho, Jain and Abbeel 2020 (ε, linear betas, fixed variances); Nichol and Dhariwal 2021
-(cosine betas, learned variance); the names are diffusers' schedulers'.
+(cosine betas, learned variance); the names are diffusers' schedulers'. Flows: Ma et al. 2024 (SiT),
+Yu et al. 2025 (REPA), whose signs and time differ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
+
+import torch
 
 from ditas_export.errors import CheckpointError
 from ditas_export.saved_records import Above, Within, check_fields, from_record
@@ -78,6 +81,56 @@ class Process:
             CheckpointError: no mapping, an unknown name, or a value that is not followed.
         """
         return from_record(cls, values)
+
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """Type of what the network is fed as time: steps are whole."""
+        return torch.int64
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """First and last time that the network was trained at."""
+        return 0, self.train_timesteps - 1
+
+
+FlowEnd = Literal["data", "noise"]
+"""Either end of a flow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowProcess:
+    """A velocity on straight paths x = (1 − σ) data + σ noise, σ from 0 to 1.
+
+    SiT has "data" for both ends: t = 1 − σ, v = data − noise. REPA has "noise": t = σ,
+    v = noise − data. The network is fed t as it is, in float32.
+    """
+
+    prediction: Literal["velocity"] = "velocity"
+    time_ends_at: FlowEnd = "data"  # what there is at t = 1
+    velocity_towards: FlowEnd = "data"
+    vae: VaeFactors | None = None  # None where nothing records one
+
+    def __post_init__(self) -> None:
+        """Refuse a flow that is not followed, naming the value."""
+        check_fields(self, CheckpointError)
+
+    def __str__(self) -> str:
+        """Return all of it in one line."""
+        vae = f", VAE of {self.vae}" if self.vae is not None else ""
+        return (
+            f"predicts the velocity towards {self.velocity_towards}, t from 0 to 1 at "
+            f"{self.time_ends_at}{vae}"
+        )
+
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """Type of what the network is fed as time."""
+        return torch.float32
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """First and last time that the network was trained at."""
+        return 0.0, 1.0
 
 
 DIT_PROCESS = Process()
