@@ -209,7 +209,7 @@ def test_the_command_proves_the_file_in_openvino(checkpoint: Path, tmp_path: Pat
     proof = json.loads((tmp_path / "out.json").read_text())["verification"]
     assert proof["runtime"].startswith("openvino")
     assert proof["matches_fake_quantized_forward"] is True
-    assert proof["match_db"] > 30
+    assert proof["match"]["match_db"] > 30
     assert proof["kernels"] == {}
     assert read_form(tmp_path / "out.onnx").float_type == "bf16"
 
@@ -218,7 +218,7 @@ def test_the_command_proves_the_file_in_openvino(checkpoint: Path, tmp_path: Pat
 def test_a_mismatch_is_exit_code_1(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditas_export.evaluation.verify.MATCH_BOUND_DB", {BF16: 500.0})
+    monkeypatch.setattr("ditas_export.evaluation.ties.MOST_EXCESS_DB", -500.0)
     code, printed = run_export(checkpoint, tmp_path / "out.onnx", "--quiet")
     assert code == 1
     assert "expected at least 500; do not deploy it" in printed
@@ -233,7 +233,7 @@ def test_without_a_runtime_the_command_says_that_the_file_was_not_run(
     for words in ("out.onnx was not run", "ditas-export[openvino]", "ditas-build", "ditas-compare"):
         assert words in printed
     proof = json.loads((tmp_path / "out.json").read_text())["verification"]
-    for name in ("matches_fake_quantized_forward", "match_db", "single_step_snr_db",
+    for name in ("matches_fake_quantized_forward", "match", "single_step_snr_db",
                  "final_latents_snr_db", "final_latents_snr_db_mean", "kernels",
                  "runtime"):  # fmt: skip
         assert proof[name] is None, name

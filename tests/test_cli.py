@@ -92,7 +92,7 @@ def test_the_help_says_what_fast_chooses() -> None:
 def test_a_mismatch_is_exit_code_1(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditas_export.evaluation.verify.MATCH_BOUND_DB", {torch.float32: 500.0})
+    monkeypatch.setattr("ditas_export.evaluation.ties.MOST_EXCESS_DB", -500.0)
     code, _, err = run("--model", checkpoint, *QUICK, "--quiet", tmp_path / "out.onnx")
     assert code == 1
     assert "expected at least 500; do not deploy it" in " ".join(err.split())

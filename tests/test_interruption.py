@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 from quantized_fixture import save_checkpoint, tiny_dit
 
 from ditas_export import export_files, pipeline
@@ -27,7 +26,7 @@ from ditas_export.engine.metadata import metadata_of
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.errors import ArtifactError, QuantizationError
-from ditas_export.evaluation import held_out, verify
+from ditas_export.evaluation import held_out, ties
 from ditas_export.onnx_export import export as onnx_export
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest
@@ -183,7 +182,7 @@ def test_a_file_that_does_not_match_is_put_aside(
     for path in (asked.output, asked.manifest_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "MATCH_BOUND_DB", {torch.float32: 500.0})
+        patch.setattr(ties, "MOST_EXCESS_DB", -500.0)
         result = export(options(tmp_path, checkpoint, layout="int8"))
     assert result.file == tmp_path / "out.rejected.onnx"
     assert result.manifest["verified"] is False
@@ -287,7 +286,7 @@ def test_a_rejected_pair_has_data_of_its_own(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_export, "LARGEST_INLINE_BYTES", 100_000)
-    monkeypatch.setattr(verify, "MATCH_BOUND_DB", {torch.float32: 500.0})
+    monkeypatch.setattr(ties, "MOST_EXCESS_DB", -500.0)
     result = export(options(tmp_path, checkpoint))
     (data,) = external_files(result.file)
     assert data.name.startswith("out.rejected.onnx.")

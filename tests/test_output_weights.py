@@ -65,7 +65,7 @@ def model() -> DiT:
 
 @pytest.fixture(scope="module")
 def states(model: DiT) -> CalibrationStates:
-    settings = CalibrationSettings(steps=4, classes=(3, 7))
+    settings = CalibrationSettings(steps=6, classes=(3, 7, 1, 4))
     return collect_states(model, settings, identity=identity_of(model))
 
 

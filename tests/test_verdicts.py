@@ -21,6 +21,7 @@ from ditas_export.cli import export as export_command
 from ditas_export.cli.summary import print_summary
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.held_out import FinalLatents, VerificationSettings
+from ditas_export.evaluation.ties import NO_MATCH, Match
 from ditas_export.evaluation.verify import FileFindings, Verification, verify_file
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.options import ExportOptions
@@ -29,10 +30,14 @@ from ditas_export.pipeline import ExportResult
 SETTINGS = VerificationSettings(seeds=(0, 1), classes=(1, 2), steps=3)
 
 
-def verification(*final_db: float, match_db: float = 60.0, **changes: Any) -> Verification:
+def match(excess_db: float) -> Match:
+    return Match(db=60.0 - excess_db, ties_db=60.0, excess_db=excess_db)
+
+
+def verification(*final_db: float, excess_db: float = 0.0, **changes: Any) -> Verification:
     file = FileFindings(
-        match_db=match_db,
-        runner_match_db=None,
+        match=match(excess_db),
+        runner_match=None,
         single_step_db=30.0,
         kernels={},
         runner_kernels=None,
@@ -40,7 +45,6 @@ def verification(*final_db: float, match_db: float = 60.0, **changes: Any) -> Ve
     )
     return Verification(
         file=replace(file, **changes),
-        match_bound_db=45.0,
         fake_quant_single_step_db=30.0,
         final=FinalLatents(seeds_db=final_db, images_db=final_db),
         settings=SETTINGS,
@@ -73,9 +77,9 @@ def result(found: Verification, tmp_path: Path) -> ExportResult:
         (verification(-3.0, 1.0), [], 4, "-1.0 dB from float's, which is noise"),
         (verification(math.nan, 40.0), [], 4, "nan dB"),
         (verification(-math.inf, 40.0), [], 4, "-inf dB"),
-        (verification(40.0, match_db=30.0), ["--min-db", "50"], 1, "30.0 dB only"),
+        (verification(40.0, excess_db=30.0), ["--min-db", "50"], 1, "30.0 dB more noise"),
         (
-            verification(-math.inf, match_db=-math.inf, not_finite="time step 7, image 3: NaN"),
+            verification(-math.inf, match=NO_MATCH, not_finite="time step 7, image 3: NaN"),
             [],
             1,
             "not what was calibrated: time step 7, image 3: NaN",
@@ -138,7 +142,7 @@ def test_figures_are_strict_json() -> None:
     found = verification(
         math.nan,
         -math.inf,
-        match_db=-math.inf,
+        match=NO_MATCH,
         bare_session=FinalLatents(seeds_db=(math.inf, 30.0), images_db=(30.0,)),
     )
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -212,7 +216,7 @@ def test_a_file_with_weight_only_linears_has_a_figure_for_a_bare_session(bits: i
     assert found.file.bare_session != found.final
 
 
-@pytest.mark.parametrize(("own", "ours"), [(60.0, 20.0), (20.0, 60.0)])
+@pytest.mark.parametrize(("own", "ours"), [(0.0, 5.0), (5.0, 0.0)])
 def test_either_form_must_match(own: float, ours: float) -> None:
-    assert verification(40.0, match_db=own, runner_match_db=ours).matches is False
-    assert verification(40.0, match_db=60.0, runner_match_db=60.0).matches is True
+    assert verification(40.0, excess_db=own, runner_match=match(ours)).matches is False
+    assert verification(40.0, excess_db=0.0, runner_match=match(0.0)).matches is True

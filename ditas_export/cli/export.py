@@ -257,8 +257,7 @@ def _failure(result: ExportResult, options: ExportOptions) -> str | None:
     if file is None or verification.matches:
         return verification.misses(options.min_db)
     found = file.not_finite or (
-        f"it agrees with the fake-quantized forward to {file.worst_match_db:.1f} dB only, expected "
-        f"at least {verification.match_bound_db:.0f}"
+        f"it agrees with the fake-quantized forward to {file.worst_match.description}"
     )
     return (
         f"{result.file} is not what was calibrated: {found}; do not deploy it. {options.output} "

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.held_out import FinalLatents
+from ditas_export.evaluation.ties import Match
 from ditas_export.evaluation.verify import FAR_FROM_FLOAT_DB, Verification
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
@@ -76,10 +77,9 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
     whose = "" if file else ", fake-quantized forward"
     bare = file and file.bare_session
     rows = [] if not bare else [_bare(bare)]
-    ours = file and file.runner_match_db
-    bound = f"(at least {verification.match_bound_db:.0f})"
-    forms = [] if ours is None else [("the same of our runners' form", f"{ours:.1f} dB {bound}")]
-    match = f"{file.match_db:.1f} dB {bound}" if file else "not measured: the file was not run"
+    ours = file and file.runner_match
+    forms = [("the same of our runners' form", _match(ours))] if ours else []
+    match = _match(file.match) if file else "not measured: the file was not run"
     return [
         ("final latents against float", f"{verification.mean_final_db:.1f} dB ({finals}){whose}"),
         *rows,
@@ -87,6 +87,11 @@ def _proof(verification: Verification) -> list[tuple[str, str]]:
         ("file against fake-quantized forward", match),
         *forms,
     ]
+
+
+def _match(match: Match) -> str:
+    """Return how a file's answers match, and how much of that rounding makes."""
+    return f"{match.db:.1f} dB (rounding alone: {match.ties_db:.1f})"
 
 
 def _bare(final: FinalLatents) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ from ditas_export.evaluation.held_out import (
     opened,
 )
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.evaluation.ties import (
+    DISTURBANCE,
+    DRAWS,
+    NO_MATCH,
+    DisturbedRunner,
+    Match,
+    match_of,
+)
 from ditas_export.figures import finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.paths import StrPath
@@ -45,16 +54,6 @@ from ditas_export.runtime.torch_runner import TorchRunner
 FileRunner = OnnxRuntimeRunner | OpenVINORunner
 """What runs an exported file here."""
 
-MATCH_BOUND_DB = {torch.float32: 45.0, torch.float16: 25.0, torch.bfloat16: 22.0}
-"""Least single-step SNR of the file against the fake-quantized forward, by float type.
-
-In float32 the two differ by rounding ties alone: a code that flips by one where float sums differ
-in their last bit. In float16 the runtimes round every intermediate differently as well, and more
-coarsely in bfloat16: 38 to 46 dB were seen there with a trained model of 5 blocks, 34 with 28
-random ones. Codes in another order give 1 dB in it, row scales 18, a smoothing left out 20. A lost
-bias (34) or low-rank branch (38) hides in the rounding: the same model's float32 file shows those.
-"""
-
 FAR_FROM_FLOAT_DB = 20.0
 """Mean SNR of the final latents against float below which a file is called far from it: a tenth of
 the amplitude is wrong."""
@@ -64,8 +63,8 @@ the amplitude is wrong."""
 class FileFindings:
     """What the file gave; SNR in dB."""
 
-    match_db: float  # as it is, against the fake-quantized forward, worst of the probed steps
-    runner_match_db: float | None  # the same of our runners' form; None where that is the file's
+    match: Match  # as it is, against the fake-quantized forward
+    runner_match: Match | None  # the same of our runners' form; None where that is the file's
     single_step_db: float  # our runner against float at the same x_t, over all probes
     kernels: Mapping[str, int]  # onnxruntime kernel -> linears, as it is; empty in another runtime
     runner_kernels: Mapping[str, int] | None  # the same of our runners' form
@@ -74,10 +73,10 @@ class FileFindings:
     bare_session: FinalLatents | None = None  # of an `InferenceSession` that runs it as it is
 
     @property
-    def worst_match_db(self) -> float:
+    def worst_match(self) -> Match:
         """The lesser match of the two forms that are run."""
-        found = (self.match_db, self.runner_match_db)
-        return min(db for db in found if db is not None)
+        found = (self.match, self.runner_match)
+        return max((each for each in found if each is not None), key=lambda each: each.excess_db)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,6 @@ class Verification:
     """What verification found; SNR in dB."""
 
     file: FileFindings | None  # None where no runtime that is installed takes its float type
-    match_bound_db: float  # least match_db that is accepted
     fake_quant_single_step_db: float  # fake-quantized against float, over all probes
     final: FinalLatents  # of our runner, or of the fake-quantized forward where there is no file
     settings: VerificationSettings
@@ -94,7 +92,7 @@ class Verification:
     @property
     def matches(self) -> bool | None:
         """Whether the file computes what was calibrated; None if it was not run."""
-        return None if self.file is None else self.file.worst_match_db >= self.match_bound_db
+        return None if self.file is None else self.file.worst_match.is_right
 
     @property
     def single_step_db(self) -> float:
@@ -141,11 +139,8 @@ class Verification:
         interval = [finite_or_none(bound) for bound in final.interval_db]
         return {
             "matches_fake_quantized_forward": self.matches,
-            "match_db": file and finite_or_none(file.match_db),
-            "runner_match_db": file
-            and file.runner_match_db
-            and finite_or_none(file.runner_match_db),
-            "match_bound_db": self.match_bound_db,
+            "match": file and file.match.to_dict(),
+            "runner_match": file and file.runner_match and file.runner_match.to_dict(),
             "single_step_snr_db": file and finite_or_none(file.single_step_db),
             "final_latents_snr_db": file and by_seed,
             "final_latents_snr_db_mean": file and finite_or_none(final.mean_db),
@@ -238,12 +233,12 @@ def verify_file(
         reference = held_out.sampled(FLOAT, runner, first)
         wanted = held_out.probed(FLOAT, runner)
     with opened(lambda: TorchRunner(fake_quantized, device=device)) as runner:
-        expected = held_out.probed("fake", runner)
+        expected = _Expected.of(held_out, "fake", runner, dtype)
     fastest = None
     if fake_quantized_fastest is not None:
         make = fake_quantized_fastest
         with opened(lambda: TorchRunner(make(), device=device)) as runner:
-            fastest = held_out.probed("fake-fastest", runner)
+            fastest = _Expected.of(held_out, "fake-fastest", runner, dtype)
     with opened(open_judged) as runner:
         sampled = held_out.sampled(judged, runner, first)
         probed = held_out.probed(judged, runner)
@@ -278,10 +273,9 @@ def verify_file(
         file = replace(file, bare_session=bare)
     return Verification(
         file=file,
-        match_bound_db=MATCH_BOUND_DB[dtype],
-        fake_quant_single_step_db=_single_step(wanted, expected),
+        fake_quant_single_step_db=_single_step(wanted, expected.answers),
         final=final,
-        fake_quant_not_finite=(None if file else sampled.not_finite) or expected.not_finite,
+        fake_quant_not_finite=(None if file else sampled.not_finite) or expected.answers.not_finite,
         settings=settings,
     )
 
@@ -293,12 +287,44 @@ def _file_opener(dtype: torch.dtype) -> Callable[[Path], FileRunner] | None:
     return OpenVINORunner if importlib.util.find_spec("openvino") else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Expected:
+    """What a file must answer at the probes, and how far a right one may be from it."""
+
+    answers: Probed
+    disturbed: tuple[Probed, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, held_out: HeldOut, name: str, runner: Callable[[], Runner], dtype: torch.dtype
+    ) -> _Expected:
+        """Let a fake-quantized forward answer, as it is and disturbed."""
+
+        def disturbed(seed: int) -> DisturbedRunner:
+            return DisturbedRunner(runner(), size=DISTURBANCE[dtype], seed=seed)
+
+        return cls(
+            answers=held_out.probed(name, runner),
+            disturbed=tuple(
+                held_out.probed(f"{name}-disturbed-{seed}", partial(disturbed, seed))
+                for seed in DRAWS
+            ),
+            dtype=dtype,
+        )
+
+    def match(self, found: Probed) -> Match:
+        """Return how a file's answers match, all of them finite."""
+        disturbed = [draw.outputs for draw in self.disturbed]
+        return match_of(self.answers.outputs, found.outputs, disturbed, self.dtype)
+
+
 def _findings(
     path: Path,
     held_out: HeldOut,
     wanted: Probed,
-    expected: Probed,
-    fastest: Probed | None,
+    expected: _Expected,
+    fastest: _Expected | None,
     sampled: Sampled,
     probed: Probed,
     *,
@@ -313,23 +339,18 @@ def _findings(
     if fastest is not None:
         with opened(lambda: OnnxRuntimeRunner(path, as_is=True)) as runner:
             own = held_out.probed("as-is", runner)
-    seen = (sampled, probed, own, expected, fastest)
-    broken = next((each.not_finite for each in seen if each and each.not_finite), None)
+    seen: list[Sampled | Probed] = [sampled, probed, own, expected.answers]
+    seen += [fastest.answers] if fastest else []
+    broken = next((each.not_finite for each in seen if each.not_finite), None)
     return FileFindings(
-        match_db=-math.inf if broken else _match(expected, own),
-        runner_match_db=None if fastest is None or broken else _match(fastest, probed),
+        match=NO_MATCH if broken else expected.match(own),
+        runner_match=None if fastest is None or broken else fastest.match(probed),
         single_step_db=_single_step(wanted, probed),
         kernels=_kernels(held_out.others, path, as_is=True) if is_listed else {},
         runner_kernels=None if fastest is None else _kernels(held_out.others, path, as_is=False),
         runtime=probed.runtime,
         not_finite=broken,
     )
-
-
-def _match(expected: Probed, found: Probed) -> float:
-    """Return the worst SNR of the probed steps, all of them finite."""
-    pairs = zip(expected.outputs, found.outputs, strict=True)
-    return min(snr_db(wanted, got) for wanted, got in pairs)
 
 
 def _kernels(kept: KeptParts, path: Path, *, as_is: bool) -> Mapping[str, Any]:
