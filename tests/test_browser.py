@@ -31,7 +31,8 @@ from quantized_fixture import (
 from torch import Tensor
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.diffusion.sampling import image_generator, make_scheduler, sample
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
+from ditas_export.diffusion.sampling import image_generator, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiTConfig

@@ -222,7 +222,7 @@ def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]
     for latents, timestep in zip(states.latents.to(device), states.timesteps, strict=True):
         yield model_inputs(
             latents,
-            int(timestep),
+            timestep.item(),
             labels,
             cfg_scale=states.settings.cfg_scale,
             config=model.config,

@@ -43,10 +43,12 @@ def _versions(model: ir.Model) -> tuple[int, int]:
 
 
 def _interface(model: ir.Model) -> Iterator[Finding]:
-    kinds = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT64, ir.DataType.FLOAT)
-    expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
     values = [*model.graph.inputs, *model.graph.outputs]
     found = [(value.name, value.dtype) for value in values]
+    of_flows = ("timesteps", ir.DataType.FLOAT) in found  # which it must be, its record says
+    time = ir.DataType.FLOAT if of_flows else ir.DataType.INT64
+    kinds = (ir.DataType.FLOAT, time, ir.DataType.INT64, ir.DataType.FLOAT)
+    expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
     if found != expected:
         yield "inputs and output", str(found), str(expected)
     for value in values:
