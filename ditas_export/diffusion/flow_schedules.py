@@ -161,7 +161,7 @@ class EulerMaruyamaSchedule:
         noise = randn_tensor(
             latents.shape, generator=list(generators), device=latents.device, dtype=latents.dtype
         )
-        return mean + math.sqrt(2 * sigma * (sigma - following)) * noise
+        return mean.add(noise, alpha=math.sqrt(2 * sigma * (sigma - following)))
 
 
 def _moments(sigmas: Sequence[float] | Tensor, process: FlowProcess) -> list[Moment]:
@@ -171,7 +171,7 @@ def _moments(sigmas: Sequence[float] | Tensor, process: FlowProcess) -> list[Mom
             time=1 - sigma if process.time_ends_at == "data" else sigma,
             noise_level=round(sigma, 6),
         )
-        for sigma in map(float, sigmas)
+        for sigma in (min(1.0, float(each)) for each in sigmas)  # shifted in float32, it may pass 1
     ]
 
 

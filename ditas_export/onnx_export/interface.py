@@ -22,9 +22,6 @@ INPUT_PART, OUTPUT_PART = "input_", "output_"
 
 _FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
-_TIME_TYPES = {torch.int64: _INT64, torch.float32: _FLOAT}
-"""Types of the time steps, by the type of a process's time."""
-
 _BLOCK = re.compile(r"blocks\.([0-9]{1,6})[./]")
 """How names of a block's nodes begin."""
 
@@ -36,16 +33,20 @@ def why_unlike(graph: onnx.GraphProto, config: DiTConfig) -> str | None:
     inputs = [value for value in graph.input if value.name not in constants]
     given = (config.in_channels, side, side), (config.out_channels, side, side)
     latents, timesteps, labels = INPUT_NAMES
-    time_type = _TIME_TYPES[config.process.time_dtype]
     faults = [
         *_value_faults("inputs", inputs, {
-            latents: (_FLOAT, given[0]), timesteps: (time_type, ()), labels: (_INT64, ()),
+            latents: (_FLOAT, given[0]), timesteps: (time_type(config), ()), labels: (_INT64, ()),
         }),
         *_value_faults("outputs", graph.output, {OUTPUT_NAME: (_FLOAT, given[1])}),
         *_table_faults(graph.initializer, config),
         *_depth_faults(graph.node, config),
     ]  # fmt: skip
     return faults[0] if faults else None
+
+
+def time_type(config: DiTConfig) -> int:
+    """Return the ONNX type of a model's time steps: INT64 of a diffusion, FLOAT of a flow."""
+    return {torch.int64: _INT64, torch.float32: _FLOAT}[config.process.time_dtype]
 
 
 def _value_faults(

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from ditas_export.dit.model import DiTConfig
 from ditas_export.onnx_export import onnxruntime_form
-from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.onnx_export.file_facts import CONFIG_KEY
+from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME, time_type
 from ditas_export.onnx_export.rules.rule import Finding, Rule, name_of
 from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET
+from ditas_export.text_files import parse_json
 
 
 def _default_domain(model: ir.Model) -> Iterator[Finding]:
@@ -45,8 +48,7 @@ def _versions(model: ir.Model) -> tuple[int, int]:
 def _interface(model: ir.Model) -> Iterator[Finding]:
     values = [*model.graph.inputs, *model.graph.outputs]
     found = [(value.name, value.dtype) for value in values]
-    of_flows = ("timesteps", ir.DataType.FLOAT) in found  # which it must be, its record says
-    time = ir.DataType.FLOAT if of_flows else ir.DataType.INT64
+    time = ir.DataType(time_type(DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))))
     kinds = (ir.DataType.FLOAT, time, ir.DataType.INT64, ir.DataType.FLOAT)
     expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
     if found != expected:
