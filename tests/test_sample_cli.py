@@ -218,7 +218,7 @@ def test_what_is_not_finite_makes_no_picture(tmp_path: Path) -> None:
         (["--sampler", "heun"], "'heun' does not follow a diffusion, which this model is; choose"),
         (["--shift", "3"], "shift=3.0, but ddpm has no shift of times"),
         (["--guidance-interval", "0.7"], "guidance_interval=0.7; expected two noise levels LO,HI"),
-        (["--guidance-interval", "0,x"], "guidance_interval=['0', 'x']; expected a number, 0 to 1"),
+        (["--guidance-interval", "0,x"], "guidance_interval=[0.0, 'x']; expected a number, 0 to 1"),
         (["--steps", "1"], "takes 2 to 1000 steps"),
         (["--batch", "0"], "batch=0"),
         (["--images", "0"], "images=0; expected a whole number, 1 to"),
