@@ -12,14 +12,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from quantized_fixture import TINY, exported, exported_reference, tiny_dit
+from quantized_fixture import TINY, exported, exported_reference, quantized_tiny_dit, tiny_dit
 from tensorrt_fixture import made_plan, stand_ins
 from torch import Tensor
 from typer.testing import CliRunner
 
 from ditas_export.calibration.calibration_settings import CalibrationSettings
+from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.states import CalibrationStates, collect_states, walk_states
+from ditas_export.cli.compare import app as compare_app
 from ditas_export.cli.sample import app
+from ditas_export.diffusion.options import FlowSampler
 from ditas_export.diffusion.sampling import sample, trajectory
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
@@ -32,11 +35,14 @@ from ditas_export.generation import job
 from ditas_export.generation.sampler import Sampler, SamplingSettings
 from ditas_export.kept_parts import KeptParts
 from ditas_export.onnx_export.contract import check_contract
+from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.file_facts import CONFIG_KEY
 from ditas_export.onnx_export.interface import why_unlike
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.inputs import feed_of
+from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.open_runner import OpenedModel
+from ditas_export.runtime.openvino_runner import OpenVINORunner
 from ditas_export.runtime.tensorrt_runner import TensorRTRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -237,3 +243,46 @@ def test_guided_and_plain_steps_share_a_runner_of_any_batch(model: DiT) -> None:
     assert torch.equal(always, full)
     assert not torch.allclose(part, never)
     assert not torch.allclose(part, full)
+
+
+@pytest.fixture(scope="module")
+def files(model: DiT, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The float file and the quantized one."""
+    folder = tmp_path_factory.mktemp("flow")
+    export_reference(model, folder / "fp32.onnx")
+    export_onnx(fold_smoothing(quantized_tiny_dit(model)), folder / "out.onnx", layout="int8")
+    return folder / "fp32.onnx", folder / "out.onnx"
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_a_file_samples_as_the_model(
+    model: DiT, files: tuple[Path, Path], sampler: FlowSampler
+) -> None:
+    asked: dict[str, Any] = {"classes": [3, 7], "steps": 5, "sampler": sampler, "cfg_scale": 2.0}
+    with TorchRunner(model) as runner:
+        wanted = sample(runner, **asked, guidance_interval=(0.3, 0.9))
+    with OnnxRuntimeRunner(files[0], threads=1) as runner:
+        found = sample(runner, **asked, guidance_interval=(0.3, 0.9))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_openvino_is_fed_floats(model: DiT, files: tuple[Path, Path]) -> None:
+    pytest.importorskip("openvino")
+    with OpenVINORunner(files[0], threads=1) as runner:
+        found = runner(LATENTS, TIMES, LABELS)
+    torch.testing.assert_close(found, model(LATENTS, TIMES, LABELS), rtol=1e-3, atol=1e-4)
+
+
+def test_files_are_compared_along_the_flow(files: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [str(files[0]), str(files[1]), "--steps", "3", "--classes", "3,7"]
+    result = CliRunner().invoke(compare_app, [*words, "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 0, result.output
+    assert "0.333333" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    times = [step["timestep"] for step in report["steps"]]
+    assert times == pytest.approx([0, 1 / 3, 2 / 3])
+
+
+def test_the_adapter_refuses_the_file_of_a_flow(files: tuple[Path, Path]) -> None:
+    with pytest.raises(RunnerError, match="DiTPipeline samples diffusions"):
+        OnnxDiTTransformer2DModel(files[1])

@@ -14,7 +14,6 @@ section 4 (guidance on three channels); Kynkäänniemi et al. 2024 (interval); Y
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -25,15 +24,7 @@ from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelInputs:
-    """What a runner is called with; rows come in pairs when the batch is guided."""
-
-    latents: Tensor  # (N, C, H, W)
-    timesteps: Tensor  # (N,) int64 of a diffusion, float32 of a flow
-    class_labels: Tensor  # (N,) int64
+from ditas_export.families.base import ModelInputs
 
 
 def plain_inputs(latents: Tensor, time: Time, class_labels: Tensor) -> ModelInputs:

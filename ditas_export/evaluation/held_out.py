@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditas_export.diffusion.guidance import ModelInputs, blends
+from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.diffusion.schedules import time_words
@@ -26,6 +26,7 @@ from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.base import ModelInputs
 from ditas_export.figures import confidence_interval, finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.runtime.torch_runner import TorchRunner

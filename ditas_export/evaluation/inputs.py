@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.guidance import ModelInputs, model_inputs, resolved_cfg_scale
+from ditas_export.diffusion.guidance import model_inputs, resolved_cfg_scale
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import Step, trajectory
 from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.families.base import ModelInputs
 from ditas_export.options import CFG_SCALE
 from ditas_export.runtime.inputs import Feed, feed_of
 

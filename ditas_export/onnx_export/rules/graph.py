@@ -9,7 +9,7 @@ import onnx_ir as ir
 from ditas_export.dit.model import DiTConfig
 from ditas_export.onnx_export import onnxruntime_form
 from ditas_export.onnx_export.file_facts import CONFIG_KEY
-from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME, time_type
+from ditas_export.onnx_export.interface import OUTPUT_NAME, input_types
 from ditas_export.onnx_export.rules.rule import Finding, Rule, name_of
 from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET
 from ditas_export.text_files import parse_json
@@ -48,9 +48,9 @@ def _versions(model: ir.Model) -> tuple[int, int]:
 def _interface(model: ir.Model) -> Iterator[Finding]:
     values = [*model.graph.inputs, *model.graph.outputs]
     found = [(value.name, value.dtype) for value in values]
-    time = ir.DataType(time_type(DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))))
-    kinds = (ir.DataType.FLOAT, time, ir.DataType.INT64, ir.DataType.FLOAT)
-    expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
+    config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
+    inputs = {name: ir.DataType(kind) for name, (kind, _) in input_types(config).items()}
+    expected = [*inputs.items(), (OUTPUT_NAME, ir.DataType.FLOAT)]
     if found != expected:
         yield "inputs and output", str(found), str(expected)
     for value in values:
