@@ -20,7 +20,7 @@ from ditas_export.calibration.fold import require_representable
 from ditas_export.calibration.quantized_model import ARTIFACT_KIND, QuantizedModel
 from ditas_export.calibration.states import STATES_KIND
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.sampling import make_scheduler
+from ditas_export.diffusion.schedules import make_schedule
 from ditas_export.distributed import Ranks
 from ditas_export.dit.diffusers_folder import HUB_ID
 from ditas_export.dit.model import DiT, DiTConfig
@@ -128,7 +128,7 @@ def check_calibration(
         QuantizationError: a rank or block size that does not fit.
         CalibrationError: more processes than batches of states.
     """
-    make_scheduler("ddpm", calibration.steps, config.process)
+    make_schedule(None, calibration.steps, config.process)
     settings.require_fits(config)
     peak_bytes(config, calibration, settings, ranks)
 

@@ -45,11 +45,11 @@ class Wanted(BaseModel):
     label: int = Field(ge=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(default=50, ge=2, le=1000)
-    sampler: str = "ddpm"
+    sampler: str | None = None  # the model's own
     cfg_scale: float | None = None
 
     @property
-    def kind(self) -> tuple[int, str, float | None]:
+    def kind(self) -> tuple[int, str | None, float | None]:
         """What requests of one batch have in common."""
         return self.steps, self.sampler, self.cfg_scale
 

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
-from ditas_export.diffusion.sampling import make_scheduler
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
 from ditas_export.dit.model import DiT, randomize
 from ditas_export.dit.presets import preset_config

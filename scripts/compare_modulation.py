@@ -24,12 +24,12 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.cli.console import clean_errors
-from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import Difference
+from ditas_export.families.base import ModelInputs
 from ditas_export.figures import confidence_interval
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import BARE_SESSION, OnnxRuntimeRunner

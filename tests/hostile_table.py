@@ -866,7 +866,10 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["--batch", "1000000000"], ["--seed", "-1"], ["--seed", "18446744073709551616"],
         ["--classes", "99"], ["--classes", "٣"], ["--classes", "-"], ["--steps", "0"],
         ["--steps", "1000000"], ["--cfg-scale", "nan"], ["--cfg-channels", "4"],
-        ["--sampler", "x"], ["--device", "tpu"], ["--num-heads", "5"],
+        ["--sampler", "x"], ["--sampler", "euler"], ["--device", "tpu"], ["--num-heads", "5"],
+        ["--shift", "nan"], ["--shift", "3"], ["--guidance-interval", "0.5"],
+        ["--guidance-interval", "1,0"], ["--guidance-interval", "nan,1"],
+        ["--guidance-interval", "0,²"], ["--guidance-interval", ""],
     ],
     "compare": [
         ["--images", "0"], ["--images", "1000000000"], ["--steps", "0"], ["--seed", "-1"],

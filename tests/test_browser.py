@@ -31,11 +31,12 @@ from quantized_fixture import (
 from torch import Tensor
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.diffusion.sampling import image_generator, make_scheduler, sample
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
+from ditas_export.diffusion.sampling import image_generator, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import Process
+from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import DitasExportError
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -103,7 +104,7 @@ class Simple:
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         offset = timesteps / 2000 + class_labels / 100
         epsilon = 0.3 * latents + offset[:, None, None, None]
-        if self.config.process.variance != "learned_range":
+        if not self.config.learn_sigma:
             return epsilon
         return torch.cat([epsilon, (3 * latents).sin()], dim=1)
 
@@ -163,12 +164,32 @@ def test_trajectories_are_those_of_sample(process: Process, sampler: Any, guidan
 
 
 @pytest.mark.usefixtures("node")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("end", ["data", "noise"])
+def test_flows_follow_sample_too(end: Any, guidance: float) -> None:
+    process = FlowProcess(time_ends_at=end, velocity_towards=end)
+    config = dataclasses.replace(TINY, in_channels=4, process=process, learn_sigma=False)
+    settings = {"labels": [3, 7], "sampler": "euler", "steps": 10, "guidance": guidance}
+    found = run(
+        "sample",
+        config=dataclasses.asdict(config),
+        settings=settings,
+        noise=drawn(config, images=2, steps=1),
+    )
+    simple: Any = Simple(config)
+    expected = sample(simple, classes=[3, 7], steps=10, cfg_scale=guidance)
+    error = (torch.tensor(found) - expected.flatten()).norm() / expected.norm()
+    assert float(error) < 2e-6  # float32 latents at every step
+
+
+@pytest.mark.usefixtures("node")
 @pytest.mark.parametrize(
     ("change", "setting", "message"),
     [
         ({}, {"sampler": "ddim", "steps": 30}, "ddim takes a number of steps that divides 1000"),
         ({}, {"sampler": "euler"}, "sampler euler; expected ddpm or ddim"),
         ({}, {"steps": 1}, "1 steps; give 2 to 1000"),
+        ({"process": {"prediction": "velocity"}}, {}, "sampler ddpm; expected euler"),
         ({"null_row": False}, {}, "nothing to guide with"),
         ({"process": {"beta_schedule": "odd"}}, {}, "beta_schedule odd; expected linear"),
     ],

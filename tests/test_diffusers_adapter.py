@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ditas_export.calibration.fold import FoldedModel, fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
-from ditas_export.diffusion.sampling import image_generator, make_scheduler, sample
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
+from ditas_export.diffusion.sampling import image_generator, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError, RunnerError

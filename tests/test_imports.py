@@ -35,6 +35,7 @@ ORDER = (
     "options",
     "quantization",
     "dit",
+    "families",
     "diffusion",
     "calibration",
     "onnx_export",

@@ -263,7 +263,7 @@ def reshape(name: str) -> Callable[[Tensors], object]:
         ),
         (lambda t: t["latents"].fill_(torch.nan), r"NaN or infinity \(latents\)"),
         (lambda t: t["maxima.blocks.0.attn.qkv"].neg_(), r"below the least \(maxima\.blocks\.0"),
-        (lambda t: t["timesteps"].add_(1000), "time steps do not descend within 1000"),
+        (lambda t: t["timesteps"].add_(1000), "time steps do not descend within 0 to 999"),
         (lambda t: t.update(latents=t["latents"].double()), "float64"),
     ],
 )

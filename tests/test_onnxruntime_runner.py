@@ -187,7 +187,7 @@ def test_weight_only_linears_read_floats_in_every_runner(settings: dict[str, Any
     with OnnxRuntimeRunner(path, threads=1, as_is=True, session_entries=BARE_SESSION) as runner:
         bare = runner(*inputs)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    told_nothing = session.run(None, feed_of(*inputs))[0]
+    told_nothing = session.run(None, feed_of(runner.config, *inputs))[0]
     assert snr_db(expected, found) > 64  # a rounding tie of the block linears; 57 to 60 below
     assert snr_db(own, as_is) > 64
     assert snr_db(own, bare) < 62

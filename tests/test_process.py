@@ -19,13 +19,8 @@ from reference.published_ddpm import (
 from test_sampling import FakeRunner, fake_output
 from torch import Tensor
 
-from ditas_export.diffusion.sampling import (
-    image_generator,
-    initial_noise,
-    make_scheduler,
-    sample,
-    trajectory,
-)
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
+from ditas_export.diffusion.sampling import image_generator, initial_noise, sample, trajectory
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.process import DIT_PROCESS, Process, VaeFactors

@@ -214,7 +214,11 @@ def test_what_is_not_finite_makes_no_picture(tmp_path: Path) -> None:
     [
         (["--classes", "cat"], "write 3,7 or 0-9 or random"),
         (["--classes", "10"], "names class 10; this model has 0 to 9"),
-        (["--sampler", "euler"], "sampler='euler'; expected one of ddpm"),
+        (["--sampler", "x"], "sampler='x'; expected one of ddpm"),
+        (["--sampler", "heun"], "'heun' does not follow a diffusion, which this model is; choose"),
+        (["--shift", "3"], "shift=3.0, but ddpm has no shift of times"),
+        (["--guidance-interval", "0.7"], "guidance_interval=0.7; expected two noise levels LO,HI"),
+        (["--guidance-interval", "0,x"], "guidance_interval=[0.0, 'x']; expected a number, 0 to 1"),
         (["--steps", "1"], "takes 2 to 1000 steps"),
         (["--batch", "0"], "batch=0"),
         (["--images", "0"], "images=0; expected a whole number, 1 to"),

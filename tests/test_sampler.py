@@ -182,7 +182,7 @@ def test_cancelling_stops_after_the_step(runner: TorchRunner) -> None:
         ({"batch": 0}, "batch=0"),
         ({"classes": ()}, "no class"),
         ({"sampler": "ddim", "steps": 30}, "divides 1000"),
-        ({"sampler": "euler"}, "unknown sampler"),
+        ({"sampler": "euler"}, "does not follow a diffusion"),
         ({"cfg_channels": "2"}, '"3" or "all"'),
     ],
 )

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from reference.published_ddpm import PublishedDDPM, guided, respaced_timesteps
 from torch import Tensor
 
+from ditas_export.diffusion.diffusion_schedules import make_scheduler
+from ditas_export.diffusion.options import DiffusionSampler
 from ditas_export.diffusion.sampling import (
-    SamplerName,
     image_generator,
     initial_noise,
-    make_scheduler,
     sample,
     trajectory,
 )
@@ -120,13 +120,13 @@ def test_every_setting_of_the_scheduler_matters(
 ) -> None:
     """The oracle tells a sampler with one setting changed from the published one."""
 
-    def altered(sampler: SamplerName, steps: int, _process: Process) -> Any:
+    def altered(sampler: DiffusionSampler, steps: int, _process: Process) -> Any:
         scheduler = make_scheduler(sampler, steps)
         other = type(scheduler).from_config(scheduler.config, **change)
         other.set_timesteps(steps)
         return other
 
-    monkeypatch.setattr("ditas_export.diffusion.sampling.make_scheduler", altered)
+    monkeypatch.setattr("ditas_export.diffusion.diffusion_schedules.make_scheduler", altered)
     ours = sample(FakeRunner(), classes=[3, 7, 0], cfg_scale=1.0, seed=5).double().numpy()
     expected = published(50, [3, 7, 0], 1.0, noises_of(50, 3, seed=5))[-1]
     assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) > 1e-3
@@ -165,7 +165,7 @@ def test_the_fourth_channel_is_guided_only_on_request() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_an_image_depends_on_its_index_not_on_its_batch_mates(
-    sampler: SamplerName, tiny_dit: DiT
+    sampler: DiffusionSampler, tiny_dit: DiT
 ) -> None:
     with TorchRunner(tiny_dit) as runner:
         together = sample(runner, classes=[1, 2, 3], steps=10, sampler=sampler, seed=4)
@@ -201,7 +201,9 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_deterministic_samplers_recover_the_image_of_an_ideal_model(sampler: SamplerName) -> None:
+def test_deterministic_samplers_recover_the_image_of_an_ideal_model(
+    sampler: DiffusionSampler,
+) -> None:
     """With the exact ε of a single image, every sampler must end on that image."""
     target = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -264,7 +266,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"steps": 1001}, "ddpm takes 2 to 1000 steps, not 1001"),
     "too many dpm++": ({"steps": 501, "sampler": "dpm++"}, r"dpm\+\+ takes 2 to 500 steps"),
     "odd ddim": ({"steps": 30, "sampler": "ddim"}, "divides 1000, not 30; the nearest is 25"),
-    "sampler": ({"sampler": "euler"}, r"unknown sampler 'euler'; choose one of ddpm, ddim, dpm"),
+    "sampler": ({"sampler": "plms"}, r"'plms' does not follow a diffusion, .* ddpm, ddim, dpm"),
+    "sampler of flows": ({"sampler": "euler"}, "'euler' does not follow a diffusion"),
+    "shift": ({"shift": 1.0}, "shift=1.0, but ddpm has no shift of times; leave it out"),
+    "interval": ({"guidance_interval": (0.7, 0.2)}, "guidance_interval=0.7,0.2; expected two"),
+    "interval of nothing": (
+        {"guidance_interval": (0.0, 0.5), "cfg_scale": 1.0},
+        "guidance_interval=0,0.5, but cfg_scale=1 blends nothing",
+    ),
     "scale": ({"cfg_scale": float("nan")}, "cfg_scale=nan is not a finite number"),
     "channels": ({"cfg_channels": "4"}, 'cfg_channels is "3" or "all"'),
     "indices": ({"image_indices": [1, 2]}, "2 image indices for 1 classes; give one each"),
@@ -304,7 +313,7 @@ class Overflowing(FakeRunner):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("checked", [False, True], ids=["runner of one's own", "our runner"])
 def test_what_is_not_finite_stops_at_its_step_and_names_the_image(
-    sampler: SamplerName, checked: bool
+    sampler: DiffusionSampler, checked: bool
 ) -> None:
     runner = Overflowing(row=4, calls=2, checked=checked)  # the second image's row without class
     steps: list[int] = []

@@ -22,9 +22,10 @@ from torch.nn import functional
 from ditas_export.calibration.calibrate import WIDTH_PER_RANK
 from ditas_export.calibration.methods import ALPHA_GRID, FIXED_ALPHA
 from ditas_export.calibration.states import CalibrationStates
-from ditas_export.diffusion.guidance import ModelInputs, model_inputs
+from ditas_export.diffusion.guidance import model_inputs
 from ditas_export.dit.model import DiT
 from ditas_export.errors import CalibrationError
+from ditas_export.families.base import ModelInputs
 from ditas_export.families.registry import linear_names
 from ditas_export.quantization.literal import (
     WeightQuantizer,
@@ -222,7 +223,7 @@ def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]
     for latents, timestep in zip(states.latents.to(device), states.timesteps, strict=True):
         yield model_inputs(
             latents,
-            int(timestep),
+            timestep.item(),
             labels,
             cfg_scale=states.settings.cfg_scale,
             config=model.config,

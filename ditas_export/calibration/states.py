@@ -1,6 +1,7 @@
 """Calibration states: what the float model saw while it sampled, and how large its inputs got.
 
-Data-free (DiTAS, section 4.1): the float model samples with DDPM and guidance; every x_t is kept,
+Data-free (DiTAS, section 4.1): the float model samples with guidance, by DDPM or, where it is a
+flow, by Euler steps; every x_t is kept,
 and of every linear's input only the largest magnitude per channel and time step. Memory does not
 grow with tokens.
 """
@@ -20,11 +21,13 @@ from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.diffusion.guidance import blends
-from ditas_export.diffusion.sampling import Step, make_scheduler, trajectory
+from ditas_export.diffusion.sampling import Step, trajectory
+from ditas_export.diffusion.schedules import make_schedule
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
 from ditas_export.families.base import ModelInputs
@@ -47,7 +50,7 @@ class CalibrationStates:
     """x_t of every step and sample, and running maxima of every linear's input."""
 
     latents: Tensor  # (steps, samples, C, H, W) float32: x_t before each step
-    timesteps: Tensor  # (steps,) int64, descending
+    timesteps: Tensor  # (steps,) int64, float32 of a flow: what the model was fed, noisiest first
     input_maxima: Mapping[str, Tensor]  # module path -> (steps, K) float32
     settings: CalibrationSettings
     identity: ModelIdentity  # of the model that sampled
@@ -74,7 +77,7 @@ class CalibrationStates:
         for name, width in widths.items():
             shapes[f"maxima of {name}"] = (self.input_maxima[name], (steps, width))
         for name, (tensor, shape) in shapes.items():
-            dtype = torch.int64 if name == "timesteps" else torch.float32
+            dtype = config.process.time_dtype if name == "timesteps" else torch.float32
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ArtifactError(
                     f"calibration states: {name} are {tuple(tensor.shape)} {tensor.dtype}, "
@@ -84,10 +87,7 @@ class CalibrationStates:
                 raise ArtifactError(f"calibration states: {name} are not finite; calibrate again")
         if any(bool((maxima < 0).any()) for maxima in self.input_maxima.values()):
             raise ArtifactError("calibration states: a maximum is negative; calibrate again")
-        last = config.process.train_timesteps
-        inside = bool(((self.timesteps >= 0) & (self.timesteps < last)).all())
-        if not inside or not bool((self.timesteps.diff() < 0).all()):
-            raise ArtifactError(f"calibration states: time steps do not descend within {last}")
+        _require_in_order(self.timesteps, config.process)
         try:
             settings.require_model(config)
         except CalibrationError as error:
@@ -153,7 +153,24 @@ def _wanted(config: DiTConfig, settings: CalibrationSettings) -> dict[str, Wante
         for name, (_, columns) in linear_shapes(config).items()
     }
     latents = (steps, len(settings.classes), config.in_channels, side, side)
-    return wanted | {"latents": Wanted(latents), "timesteps": Wanted((steps,), torch.int64, low=0)}
+    timesteps = Wanted((steps,), config.process.time_dtype, low=0)
+    return wanted | {"latents": Wanted(latents), "timesteps": timesteps}
+
+
+def _require_in_order(timesteps: Tensor, process: Process | FlowProcess) -> None:
+    """Refuse times beyond the process, or that do not go from noise to data.
+
+    Raises:
+        ArtifactError: says which times there are.
+    """
+    first, last = process.times
+    upwards = isinstance(process, FlowProcess) and process.time_ends_at == "data"
+    way = timesteps.diff() * (1 if upwards else -1)
+    if bool(((timesteps < first) | (timesteps > last)).any()) or not bool((way > 0).all()):
+        raise ArtifactError(
+            f"calibration states: time steps do not {'ascend' if upwards else 'descend'} within "
+            f"{first:.10g} to {last:.10g}"
+        )
 
 
 @fast_float32_matmul()
@@ -191,11 +208,17 @@ def collect_states(
     ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
     return CalibrationStates(
         latents=torch.cat(ordered, dim=1),
-        timesteps=make_scheduler("ddpm", settings.steps, identity.config.process).timesteps,
+        timesteps=_times(settings.steps, identity.config.process),
         input_maxima={name: ranks.maximum_(value).cpu() for name, value in maxima.items()},
         settings=settings,
         identity=identity,
     )
+
+
+def _times(steps: int, process: Process | FlowProcess) -> Tensor:
+    """Return what the model is fed at each step, (steps,)."""
+    moments = make_schedule(None, steps, process).moments
+    return torch.tensor([moment.time for moment in moments], dtype=process.time_dtype)
 
 
 def sampling_facts(identity: ModelIdentity, settings: CalibrationSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ditas_export.diffusion.sampling import REMEDY
+from ditas_export.diffusion.schedules import time_words
 from ditas_export.evaluation.compare import Comparison, Differences
 from ditas_export.evaluation.metrics import Difference
 
@@ -21,8 +22,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(_divergence(comparison, linears), highlight=False, soft_wrap=True)
     if comparison.not_finite_timestep is not None:
         console.print(
-            f"[bold red]{escape(str(options.model))} puts out NaN or infinity[/], first at time "
-            f"step {comparison.not_finite_timestep}; {REMEDY}",
+            f"[bold red]{escape(str(options.model))} puts out NaN or infinity[/], first at "
+            f"{time_words(comparison.not_finite_timestep)}; {REMEDY}",
             highlight=False,
             soft_wrap=True,
         )
@@ -38,11 +39,11 @@ def _step_table(comparison: Comparison, output: str) -> Table:
     """Return the figures of one output at every time step, and in total."""
     options = comparison.options
     table = Table(title=f"{output} of {options.model} against {options.reference}")
-    table.add_column("time step")
+    table.add_column("time")
     _add_figures(table)
     if comparison.linears:
         table.add_column(f"first below {options.linear_db:g} dB")
-    rows = [(str(step.timestep), step.outputs, step.linears) for step in comparison.steps]
+    rows = [(f"{step.timestep:.6g}", step.outputs, step.linears) for step in comparison.steps]
     for label, outputs, linears in [*rows, ("total", comparison.outputs, comparison.linears)]:
         if label == "total":
             table.add_section()

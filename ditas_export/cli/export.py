@@ -154,7 +154,7 @@ def export(
             shown="8, or as the --artifact has them",
         ),
     ] = None,
-    steps: Annotated[int | None, _option("DDPM steps of calibration.", "steps")] = None,
+    steps: Annotated[int | None, _option("Sampling steps of calibration.", "steps")] = None,
     cfg_scale: Annotated[
         float | None,
         _option(

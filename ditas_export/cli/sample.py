@@ -27,6 +27,7 @@ from ditas_export.cli.console import (
     stdout,
 )
 from ditas_export.cli.flags import DEBUG, defaults_of, flags_of, version_flag
+from ditas_export.cli.natural import natural_options
 from ditas_export.errors import RunnerError
 from ditas_export.generation.options import SampleOptions
 
@@ -96,12 +97,42 @@ def sample(
     ] = None,
     num: Annotated[int | None, typer.Option("--num", hidden=True)] = None,
     steps: Annotated[int | None, _option("Denoising steps.", "steps")] = None,
-    sampler: Annotated[str | None, _option("ddpm, ddim or dpm++.", "sampler")] = None,
+    sampler: Annotated[
+        str | None,
+        _option(
+            "ddpm, ddim or dpm++; of a flow euler, heun or euler-maruyama.",
+            "sampler",
+            shown="ddpm, of a flow euler",
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        _option(
+            "Shift of a flow's times in euler and heun: above 1 more steps where there is much "
+            "noise.",
+            "shift",
+            shown="1, none",
+        ),
+    ] = None,
     cfg_scale: Annotated[
         float | None, _option("Guidance scale; 1 for none, 0 for the null class.", "cfg_scale")
     ] = None,
     cfg_channels: Annotated[
-        str | None, _option("Channels that guidance acts on: 3 or all.", "cfg_channels")
+        str | None,
+        _option(
+            "Channels that guidance acts on: 3 or all.",
+            "cfg_channels",
+            shown="3, of REPA all",
+        ),
+    ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        _option(
+            "Guide only the steps that start at a noise level from LO to HI: 0 data, 1 noise.",
+            "guidance_interval",
+            metavar="LO,HI",
+            shown="0,1",
+        ),
     ] = None,
     seed: Annotated[int | None, _option("Seed of all noise.", "seed", shown="0")] = None,
     batch: Annotated[int | None, _option("Images that are sampled at once.", "batch")] = None,
@@ -143,6 +174,7 @@ def sample(
     with clean_errors(on_interrupt=GOES_ON, debug=debug):
         if num is not None:
             chosen["images"] = _renamed_num(num, images, quiet=quiet)
+        chosen = natural_options(SampleOptions, chosen)
         options = SampleOptions(model=model, output=output, **chosen)
         from ditas_export.distributed import launched_ranks
 

@@ -1,45 +1,41 @@
 """Classifier-free guidance: one batch of twice the size, and the blend of its two halves.
 
-ε̂ = ε_null + w (ε_class − ε_null), on the first min(3, C) channels of ε as in the published
-sampler, or on all of them. The other ε channels and the learned variance are the class's own.
+ε̂ = ε_null + w (ε_class − ε_null), on the first min(3, C) channels of ε as in the samplers of DiT
+and SiT, or on all of them as in REPA's. The other ε channels and the learned variance are the
+class's own. Of a flow, ε is the velocity.
+
+Guidance may be kept to an interval of noise levels, as in REPA's samplers: a step that starts
+outside it takes the class alone, in a batch of the plain size.
 
 Sources: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, eq. 6; Peebles and Xie 2023,
-section 4 (guidance on three channels).
+section 4 (guidance on three channels); Kynkäänniemi et al. 2024 (interval); Yu et al. 2025 (REPA).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ditas_export.diffusion.options import CfgChannels, Interval
+from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
-
-CfgChannels = Literal["3", "all"]
-"""Which ε channels guidance acts on: the first three at most, or every one."""
+from ditas_export.families.base import ModelInputs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelInputs:
-    """What a runner is called with; rows come in pairs when the batch is guided."""
-
-    latents: Tensor  # (N, C, H, W)
-    timesteps: Tensor  # (N,) int64
-    class_labels: Tensor  # (N,) int64
-
-
-def plain_inputs(latents: Tensor, timestep: int, class_labels: Tensor) -> ModelInputs:
+def plain_inputs(latents: Tensor, time: Time, class_labels: Tensor) -> ModelInputs:
     """Return the inputs of one step without guidance; latents (N, C, H, W), labels (N,)."""
-    timesteps = torch.full_like(class_labels, timestep)
+    dtype = torch.int64 if isinstance(time, int) else torch.float32
+    timesteps = torch.full_like(class_labels, time, dtype=dtype)
     return ModelInputs(latents=latents, timesteps=timesteps, class_labels=class_labels)
 
 
 def guided_inputs(
-    latents: Tensor, timestep: int, class_labels: Tensor, *, null_class: int
+    latents: Tensor, time: Time, class_labels: Tensor, *, null_class: int
 ) -> ModelInputs:
     """Return the inputs of one guided step.
 
@@ -47,11 +43,11 @@ def guided_inputs(
         2N rows: N with their class, then the same N latents with the null class.
     """
     nulls = torch.full_like(class_labels, null_class)
-    return plain_inputs(torch.cat([latents, latents]), timestep, torch.cat([class_labels, nulls]))
+    return plain_inputs(torch.cat([latents, latents]), time, torch.cat([class_labels, nulls]))
 
 
 def model_inputs(
-    latents: Tensor, timestep: int, class_labels: Tensor, *, cfg_scale: float, config: DiTConfig
+    latents: Tensor, time: Time, class_labels: Tensor, *, cfg_scale: float, config: DiTConfig
 ) -> ModelInputs:
     """Return the inputs of one step: guided, or plain where the scale blends nothing.
 
@@ -60,8 +56,8 @@ def model_inputs(
     if cfg_scale == 0:
         class_labels = torch.full_like(class_labels, config.null_class)
     if not blends(cfg_scale):
-        return plain_inputs(latents, timestep, class_labels)
-    return guided_inputs(latents, timestep, class_labels, null_class=config.null_class)
+        return plain_inputs(latents, time, class_labels)
+    return guided_inputs(latents, time, class_labels, null_class=config.null_class)
 
 
 def blends(cfg_scale: float) -> bool:
@@ -103,6 +99,45 @@ def require_guidance(cfg_scale: float, config: DiTConfig) -> None:
             f"cfg_scale={cfg_scale}, but this model has no {lack} to guide with; leave the option "
             f"out"
         )
+
+
+def require_interval(interval: Interval | None, cfg_scale: float) -> None:
+    """Refuse an interval of guidance that no step can follow.
+
+    Raises:
+        RunnerError: other than two noise levels in order, or an interval of a scale that blends
+            nothing.
+    """
+    if interval is None:
+        return
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise RunnerError(
+            f"guidance_interval={','.join(f'{level:g}' for level in interval[:4])}; expected two "
+            f"noise levels LO,HI in order, from 0 (data) to 1 (noise alone)"
+        )
+    if not blends(cfg_scale):
+        raise RunnerError(
+            f"guidance_interval={interval[0]:g},{interval[1]:g}, but cfg_scale={cfg_scale:g} "
+            f"blends nothing; leave the interval out"
+        )
+
+
+def scale_at(noise_level: float, *, cfg_scale: float, interval: Interval | None) -> float:
+    """Return the scale of a step that starts at a noise level: 1 outside of the interval."""
+    if interval is None or interval[0] <= noise_level <= interval[1]:
+        return cfg_scale
+    return 1.0
+
+
+def resolved_cfg_channels(asked: CfgChannels | None, process: Process | FlowProcess) -> CfgChannels:
+    """Return which channels are guided: as asked, else as in the published sampler.
+
+    That is all of them for REPA, whose velocity points to the noise, and three for DiT and SiT.
+    """
+    if asked is not None:
+        return asked
+    is_repa = isinstance(process, FlowProcess) and process.velocity_towards == "noise"
+    return "all" if is_repa else "3"
 
 
 def guided_channel_count(in_channels: int, cfg_channels: CfgChannels) -> int:

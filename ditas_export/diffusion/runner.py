@@ -42,11 +42,12 @@ class Runner(Protocol):
         ...
 
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and any learned variance.
+        """Return ε and any learned variance, or the velocity.
 
         Args:
             latents: (N, C, H, W) float32.
-            timesteps: (N,) int64, steps of the full schedule, from 0.
+            timesteps: (N,) int64, steps of the full schedule, from 0; of a flow (N,) float32, t
+                from 0 to 1.
             class_labels: (N,) int64, rows of the label table.
 
         Returns:

@@ -1,8 +1,4 @@
-"""The sampling loop over a `Runner`; the schedulers come from diffusers.
-
-The default, `ddpm`, is the published DiT sampler: time steps spread evenly over the schedule that
-the model was trained on, no clipping, the variance learned where the model learned it. `ddim` and
-`dpm++` get ε only.
+"""The sampling loop over a `Runner`; `schedules.py` has its samplers.
 
 Noise belongs to an image, not to a batch: each image has a generator of its own on the CPU, seeded
 from the seed and the image's index. It draws x_T first, then the noise of every step, so an image
@@ -14,29 +10,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ditas_export.diffusion.diffusion_schedules import make_scheduler as make_scheduler
 from ditas_export.diffusion.guidance import (
-    CfgChannels,
     blends,
     guide,
     guided_channel_count,
     model_inputs,
     require_guidance,
+    require_interval,
+    resolved_cfg_channels,
+    scale_at,
 )
+from ditas_export.diffusion.options import CfgChannels, Interval, SamplerName
 from ditas_export.diffusion.runner import Runner
+from ditas_export.diffusion.schedules import Time, make_schedule, time_words
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import DIT_PROCESS, Process
 from ditas_export.errors import NonFiniteError, RunnerError
 
-SamplerName = Literal["ddpm", "ddim", "dpm++"]
-"""Schedulers to choose from."""
-
-OnStep = Callable[[int, int, Tensor], None]
-"""Called after a step with its index, its time step and the new latents; may raise to stop."""
+OnStep = Callable[[int, Time, Tensor], None]
+"""Called after a step with its index, its time and the new latents; may raise to stop."""
 
 _GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, odd: i -> i * it is a bijection modulo 2^32
 
@@ -46,10 +43,10 @@ class Step:
     """One step of a trajectory."""
 
     index: int  # 0 for the first, noisiest step
-    timestep: int  # of the full schedule, from 0
+    timestep: Time  # of the full schedule, from 0; of a flow t, 0 to 1
     latents: Tensor  # (N, C, H, W) float32, before the step
     class_labels: Tensor  # (N,) int64
-    model_output: Tensor  # (N, 2C or C, H, W) float32, ε guided
+    model_output: Tensor  # (N, 2C or C, H, W) float32, ε or velocity guided
     next_latents: Tensor  # (N, C, H, W) float32, after the step
 
 
@@ -59,8 +56,10 @@ def sample(
     classes: Sequence[int],
     steps: int = 50,
     cfg_scale: float = 1.5,
-    cfg_channels: CfgChannels = "3",
-    sampler: SamplerName = "ddpm",
+    cfg_channels: CfgChannels | None = None,
+    guidance_interval: Interval | None = None,
+    sampler: SamplerName | None = None,
+    shift: float | None = None,
     seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     image_names: Sequence[int] | None = None,
@@ -72,11 +71,16 @@ def sample(
     Args:
         runner: the model; with guidance it is called with twice as many rows as there are images.
         classes: label of each image, 0 to `num_labels` − 1.
-        steps: denoising steps, 2 to the length of the schedule.
+        steps: denoising steps, 2 to the length of the schedule; of a flow, 1 to 10 000.
         cfg_scale: strength of guidance, 1 or more; 1 means none, and 0 the null class: both have a
             batch of the plain size.
-        cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one.
-        sampler: `ddpm` (published), `ddim` or `dpm++`.
+        cfg_channels: "3" guides the first min(3, C) channels of ε, "all" every one; as published if
+            not given.
+        guidance_interval: noise levels of the steps that are guided, all if not given: two from 0
+            (data) to 1 (noise alone), σ of a flow or a time step over the schedule's length.
+        sampler: `ddpm` (published), `ddim` or `dpm++`; of a flow `euler`, `heun`, which calls the
+            model twice a step, or `euler-maruyama`. The first of its process if not given.
+        shift: of the times of `euler` and `heun`; 1 is none.
         seed: with an image's index, what its noise depends on; one for all images, or one each.
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
         image_names: what errors call the images, their indices if not given.
@@ -96,7 +100,9 @@ def sample(
         steps=steps,
         cfg_scale=cfg_scale,
         cfg_channels=cfg_channels,
+        guidance_interval=guidance_interval,
         sampler=sampler,
+        shift=shift,
         seed=seed,
         image_indices=image_indices,
         image_names=image_names,
@@ -114,8 +120,10 @@ def trajectory(
     classes: Sequence[int],
     steps: int = 50,
     cfg_scale: float = 1.5,
-    cfg_channels: CfgChannels = "3",
-    sampler: SamplerName = "ddpm",
+    cfg_channels: CfgChannels | None = None,
+    guidance_interval: Interval | None = None,
+    sampler: SamplerName | None = None,
+    shift: float | None = None,
     seed: int | Sequence[int] = 0,
     image_indices: Sequence[int] | None = None,
     image_names: Sequence[int] | None = None,
@@ -135,39 +143,40 @@ def trajectory(
     require_labels(classes, config)
     _check_indices(indices, len(classes))
     require_guidance(cfg_scale, config)
-    scheduler = make_scheduler(sampler, steps, config.process)
+    require_interval(guidance_interval, cfg_scale)
+    schedule = make_schedule(sampler, steps, config.process, shift=shift)
+    cfg_channels = resolved_cfg_channels(cfg_channels, config.process)
     channels = guided_channel_count(config.in_channels, cfg_channels)
-    guided = blends(cfg_scale)
-    learned = sampler == "ddpm" and config.process.variance == "learned_range"
     seeds = [seed] * len(classes) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(classes):
         raise RunnerError(f"{len(seeds)} seeds for {len(classes)} classes; give one each")
     generators = [image_generator(*pair) for pair in zip(seeds, indices, strict=True)]
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
-    def predict(latents: Tensor, timestep: int, place: str) -> Tensor:
-        inputs = model_inputs(latents, timestep, labels, cfg_scale=cfg_scale, config=config)
+    def predict(latents: Tensor, time: Time, *, scale: float, place: str) -> Tensor:
+        inputs = model_inputs(latents, time, labels, cfg_scale=scale, config=config)
         try:
             output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
         except NonFiniteError as error:
             images = [names[row % len(classes)] for row in error.rows]
             raise _not_finite(images, place, str(error)) from error
-        return guide(output, cfg_scale=cfg_scale, channels=channels) if guided else output
+        return guide(output, cfg_scale=scale, channels=channels) if blends(scale) else output
 
     def walk() -> Iterator[Step]:
         latents = initial_noise(config, generators).to(device)
-        for index, timestep in enumerate(scheduler.timesteps):
-            place = f"step {index + 1} of {steps}, time step {int(timestep)}"
-            output = predict(latents, int(timestep), place)
-            fed = output if learned else output[:, : latents.shape[1]]
-            moved = scheduler.step(fed, timestep, latents, generator=generators).prev_sample
+        for index, moment in enumerate(schedule.moments):
+            place = f"step {index + 1} of {steps}, {time_words(moment.time)}"
+            scale = scale_at(moment.noise_level, cfg_scale=cfg_scale, interval=guidance_interval)
+            ask = partial(predict, scale=scale, place=place)
+            output = ask(latents, moment.time)
+            moved = schedule.advance(index, latents, output, predict=ask, generators=generators)
             finite = moved.flatten(1).isfinite().all(dim=1)
             if not bool(finite.all()):
                 images = [names[row] for row in (~finite).nonzero().flatten().tolist()]
                 raise _not_finite(images, place, f"the latents are not finite; {REMEDY}")
             yield Step(
                 index=index,
-                timestep=int(timestep),
+                timestep=moment.time,
                 latents=latents,
                 class_labels=labels,
                 model_output=output,
@@ -192,75 +201,6 @@ def _not_finite(images: Sequence[int], place: str, reason: str) -> NonFiniteErro
     error = NonFiniteError(f"{place}, image {named}: {reason}")
     error.rows = tuple(odd)
     return error
-
-
-def make_scheduler(sampler: SamplerName, steps: int, process: Process = DIT_PROCESS) -> Any:
-    """Return a diffusers scheduler whose time steps are set.
-
-    `ddim` takes leading time steps and a count that divides the schedule's: diffusers strides by
-    1000 // steps, which is exact for those alone. Past half of the schedule, `dpm++` would visit
-    time steps twice and divide by zero.
-
-    Args:
-        sampler: its name.
-        steps: how many are taken.
-        process: that the model was trained with.
-
-    Raises:
-        RunnerError: an unknown sampler, or a number of steps that it cannot take.
-    """
-    if sampler not in get_args(SamplerName):
-        known = ", ".join(get_args(SamplerName))
-        raise RunnerError(f"unknown sampler {sampler!r}; choose one of {known}")
-    trained = process.train_timesteps
-    most = trained // 2 if sampler == "dpm++" else trained
-    if not 2 <= steps <= most:
-        raise RunnerError(f"{sampler} takes 2 to {most} steps, not {steps}")
-    if sampler == "ddim" and trained % steps:
-        raise RunnerError(
-            f"ddim takes a number of steps that divides {trained}, not {steps}; "
-            f"the nearest is {_nearest_divisor(steps, trained)}"
-        )
-    scheduler = _new_scheduler(sampler, process)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def _new_scheduler(sampler: SamplerName, process: Process) -> Any:
-    """Return an unset scheduler of a process; imports diffusers, seconds' work."""
-    trained = {
-        "num_train_timesteps": process.train_timesteps,
-        "beta_schedule": process.beta_schedule,
-        "beta_start": process.beta_start,
-        "beta_end": process.beta_end,
-        "prediction_type": process.prediction,
-    }
-    if sampler == "ddpm":
-        from diffusers import DDPMScheduler
-
-        return DDPMScheduler(  # type: ignore[no-untyped-call]
-            **trained,
-            variance_type=process.variance,
-            timestep_spacing="linspace",
-            clip_sample=False,
-        )
-    if sampler == "ddim":
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler(  # type: ignore[no-untyped-call]
-            **trained, timestep_spacing="leading", clip_sample=False
-        )
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(  # type: ignore[no-untyped-call]
-        **trained, timestep_spacing="linspace"
-    )
-
-
-def _nearest_divisor(steps: int, trained: int) -> int:
-    """Return the divisor of the schedule's length, 2 or more, that is nearest to `steps`."""
-    divisors = (d for d in range(2, trained + 1) if trained % d == 0)
-    return min(divisors, key=lambda divisor: abs(divisor - steps))
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, differences
+from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import metadata_of
 from ditas_export.errors import VerificationError
@@ -75,7 +76,7 @@ WORST = 5
 class StepComparison:
     """What was found at one time step."""
 
-    timestep: int  # of the full schedule, from 0
+    timestep: Time  # of the full schedule, from 0; of a flow t, 0 to 1
     outputs: Differences
     linears: Differences  # in the order of the network; empty if none were compared
 
@@ -110,7 +111,7 @@ class Comparison:
         return self.total_db >= self.options.threshold_db
 
     @property
-    def not_finite_timestep(self) -> int | None:
+    def not_finite_timestep(self) -> Time | None:
         """The first time step at which an output is not finite, if any."""
         return next(
             (
@@ -294,7 +295,7 @@ class _Reference(CheckedRunner):
         self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
     ) -> Tensor:
         """Run the file."""
-        self._outputs = backend(feed_of(latents, timesteps, class_labels))
+        self._outputs = backend(feed_of(self._config, latents, timesteps, class_labels))
         return torch.from_numpy(self._outputs[OUTPUT])
 
 

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditas_export.diffusion.guidance import ModelInputs, blends
+from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
+from ditas_export.diffusion.schedules import time_words
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.base import ModelInputs
 from ditas_export.figures import confidence_interval, finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -234,7 +236,8 @@ class HeldOut:
                 answer = runner()(probe.latents, probe.timesteps, probe.class_labels)
             except NonFiniteError as error:
                 answer = torch.full((1,), torch.nan)
-                facts.setdefault("not_finite", f"time step {int(probe.timesteps[0])}: {error}")
+                where = time_words(probe.timesteps[0].item())
+                facts.setdefault("not_finite", f"{where}: {error}")
             answers[str(index)] = answer
         return Part(tensors=answers, facts=facts)
 

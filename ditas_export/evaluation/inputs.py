@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.diffusion.guidance import ModelInputs, model_inputs, resolved_cfg_scale
+from ditas_export.diffusion.guidance import model_inputs, resolved_cfg_scale
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import Step, trajectory
+from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.families.base import ModelInputs
 from ditas_export.options import CFG_SCALE
 from ditas_export.runtime.inputs import Feed, feed_of
 
@@ -19,7 +21,7 @@ from ditas_export.runtime.inputs import Feed, feed_of
 class StepInputs:
     """What a model is fed at one time step."""
 
-    timestep: int  # of the full schedule, from 0
+    timestep: Time  # of the full schedule, from 0; of a flow t, 0 to 1
     feed: Feed  # with guidance, the class rows and then the null-class rows
 
 
@@ -57,5 +59,5 @@ def trajectory_inputs(options: CompareOptions, runner: Runner) -> Iterator[StepI
         seed=options.seed,
     ):
         given = inputs_at(step, cfg_scale, config)
-        feed = feed_of(given.latents, given.timesteps, given.class_labels)
+        feed = feed_of(config, given.latents, given.timesteps, given.class_labels)
         yield StepInputs(timestep=step.timestep, feed=feed)

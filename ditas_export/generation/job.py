@@ -209,8 +209,10 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
         seeds=None if wanted is None else wanted.seeds,
         steps=options.steps,
         sampler=options.sampler,
+        shift=options.shift,
         cfg_scale=options.cfg_scale,
         cfg_channels=options.cfg_channels,
+        guidance_interval=options.guidance_interval,
         seed=seed,
         batch=options.batch,
     )

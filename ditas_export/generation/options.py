@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ditas_export.diffusion.options import CfgChannels, SamplerName
 from ditas_export.errors import RunnerError
 from ditas_export.options import LARGEST_SEED, CheckpointHints
 from ditas_export.runtime.options import Runtime
 from ditas_export.saved_records import Within, check_fields
 
-SamplerChoice = Literal["ddpm", "ddim", "dpm++"]
-CfgChannelsChoice = Literal["3", "all"]
 DeviceChoice = Literal["cpu", "cuda"]
 
 CFG_SCALE = 4.0
@@ -39,9 +38,11 @@ class SampleOptions:
     images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
     list: Path | None = None  # of labels and seeds, in the place of classes, images and seed
     steps: Annotated[int, Within(1, 100_000)] = 50
-    sampler: SamplerChoice = "ddpm"
+    sampler: SamplerName | None = None
+    shift: float | None = None
     cfg_scale: float | None = None
-    cfg_channels: CfgChannelsChoice = "3"
+    cfg_channels: CfgChannels | None = None
+    guidance_interval: tuple[Annotated[float, Within(0, 1)], ...] | None = None  # LO, HI
     seed: Annotated[int, Within(0, LARGEST_SEED)] | None = None  # 0
     batch: Annotated[int, Within(1, 65_536)] = 8
     runtime: Runtime = "auto"

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ditas_export.diffusion.guidance import CfgChannels, guided_channel_count, resolved_cfg_scale
-from ditas_export.diffusion.runner import Runner
-from ditas_export.diffusion.sampling import (
-    OnStep,
-    SamplerName,
-    make_scheduler,
-    require_labels,
-    sample,
+from ditas_export.diffusion.guidance import (
+    guided_channel_count,
+    require_interval,
+    resolved_cfg_channels,
+    resolved_cfg_scale,
 )
+from ditas_export.diffusion.options import CfgChannels, Interval, SamplerName
+from ditas_export.diffusion.runner import Runner
+from ditas_export.diffusion.sampling import OnStep, require_labels, sample
+from ditas_export.diffusion.schedules import Time, make_schedule, resolved_sampler
 from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
@@ -45,9 +46,11 @@ class SamplingSettings:
 
     classes: tuple[int, ...]  # one per image
     steps: int = 50
-    sampler: SamplerName = "ddpm"
+    sampler: SamplerName | None = None  # the first that follows the model's process
+    shift: float | None = None  # of a flow's times; none
     cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
-    cfg_channels: CfgChannels = "3"
+    cfg_channels: CfgChannels | None = None  # as published for the model's process
+    guidance_interval: Interval | None = None  # all noise levels
     seed: int = 0  # of all images, each with noise of its own
     seeds: tuple[int, ...] | None = None  # one per image, in the place of `seed`
     batch: int = 8
@@ -66,11 +69,12 @@ class SamplingSettings:
             raise RunnerError(
                 f"{len(self.seeds)} seeds for {len(self.classes)} images; give one each"
             )
-        guided_channel_count(1, self.cfg_channels)
+        if self.cfg_channels is not None:
+            guided_channel_count(1, self.cfg_channels)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return {
+        """Return the settings as JSON values; a shift and an interval where there is one."""
+        values: dict[str, Any] = {
             "classes": list(self.classes),
             "steps": self.steps,
             "sampler": self.sampler,
@@ -79,6 +83,11 @@ class SamplingSettings:
             "seed": self.seed if self.seeds is None else list(self.seeds),
             "batch": self.batch,
         }
+        if self.shift is not None:
+            values["shift"] = self.shift
+        if self.guidance_interval is not None:
+            values["guidance_interval"] = list(self.guidance_interval)
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,9 +108,9 @@ class Sampler:
         decoder: from latents to pictures; models of pixels (1 or 3 channels) need none.
 
     Raises:
-        RunnerError: a class that the model does not have, steps that the sampler does not take,
-            guidance of a model that has nothing to guide with, or a decoder of other latents, or
-            of latents scaled otherwise.
+        RunnerError: a class that the model does not have, a sampler that does not follow its
+            process, steps or a shift that the sampler does not take, guidance of a model that has
+            nothing to guide with, or a decoder of other latents, or of latents scaled otherwise.
     """
 
     def __init__(
@@ -109,8 +118,9 @@ class Sampler:
     ) -> None:
         config = runner.config
         require_labels(settings.classes, config)
-        make_scheduler(settings.sampler, settings.steps, config.process)
+        make_schedule(settings.sampler, settings.steps, config.process, shift=settings.shift)
         self._cfg_scale = resolved_cfg_scale(settings.cfg_scale, default=CFG_SCALE, config=config)
+        require_interval(settings.guidance_interval, self._cfg_scale)
         if decoder is not None:
             require_fitting_vae(
                 decoder.description,
@@ -119,7 +129,12 @@ class Sampler:
                 config=config,
             )
         self.runner = runner
-        self.settings = replace(settings, cfg_scale=self._cfg_scale)
+        self.settings = replace(
+            settings,
+            sampler=resolved_sampler(settings.sampler, config.process),
+            cfg_scale=self._cfg_scale,
+            cfg_channels=resolved_cfg_channels(settings.cfg_channels, config.process),
+        )
         self._rows = min(settings.batch, len(settings.classes))
         self.decoder = decoder
 
@@ -143,8 +158,8 @@ class Sampler:
 
         Args:
             batch: 0 to len(self) − 1.
-            on_step: called after every step with its index, its time step and the new latents,
-                filling included.
+            on_step: called after every step with its index, its time and the new latents, filling
+                included.
             cancel: set it, from any thread, to stop after the current step.
 
         Raises:
@@ -158,9 +173,9 @@ class Sampler:
         if settings.seeds is not None:
             seed = [settings.seeds[index] for index in filled]
 
-        def after_step(index: int, timestep: int, latents: Tensor) -> None:
+        def after_step(index: int, time: Time, latents: Tensor) -> None:
             if on_step is not None:
-                on_step(index, timestep, latents)
+                on_step(index, time, latents)
             if cancel is not None and cancel.is_set():
                 raise CancelledError(f"sampling was cancelled after step {index + 1}")
 
@@ -170,7 +185,9 @@ class Sampler:
             steps=settings.steps,
             cfg_scale=self._cfg_scale,
             cfg_channels=settings.cfg_channels,
+            guidance_interval=settings.guidance_interval,
             sampler=settings.sampler,
+            shift=settings.shift,
             seed=seed,
             image_indices=filled if settings.seeds is None else [0] * len(filled),
             image_names=filled,

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
+import torch
 
 from ditas_export.dit.model import DiTConfig
+from ditas_export.families.registry import family_of
 
 INPUT_NAMES = ("latents", "timesteps", "class_labels")
 OUTPUT_NAME = "model_output"
@@ -19,7 +21,8 @@ OUTPUT_NAME = "model_output"
 INPUT_PART, OUTPUT_PART = "input_", "output_"
 """How the names of nodes of one part go on after a linear's path, before the part's number."""
 
-_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+_TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
+"""ONNX's names of the types that inputs have."""
 
 _BLOCK = re.compile(r"blocks\.([0-9]{1,6})[./]")
 """How names of a block's nodes begin."""
@@ -27,20 +30,23 @@ _BLOCK = re.compile(r"blocks\.([0-9]{1,6})[./]")
 
 def why_unlike(graph: onnx.GraphProto, config: DiTConfig) -> str | None:
     """Return in what a graph is not the model of a configuration, None where it is."""
-    side = config.input_size
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
-    given = (config.in_channels, side, side), (config.out_channels, side, side)
-    latents, timesteps, labels = INPUT_NAMES
+    output = (config.out_channels, config.input_size, config.input_size)
     faults = [
-        *_value_faults("inputs", inputs, {
-            latents: (_FLOAT, given[0]), timesteps: (_INT64, ()), labels: (_INT64, ()),
-        }),
-        *_value_faults("outputs", graph.output, {OUTPUT_NAME: (_FLOAT, given[1])}),
+        *_value_faults("inputs", inputs, input_types(config)),
+        *_value_faults("outputs", graph.output, {OUTPUT_NAME: (onnx.TensorProto.FLOAT, output)}),
         *_table_faults(graph.initializer, config),
         *_depth_faults(graph.node, config),
-    ]  # fmt: skip
+    ]
     return faults[0] if faults else None
+
+
+def input_types(config: DiTConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return ONNX type and shape of every input of a model, in order; the batch is left out."""
+    return {
+        each.name: (_TYPES[each.dtype], each.shape) for each in family_of(config).inputs(config)
+    }
 
 
 def _value_faults(

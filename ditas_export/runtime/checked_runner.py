@@ -52,7 +52,7 @@ class CheckedRunner(Closing):
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """Return ε and any learned variance; see `Runner`.
+        """Return ε and any learned variance, or the velocity; see `Runner`.
 
         Raises:
             RunnerError: inputs that do not fit the model, a fault of the backend, an output that is
@@ -62,7 +62,8 @@ class CheckedRunner(Closing):
         with self._turn:
             backend = self._open_backend()
             with faults_as_errors(self.description):
-                output = self._infer(backend, latents, timesteps.long(), class_labels.long())
+                times = timesteps.to(self._config.process.time_dtype)
+                output = self._infer(backend, latents, times, class_labels.long())
                 _require_output(output, len(latents), self._config)
                 odd = _rows_that_are_not_finite(output)
         if odd:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
+from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import external_files
 from ditas_export.onnx_export.manifest import read_manifest, require_own_manifest
@@ -39,7 +40,8 @@ class OnnxDiTTransformer2DModel(_Transformer):  # type: ignore[misc]
         runner: an open runner instead of a file; such an adapter can be neither saved nor pickled.
 
     Raises:
-        RunnerError: neither or both of path and runner, or ONNX Runtime refuses the file.
+        RunnerError: neither or both of path and runner, a flow, which the pipeline does not sample,
+            or ONNX Runtime refuses the file.
         OnnxExportError: the file does not say which DiT it holds.
     """
 
@@ -141,7 +143,16 @@ def _one_runner(path: Path | None, runner: Runner | None) -> Runner:
 
 
 def _diffusers_config(config: DiTConfig) -> dict[str, Any]:
-    """Return a DiT's shape under the names of `DiTTransformer2DModel`."""
+    """Return a DiT's shape under the names of `DiTTransformer2DModel`.
+
+    Raises:
+        RunnerError: a flow: the pipeline feeds steps of a diffusion's schedule.
+    """
+    if isinstance(config.process, FlowProcess):
+        raise RunnerError(
+            f"this model {config.process}, and diffusers' DiTPipeline samples diffusions; sample "
+            f"it with ditas-sample, or ditas_export.diffusion.sampling"
+        )
     return {
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,

@@ -34,7 +34,7 @@ class ExportedFileRunner(CheckedRunner):
         self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
     ) -> Tensor:
         """Feed the file and return its output on the latents' device."""
-        output = self._run(backend, feed_of(latents, timesteps, class_labels))
+        output = self._run(backend, feed_of(self._config, latents, timesteps, class_labels))
         return torch.from_numpy(output).to(latents.device)
 
     @abstractmethod

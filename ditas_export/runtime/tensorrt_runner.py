@@ -195,9 +195,10 @@ class TensorRTRunner(CheckedRunner):
     def _prepare(self, loaded: LoadedPlan, rows: int) -> PreparedBatch:
         """Allocate, bind, run once, and capture where the product does not do so itself."""
         side, device = self._config.input_size, self._stream.device
+        time_dtype = self._config.process.time_dtype
         inputs = {
             "latents": torch.zeros(rows, self._config.in_channels, side, side, device=device),
-            "timesteps": torch.zeros(rows, dtype=torch.int64, device=device),
+            "timesteps": torch.zeros(rows, dtype=time_dtype, device=device),
             "class_labels": torch.zeros(rows, dtype=torch.int64, device=device),
         }
         output = torch.zeros(rows, self._config.out_channels, side, side, device=device)

@@ -1,8 +1,10 @@
 // An exported file in onnxruntime-web, as a model for sampler.js.
 
+import { isFlow } from "./sampler.js";
+
 /** Open a file's bytes (Uint8Array); `ort` is the onnxruntime-web that the caller imported.
  *  Returns `async (latents, timesteps, classLabels, rows) => modelOutput`. */
-export async function openModel(ort, bytes, { in_channels: channels, input_size: side }) {
+export async function openModel(ort, bytes, { in_channels: channels, input_size: side, process }) {
   const session = await ort.InferenceSession.create(bytes, {
     executionProviders: ["wasm"],
     // Weight-only linears (--adaln 8|4, --a 16) keep float inputs, as in the package's runners.
@@ -13,7 +15,9 @@ export async function openModel(ort, bytes, { in_channels: channels, input_size:
   return async (latents, timesteps, classLabels, rows) => {
     const { model_output: output } = await session.run({
       latents: new ort.Tensor("float32", latents, [rows, channels, side, side]),
-      timesteps: integers(timesteps, rows),
+      timesteps: isFlow(process)
+        ? new ort.Tensor("float32", Float32Array.from(timesteps), [rows])
+        : integers(timesteps, rows),
       class_labels: integers(classLabels, rows),
     });
     return output.data;

@@ -2,7 +2,7 @@
 
 import * as ort from "./ort/ort.wasm.min.mjs";
 import { openModel } from "./model.js";
-import { sample, seededNoise } from "./sampler.js";
+import { isFlow, sample, seededNoise } from "./sampler.js";
 
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 
@@ -116,6 +116,9 @@ async function start(config) {
 
 try {
   const { config, models } = await (await fetched("models.json")).json();
+  if (isFlow(config.process)) {
+    element("settings").elements.sampler.replaceChildren(new Option("euler"));
+  }
   for (const entry of models) state.models.push(await load(entry, config));
   element("settings").addEventListener("submit", (event) => {
     event.preventDefault();

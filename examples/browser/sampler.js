@@ -1,4 +1,5 @@
-// DDPM and DDIM for an exported DiT, the numbers of diffusers' schedulers; runs in browsers and Node.
+// DDPM and DDIM for an exported DiT, Euler for a flow (SiT, REPA): the numbers of diffusers'
+// schedulers; runs in browsers and Node.
 //
 // `config` is `model.config` of the manifest beside the file (out.json). A model is
 // `async (latents, timesteps, classLabels, rows) => modelOutput`, Float32Arrays in row order.
@@ -24,9 +25,16 @@ export function betas({ beta_schedule, beta_start, beta_end, train_timesteps: co
   }
 }
 
+/** Return whether a process is a flow, whose models predict a velocity. */
+export function isFlow({ prediction }) {
+  return prediction === "velocity";
+}
+
 /** Return the steps of a sampler, noisiest first: `timestep`, and what is left of the image
- *  before (`alpha`) and after (`next`) the step, the product of all 1 - beta. */
+ *  before (`alpha`) and after (`next`) the step, the product of all 1 - beta; of a flow `timestep`,
+ *  and the part that is noise before (`sigma`) and after (`next`). */
 export function makeSteps(process, sampler, steps) {
+  if (isFlow(process)) return makeFlowSteps(process, sampler, steps);
   const trained = process.train_timesteps;
   if (!Number.isInteger(steps) || steps < 2 || steps > trained) {
     throw new Error(`${steps} steps; give 2 to ${trained}`);
@@ -38,6 +46,15 @@ export function makeSteps(process, sampler, steps) {
     alpha: products[timestep],
     next: i + 1 < all.length ? products[all[i + 1]] : 1,
   }));
+}
+
+function makeFlowSteps({ time_ends_at: end }, sampler, steps) {
+  if (sampler !== "euler") throw new Error(`sampler ${sampler}; expected euler`);
+  if (!Number.isInteger(steps) || steps < 1) throw new Error(`${steps} steps; give 1 or more`);
+  return Array.from({ length: steps }, (_, i) => {
+    const sigma = 1 - i / steps;
+    return { timestep: end === "data" ? 1 - sigma : sigma, sigma, next: 1 - (i + 1) / steps };
+  });
 }
 
 function timestepsOf(sampler, steps, trained) {
@@ -69,6 +86,12 @@ export function ddimStep({ alpha, next }, latents, epsilon) {
   });
 }
 
+/** Return the latents after an Euler step; `towards` is the end that the velocity points to. */
+export function eulerStep({ sigma, next }, latents, velocity, towards) {
+  const stride = towards === "noise" ? next - sigma : sigma - next;
+  return latents.map((x, i) => x + stride * velocity[i]);
+}
+
 /** Return the latents after a DDPM step. `v` is what the model says of the variance, -1 for the
  *  posterior's and 1 for beta itself, or null where it is fixed; the last step takes no noise. */
 export function ddpmStep({ alpha, next, timestep }, latents, epsilon, v, noise, variance) {
@@ -92,7 +115,8 @@ export function ddpmStep({ alpha, next, timestep }, latents, epsilon, v, noise, 
 /** Return one image per label as latents, a Float32Array (labels.length, C, H, W).
  *
  *  `noise(image, count)` draws that many normal numbers of an image, the first latents first;
- *  guidance acts on the first three channels of ε at most, and 1 means none. `onStep(done, all)` is
+ *  guidance acts on the first three channels of ε at most, on all where the velocity points to the
+ *  noise (REPA), and 1 means none. `onStep(done, all)` is
  *  awaited after every step; an aborted `signal` ends the run with its reason. */
 export async function sample(
   model,
@@ -106,7 +130,8 @@ export async function sample(
   if (isGuided && !(config.null_row && config.num_classes)) {
     throw new Error(`guidance ${guidance}, but this model has nothing to guide with; give 1`);
   }
-  const guided = Math.min(3, channels) * plane;
+  const towards = process.velocity_towards;
+  const guided = (towards === "noise" ? channels : Math.min(3, channels)) * plane;
   const isLearned = process.variance === "learned_range";
   const fed = isGuided ? [...labels, ...labels.map(() => config.num_classes)] : labels;
   const draw = () => concat(labels.map((_, image) => noise(image, size)));
@@ -130,10 +155,12 @@ export async function sample(
       epsilon.set(own, image * size);
       v?.set(output.subarray(start + size, start + 2 * size), image * size);
     });
-    latents =
-      sampler === "ddim"
-        ? ddimStep(step, latents, epsilon)
-        : ddpmStep(step, latents, epsilon, v, step.timestep > 0 ? draw() : null, process.variance);
+    if (sampler === "euler") latents = eulerStep(step, latents, epsilon, towards);
+    else if (sampler === "ddim") latents = ddimStep(step, latents, epsilon);
+    else {
+      const drawn = step.timestep > 0 ? draw() : null;
+      latents = ddpmStep(step, latents, epsilon, v, drawn, process.variance);
+    }
     await onStep(index + 1, schedule.length);
   }
   return latents;

@@ -238,7 +238,7 @@ class Engine:
 
 
 class Context:
-    """Gives ε = latents + time step / 1000 and -ε, where it was told to write."""
+    """Gives ε = latents + time step / 1000 and -ε, where it was told to write; -ε of no flow."""
 
     alive: ClassVar[weakref.WeakSet[Context]] = weakref.WeakSet()
 
@@ -281,11 +281,13 @@ class Context:
         assert size >= Engine.device_memory_size_v2
         ctypes.memset(address, 0xAB, size)  # whatever shares the block cannot keep anything there
         latents = self._memory("latents", self.shapes["latents"], ctypes.c_float)
-        timesteps = self._memory("timesteps", self.shapes["timesteps"], ctypes.c_int64)
+        is_flow = BEHAVIOUR == "flow"
+        time_type = ctypes.c_float if is_flow else ctypes.c_int64
+        timesteps = self._memory("timesteps", self.shapes["timesteps"], time_type)
         eps = latents + timesteps[:, None, None, None].astype(np.float32) / 1000
-        rows, channels, *sides = latents.shape
-        output = self._memory("model_output", (rows, 2 * channels, *sides), ctypes.c_float)
-        output[:] = np.concatenate([eps, -eps], axis=1)
+        answer = eps if is_flow else np.concatenate([eps, -eps], axis=1)
+        output = self._memory("model_output", answer.shape, ctypes.c_float)
+        output[:] = answer
 
     def _memory(self, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
         pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(kind))

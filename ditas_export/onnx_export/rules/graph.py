@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from ditas_export.dit.model import DiTConfig
 from ditas_export.onnx_export import onnxruntime_form
-from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.onnx_export.file_facts import CONFIG_KEY
+from ditas_export.onnx_export.interface import OUTPUT_NAME, input_types
 from ditas_export.onnx_export.rules.rule import Finding, Rule, name_of
 from ditas_export.onnx_export.skeleton import IR_VERSION, OPSET
+from ditas_export.text_files import parse_json
 
 
 def _default_domain(model: ir.Model) -> Iterator[Finding]:
@@ -43,10 +46,11 @@ def _versions(model: ir.Model) -> tuple[int, int]:
 
 
 def _interface(model: ir.Model) -> Iterator[Finding]:
-    kinds = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT64, ir.DataType.FLOAT)
-    expected = list(zip((*INPUT_NAMES, OUTPUT_NAME), kinds, strict=True))
     values = [*model.graph.inputs, *model.graph.outputs]
     found = [(value.name, value.dtype) for value in values]
+    config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
+    inputs = {name: ir.DataType(kind) for name, (kind, _) in input_types(config).items()}
+    expected = [*inputs.items(), (OUTPUT_NAME, ir.DataType.FLOAT)]
     if found != expected:
         yield "inputs and output", str(found), str(expected)
     for value in values:
