@@ -1,6 +1,6 @@
 """Train the bundled flow: the digits' DiT with SiT's loss, time and signs.
 
-    python scripts/train_digits_sit.py --batch 32 --steps 6000 --output digits-sit.safetensors
+    python scripts/train_digits_sit.py --batch 32 --steps 4500 --output digits-sit.safetensors
 
 Loss: x = t data + (1 - t) noise with t uniform in [0, 1]; the squared error of the velocity
 data - noise (Ma et al., "SiT", ECCV 2024; Lipman et al., "Flow Matching", ICLR 2023). Data,
