@@ -139,8 +139,8 @@ def train(
     return average
 
 
-def train_and_write(config: DiTConfig, loss_of: Loss, summary: str) -> None:
-    """Train as the command line says and write the average in fp16."""
+def train_and_write(config: DiTConfig, loss_of: Loss, summary: str, **record: str) -> None:
+    """Train as the command line says and write the average in fp16, with a record in its header."""
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
@@ -158,7 +158,7 @@ def train_and_write(config: DiTConfig, loss_of: Loss, summary: str) -> None:
     )
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(args.output) as partial:
-        save_file(tensors, partial, metadata={"num_heads": str(config.num_heads)})
+        save_file(tensors, partial, metadata={"num_heads": str(config.num_heads), **record})
     print(f"wrote {args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 

@@ -1,6 +1,7 @@
 """Train the bundled flow: the digits' DiT with SiT's loss, time and signs.
 
-    python scripts/train_digits_sit.py --batch 32 --steps 4500 --output digits-sit.safetensors
+    python scripts/train_digits_sit.py --batch 32 --steps 4500 \
+        --output ditas_export/dit/bundled/digits-sit.safetensors
 
 Loss: x = t data + (1 - t) noise with t uniform in [0, 1]; the squared error of the velocity
 data - noise (Ma et al., "SiT", ECCV 2024; Lipman et al., "Flow Matching", ICLR 2023). Data,
@@ -36,4 +37,4 @@ def velocity_loss(model: DiT, x_start: Tensor, labels: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    train_and_write(SIT_CONFIG, velocity_loss, str(__doc__).partition("\n")[0])
+    train_and_write(SIT_CONFIG, velocity_loss, str(__doc__).partition("\n")[0], family="sit")
