@@ -12,6 +12,9 @@ from ditas_export.saved_records import Within, check_fields
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
+Family = Literal["dit", "sit", "repa"]
+"""Whose process a model of DiT's tensors has: DiT's diffusion, SiT's or REPA's flow."""
+
 Target = Literal["portable", "onnxruntime", "tensorrt"]
 """Whose forms a file has where runtimes differ.
 
@@ -76,6 +79,7 @@ class CheckpointHints:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None  # the null row not counted
     no_null_class: bool = False  # every row of the label table is a class
     betas: str | None = None  # NAME[,START,END[,STEPS]]
+    family: Family | None = None
 
     @property
     def given(self) -> list[str]:
@@ -103,6 +107,7 @@ class ExportOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
+    family: Family | None = None
     classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: Annotated[int, Within(1, 64)] | None = None
@@ -160,6 +165,7 @@ class ExportOptions:
             num_classes=self.num_classes,
             no_null_class=self.no_null_class,
             betas=self.betas,
+            family=self.family,
         )
 
     @property

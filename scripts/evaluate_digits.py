@@ -1,13 +1,15 @@
 """Sample digits from models in turns, let a held-out classifier judge them, and draw them.
 
     python scripts/evaluate_digits.py digits --picture docs/images/digits.png
+    python scripts/evaluate_digits.py digits-sit --picture docs/images/digits-sit.png
     python scripts/evaluate_digits.py fp32.onnx out.onnx --picture docs/images/float_above_w4a8.png
 
-Models are what `ditas-sample` takes. All sample the same noise; a batch of one, then the same batch
-of the next, one live session at a time, so that their speeds compare. The classifier is a
-support-vector machine trained on the training split of `train_digits.py`; its accuracy on the
-held-out split is printed first, and bounds what the agreement can mean. One model is drawn as eight
-rows of the ten digits, several as rows of digits under each other, first model on top.
+Models are what `ditas-sample` takes; each is sampled by the first sampler of its process (DDPM, or
+Euler for a flow). All sample the same noise; a batch of one, then the same batch of the next, one
+live session at a time, so that their speeds compare. The classifier is a support-vector machine
+trained on the training split of `train_digits.py`; its accuracy on the held-out split is printed
+first, and bounds what the agreement can mean. One model is drawn as eight rows of the ten digits,
+several as rows of digits under each other, first model on top.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def main() -> None:
     )
     found = sample_in_turns(args.models, settings, runtime=args.runtime, threads=args.threads)
     print(
-        f"{args.num} samples, seed {args.seed}, {args.steps} DDPM steps, CFG {args.cfg_scale}, "
+        f"{args.num} samples, seed {args.seed}, {args.steps} steps, CFG {args.cfg_scale}, "
         f"batches of {args.batch}; {platform.machine()}, {args.threads} threads"
     )
     for model, judged in found.items():

@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ TRAIN_TIMESTEPS = 1000
 CLASS_DROPOUT = 0.1
 HELD_OUT = 397
 """Images kept from training; the classifier that judges samples is scored on them."""
+
+Loss = Callable[[DiT, Tensor, Tensor], Tensor]
+"""Draws times and noise for images (N, 1, 16, 16) and labels (N,); returns the mean loss."""
 
 
 def digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,10 +76,10 @@ class DiffusionLoss:
         # Squared error of the posterior mean per squared error of ε.
         self.mean_weight = (betas**2 / ((1 - betas) * (1 - alphas_cumprod))).float()
 
-    def __call__(
-        self, model: DiT, x_start: Tensor, labels: Tensor, t: Tensor, eps: Tensor
-    ) -> Tensor:
+    def __call__(self, model: DiT, x_start: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of one batch."""
+        t = torch.randint(TRAIN_TIMESTEPS, (len(x_start),))
+        eps = torch.randn_like(x_start)
         at = (slice(None), None, None, None)
         noisy = self.signal[t][at] * x_start + self.noise[t][at] * eps
         with torch.autocast("cpu", torch.bfloat16):
@@ -94,11 +98,13 @@ class DiffusionLoss:
         return squared_error.mean() + kl.mean()
 
 
-def train(steps: int, batch: int, seed: int, learning_rate: float) -> DiT:
+def train(
+    config: DiTConfig, loss_of: Loss, *, steps: int, batch: int, seed: int, learning_rate: float
+) -> DiT:
     """Train and return the averaged model in float32."""
     torch.manual_seed(seed)
     images, labels, _, _ = digit_images()
-    model = DiT(CONFIG)
+    model = DiT(config)
     initialize_adaln_zero(model, seed=seed)
     average = copy.deepcopy(model).requires_grad_(requires_grad=False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -109,13 +115,11 @@ def train(steps: int, batch: int, seed: int, learning_rate: float) -> DiT:
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
-    loss_of = DiffusionLoss()
     start, running = time.perf_counter(), 0.0
     for step in range(steps):
         chosen = torch.randint(len(images), (batch,))
-        y = labels[chosen].masked_fill(torch.rand(batch) < CLASS_DROPOUT, CONFIG.null_class)
-        t = torch.randint(TRAIN_TIMESTEPS, (batch,))
-        loss = loss_of(model, images[chosen], y, t, torch.randn(batch, 1, 16, 16))
+        y = labels[chosen].masked_fill(torch.rand(batch) < CLASS_DROPOUT, config.null_class)
+        loss = loss_of(model, images[chosen], y)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -135,21 +139,28 @@ def train(steps: int, batch: int, seed: int, learning_rate: float) -> DiT:
     return average
 
 
-def main() -> None:
-    """Train and write the model."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def train_and_write(config: DiTConfig, loss_of: Loss, summary: str, **record: str) -> None:
+    """Train as the command line says and write the average in fp16, with a record in its header."""
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    model = train(args.steps, args.batch, args.seed, args.learning_rate)
+    model = train(
+        config,
+        loss_of,
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+    )
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(args.output) as partial:
-        save_file(tensors, partial, metadata={"num_heads": str(CONFIG.num_heads)})
+        save_file(tensors, partial, metadata={"num_heads": str(config.num_heads), **record})
     print(f"wrote {args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    train_and_write(CONFIG, DiffusionLoss(), str(__doc__).partition("\n")[0])

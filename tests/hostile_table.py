@@ -169,7 +169,9 @@ def _safetensors() -> Iterator[Case]:
         make = _written(lambda s: s, num_heads=heads)
         yield Case(loader=loader, kind="records", name=f"heads {heads[:9]!r}", make=make)
     for field, value in (("num_classes", "11000000"), ("num_classes", "-1"), ("input_size", "0"),
-                         ("layer_norm_eps", "nan"), ("beta_end", "2"), ("depth", "3")):  # fmt: skip
+                         ("layer_norm_eps", "nan"), ("beta_end", "2"), ("depth", "3"),
+                         ("family", "flux"), ("family", '["sit"]'), ("path_type", "GVP"),
+                         ("path_type", "[1]"), ("prediction", "velocity")):  # fmt: skip
         make = _written(lambda s: s, **{field: value})
         yield Case(loader=loader, kind="records", name=f"{field} {value}", make=make)
     for name, raw in IMPOSTORS.items():
@@ -275,6 +277,10 @@ def _pickles() -> Iterator[Case]:
         ("records", "JSON nested"): lambda s, _: {**s, BIAS: DEEP},
         ("records", "heads of 400 digits"): lambda s, _: {
             "model": s, "args": {"num_heads": 10**400}},
+        ("records", "a path that is a tensor"): lambda s, _: {
+            "model": s, "args": {"path_type": torch.ones(()), "prediction": torch.ones(())}},
+        ("records", "projectors of a DiT"): lambda s, _: {
+            **s, "projectors.0.0.weight": s[WEIGHT], "args": {"family": "dit"}},
     }  # fmt: skip
     for (kind, name), content in odd.items():
         yield Case(loader=loader, kind=kind, name=name, make=_saved(content))
@@ -858,7 +864,8 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["--num-classes", "-1"], ["--num-classes", "99999999999"], ["--block-size", "7"],
         ["--w", "3"], ["--a", "4"], ["--adaln", "5"], ["--classes", "²"], ["--classes", DIGITS],
         ["--classes", "0-99999999999"], ["--betas", "linear,nan,1"], ["--device", "cuda:x"],
-        ["--betas", "linear,²"], ["--betas", f"linear,0.1,0.2,{DIGITS}"],
+        ["--betas", "linear,²"], ["--betas", f"linear,0.1,0.2,{DIGITS}"], ["--family", "flux"],
+        ["--family", ""], ["--family", "sit", "--betas", "linear"],
     ],
     "sample": [
         ["--threads", "2147483648"], ["--threads", "0"], ["--threads", "-1"],
@@ -867,6 +874,7 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["--classes", "99"], ["--classes", "٣"], ["--classes", "-"], ["--steps", "0"],
         ["--steps", "1000000"], ["--cfg-scale", "nan"], ["--cfg-channels", "4"],
         ["--sampler", "x"], ["--sampler", "euler"], ["--device", "tpu"], ["--num-heads", "5"],
+        ["--family", "DiT"],
         ["--shift", "nan"], ["--shift", "3"], ["--guidance-interval", "0.5"],
         ["--guidance-interval", "1,0"], ["--guidance-interval", "nan,1"],
         ["--guidance-interval", "0,²"], ["--guidance-interval", ""],

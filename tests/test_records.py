@@ -309,18 +309,13 @@ def test_metadata_say_every_field_that_tensors_leave_open(tmp_path: Path, state:
 # --- What is not followed -----------------------------------------------------------------------
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "SiT": {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"},
-    "SiT's name": {"model": "SiT-S/2"},
-    "path": {"path_type": "Linear"},
-    "velocity": {"prediction": "velocity"},
-    "REPA": {"model": "DiT-S/2", "prediction": "v"},
+    "path": {"path_type": "GVP"},
     "v": {"prediction_type": "v_prediction"},
     "sample": {"prediction_type": "sample"},
     "flow": {"prediction_type": "flow_prediction"},
     "x0": {"predict_xstart": True},
     "LDM": {"parameterization": "x0"},
     "objective": {"objective": "pred_v"},
-    "rectified": {"rectified_flow": True},
     "zero SNR": {"rescale_betas_zero_snr": True},
     "betas": {"trained_betas": [0.1, 0.2]},
     "schedule": {"noise_schedule": "sigmoid"},

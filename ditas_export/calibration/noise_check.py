@@ -1,28 +1,32 @@
-"""Whether a model returns the noise it is fed, as one that predicts noise does.
+"""Whether a model returns the noise it is fed, as one that predicts noise or a velocity does.
 
 Tensors do not tell what a network was trained to predict. At the noisiest step x is noise but for a
 trace of image, so a trained ε-model nearly returns its input; one that predicts the image, a
 velocity, the opposite sign, or from time steps on another scale does not. The figure is
-`10·log10(Σx² / Σ(ε̂ − x)²)`: 39 dB for the bundled model, −3.5 for a random one.
+`10·log10(Σx² / Σ(ε̂ − x)²)`: 39 dB for the bundled model, −3.5 for a random one. Of flows see
+`velocity_check`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ditas_export.calibration.velocity_check import ENDS, likeness, likest_flow, velocity_db
 from ditas_export.diffusion.sampling import image_generator, initial_noise, make_scheduler
-from ditas_export.dit.model import DiT
+from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.figures import decibels, finite_or_none
 
 ROWS = 8
 """Images of noise, each fed with a class and without."""
 
 LEAST_DB = 15.0
-"""Below this a model is not taken for a trained one that predicts noise."""
+"""Below this a model is not taken for a trained one of its process."""
 
 _SOME = 0.5
 """Share of the noise in an output, above which it is taken to be there."""
@@ -35,10 +39,11 @@ _FEW_STEPS = 2  # the first step is the same for any number of them
 class NoiseCheck:
     """How nearly a model returns noise; dB, minus infinity where its output is no number."""
 
-    timestep: int  # the first of the schedule that sampling visits
+    timestep: float  # the first of the schedule that sampling visits; of a flow, 0 or 1
     class_db: float
     null_db: float | None  # None where there is no null class beside the classes
     finding: str  # what the output looks like instead; empty where it is the noise
+    is_velocity: bool = False  # whether the noise is looked for in a flow's velocity
 
     @property
     def worst_db(self) -> float:
@@ -47,18 +52,22 @@ class NoiseCheck:
 
     @property
     def passes(self) -> bool:
-        """Whether the model is one that predicts noise, as far as this tells."""
-        return self.worst_db >= LEAST_DB
+        """Whether the model is one of its process, as far as this tells."""
+        return not self.finding
 
     @property
     def warning(self) -> str | None:
         """One line where it does not pass."""
         if self.passes:
             return None
+        if self.is_velocity:
+            where, what = f"at t = {self.timestep:g}", "a trained velocity"
+        else:
+            where, what = f"at step {self.timestep}", "trained to predict noise"
         return (
-            f"fed pure noise at step {self.timestep}, the model returns it to "
-            f"{self.worst_db:.1f} dB only (trained to predict noise: more than {LEAST_DB:.0f}): "
-            f"{self.finding}. The file will compute what the model does; its pictures may be none"
+            f"fed pure noise {where}, the model returns it to {self.worst_db:.1f} dB only ({what}: "
+            f"more than {LEAST_DB:.0f}): {self.finding}. The file will compute what the model "
+            f"does; its pictures may be none"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,24 +90,30 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
         device: where it runs.
     """
     model.to(device)
+    process = model.config.process
+    if isinstance(process, FlowProcess):
+        return _check_velocity(model, process)
+    return _check_epsilon(model, process)
+
+
+def _check_epsilon(model: DiT, process: Process) -> NoiseCheck:
+    """Look for the noise in ε; a class for every row."""
     config = model.config
-    timestep = int(make_scheduler("ddpm", _FEW_STEPS, config.process).timesteps[0])
-    noise = initial_noise(config, [image_generator(_NOISE_SEED, row) for row in range(ROWS)])
+    timestep, noise = _first_step(process), _noise(config)
     classes = torch.arange(ROWS) * max(1, config.num_labels // ROWS) % config.num_labels
-    labels = [classes]
-    if config.is_guidable:
-        labels.append(torch.full_like(classes, config.null_class))
+    labels = _with_null(classes, config)
     outputs = [_predicted(model, noise, timestep, each) for each in labels]
     figures = [_match_db(noise, output) for output in outputs]
     failing = [index for index, figure in enumerate(figures) if not figure >= LEAST_DB]
     finding = ""
     if failing:
-        fraction = timestep / config.process.train_timesteps
+        fraction = timestep / process.train_timesteps
         finding = _finding(
             noise,
             outputs[failing[0]],
             at_zero=_predicted(model, noise, 0, labels[failing[0]]),
             at_fraction=_predicted(model, noise, fraction, labels[failing[0]]),
+            at_ends=_at_ends(model, noise, _one_class(config)),
         )
     return NoiseCheck(
         timestep=timestep,
@@ -106,6 +121,73 @@ def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck
         null_db=figures[1] if config.is_guidable else None,
         finding=finding,
     )
+
+
+def _check_velocity(model: DiT, process: FlowProcess) -> NoiseCheck:
+    """Look for the noise in a velocity; one class for all rows, see `velocity_check`."""
+    config, noise = model.config, _noise(model.config)
+    labels = _with_null(_one_class(config), config)
+    outputs = [_at_ends(model, noise, each) for each in labels]
+    figures = [velocity_db(noise, each, process) for each in outputs]
+    findings = [_velocity_finding(model, noise, each, process) for each in outputs]
+    return NoiseCheck(
+        timestep=ENDS[process.time_ends_at],
+        class_db=figures[0],
+        null_db=figures[1] if config.is_guidable else None,
+        finding=next(filter(None, findings), ""),
+        is_velocity=True,
+    )
+
+
+def _velocity_finding(
+    model: DiT, noise: Tensor, outputs: Mapping[float, Tensor], process: FlowProcess
+) -> str:
+    """Return what a velocity looks like instead of its process's; empty where it is likest that.
+
+    Args:
+        model: asked for another process's output, where it has no flow's.
+        noise: (N, C, H, W), what was fed.
+        outputs: the same shape, what came back, by time.
+        process: the model's.
+    """
+    output = outputs[ENDS[process.time_ends_at]]
+    if not bool(output.isfinite().all()):
+        return "it puts out NaN or infinity"
+    flow, figure = likest_flow(noise, outputs)
+    if figure >= LEAST_DB:
+        return "" if flow == replace(process, vae=None) else likeness(flow)
+    step = _first_step(DIT_PROCESS)
+    if _match_db(noise, _predicted(model, noise, step, _one_class(model.config))) >= LEAST_DB:
+        return f"it returns the noise at step {step}, as with --family dit"
+    return (
+        f"its output is {_share(noise, output):+.1f} times the noise, as where nothing was trained"
+    )
+
+
+def _first_step(process: Process) -> int:
+    """Return the noisiest step that sampling visits."""
+    return int(make_scheduler("ddpm", _FEW_STEPS, process).timesteps[0])
+
+
+def _noise(config: DiTConfig) -> Tensor:
+    """Return what is fed, (N, C, H, W), the same every time."""
+    return initial_noise(config, [image_generator(_NOISE_SEED, row) for row in range(ROWS)])
+
+
+def _one_class(config: DiTConfig) -> Tensor:
+    """Return a label in the middle for every row."""
+    return torch.full((ROWS,), config.num_labels // 2)
+
+
+def _with_null(classes: Tensor, config: DiTConfig) -> list[Tensor]:
+    """Return the labels, and the null class's where guidance has one."""
+    nulls = [torch.full_like(classes, config.null_class)] if config.is_guidable else []
+    return [classes, *nulls]
+
+
+def _at_ends(model: DiT, noise: Tensor, labels: Tensor) -> dict[float, Tensor]:
+    """Return the output at either end of a flow, by time."""
+    return {time: _predicted(model, noise, time, labels) for time in ENDS.values()}
 
 
 @torch.no_grad()
@@ -124,7 +206,20 @@ def _match_db(noise: Tensor, output: Tensor) -> float:
     return decibels(float(x.square().sum()), float(error.square().sum()))
 
 
-def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Tensor) -> str:
+def _share(noise: Tensor, output: Tensor) -> float:
+    """Return how many times the noise there is in an output."""
+    x, y = noise.double(), output.double()
+    return float((x * y).sum() / x.square().sum())
+
+
+def _finding(
+    noise: Tensor,
+    output: Tensor,
+    *,
+    at_zero: Tensor,
+    at_fraction: Tensor,
+    at_ends: Mapping[float, Tensor],
+) -> str:
     """Return what an output that is not the noise looks like.
 
     Args:
@@ -133,6 +228,7 @@ def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Ten
         at_zero: the same, at time step 0, where a model that predicts images returns what it is
             fed.
         at_fraction: the same, at the noisiest step of a schedule from 0 to 1.
+        at_ends: the same of one class, at either end of a flow.
     """
     if not bool(output.isfinite().all()):
         return "it puts out NaN or infinity"
@@ -142,8 +238,10 @@ def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Ten
         return "it returns what it is fed at step 0 instead, as where the image (x0) is predicted"
     if _match_db(noise, at_fraction) >= LEAST_DB:
         return "it does so where time steps run from 0 to 1: it was trained on another time scale"
-    x, y = noise.double(), output.double()
-    share = float((x * y).sum() / x.square().sum())
+    flow, figure = likest_flow(noise, at_ends)
+    if figure >= LEAST_DB:
+        return likeness(flow)
+    share = _share(noise, output)
     if abs(share) < _SOME:
         return (
             "hardly any of the noise is in its output, as where the image (x0) or v is predicted, "
@@ -151,5 +249,5 @@ def _finding(noise: Tensor, output: Tensor, *, at_zero: Tensor, at_fraction: Ten
         )
     return (
         f"its output is {share:+.1f} times the noise and something else, as where a velocity (flow "
-        f"matching) is predicted"
+        f"matching) is predicted: for SiT's or REPA's pass --family sit or --family repa"
     )

@@ -72,6 +72,14 @@ def export(
             shown="linear,0.0001,0.02,1000",
         ),
     ] = None,
+    family: Annotated[
+        str | None,
+        _option(
+            "Whose process, where the checkpoint does not say: dit, or the flows sit or repa.",
+            "family",
+            shown="dit",
+        ),
+    ] = None,
     classes: Annotated[
         str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
     ] = None,

@@ -26,10 +26,12 @@ from ditas_export.dit.diffusers_folder import (
     open_folder,
     transformer_folders,
 )
-from ditas_export.dit.facts import Fact, merged
+from ditas_export.dit.facts import Fact, Facts, merged
+from ditas_export.dit.flow_tensors import velocity_alone, without_projectors
 from ditas_export.dit.identity import ModelIdentity, identity_of
-from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, assemble, infer_geometry
+from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, Geometry, assemble, infer_geometry
 from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.dit.process import DIT_PROCESS
 from ditas_export.dit.record_parts import record_parts
 from ditas_export.dit.records import (
     facts_of_hints,
@@ -44,10 +46,17 @@ from ditas_export.errors import CheckpointError
 from ditas_export.options import NO_HINTS, CheckpointHints
 
 BUNDLED_MODEL = "digits"
-"""Name of the small trained model that comes with the package; write `./digits` for a path."""
+"""Name of the small trained DiT that comes with the package; write `./digits` for a path."""
 
-_BUNDLED_FACTS = {"num_classes": Fact(10, "the package")}
-"""What the bundled model's file does not say."""
+BUNDLED_FLOW = "digits-sit"
+"""Name of its counterpart that was trained by flow matching, as SiTs are."""
+
+_BUNDLED_CLASSES = {"num_classes": Fact(10, "the package")}
+_BUNDLED: Mapping[str, Facts] = {
+    BUNDLED_MODEL: _BUNDLED_CLASSES | {"family": Fact("dit", "the package")},
+    BUNDLED_FLOW: _BUNDLED_CLASSES,
+}
+"""Bundled models, and what their files do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,10 +80,10 @@ def load_dit(
     """Load a DiT.
 
     Args:
-        source: `digits` for the bundled model; a file with the published names, safetensors or
-            written by torch.save (of a training checkpoint, the averaged weights); a folder written
-            by diffusers, of the transformer or of a whole pipeline; or such a folder's id on the
-            Hugging Face hub.
+        source: `digits` or `digits-sit` for a bundled model; a file with the published names,
+            safetensors or written by torch.save (of a training checkpoint, the averaged weights); a
+            folder written by diffusers, of the transformer or of a whole pipeline; or such a
+            folder's id on the Hugging Face hub.
         hints: what the checkpoint does not say.
         num_heads: the same as `hints.num_heads`.
 
@@ -85,10 +94,10 @@ def load_dit(
     """
     if num_heads is not None:
         hints = replace(hints, num_heads=num_heads)
-    if source == BUNDLED_MODEL:
+    if source in _BUNDLED:
         folder = importlib.resources.files("ditas_export.dit") / "bundled"
-        with importlib.resources.as_file(folder / f"{BUNDLED_MODEL}.safetensors") as path:
-            return _load_file(path, hints, f"{BUNDLED_MODEL} (bundled)", known=_BUNDLED_FACTS)
+        with importlib.resources.as_file(folder / f"{source}.safetensors") as path:
+            return _load_file(path, hints, f"{source} (bundled)", known=_BUNDLED[str(source)])
     path = Path(source)
     if path.is_dir():
         return _load_diffusers(path, hints, str(source))
@@ -97,8 +106,8 @@ def load_dit(
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return _load_diffusers(_download(source), hints, source, vae=source)
     raise CheckpointError(
-        f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, a checkpoint file, a "
-        f"diffusers folder, or a hub id such as facebook/DiT-XL-2-256"
+        f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, `{BUNDLED_FLOW}`, a "
+        f"checkpoint file, a diffusers folder, or a hub id such as facebook/DiT-XL-2-256"
     )
 
 
@@ -114,16 +123,19 @@ def _load_file(
         raise CheckpointError(
             f"{path} has diffusers' tensor names; pass its folder, whose config.json is needed"
         )
+    network = without_projectors(weights.tensors, where=what)
     record = merged(
         known or {},
         facts_of_metadata(file.metadata, where=what),
         facts_of_training(parts, where=what),
+        network.facts,
         where=what,
     )
+    geometry = infer_geometry(network.tensors, OFFICIAL, where=what)
     config, notes = resolve(
         Source(
-            geometry=infer_geometry(weights.tensors, OFFICIAL, where=what),
-            positions=weights.tensors.get("pos_embed"),
+            geometry=geometry,
+            positions=network.tensors.get("pos_embed"),
             record=record,
             hints=facts_of_hints(hints),
             where=what,
@@ -134,12 +146,22 @@ def _load_file(
     )
     return _loaded(
         config,
-        assemble(weights.tensors, OFFICIAL, config, where=what),
+        _official_state(network.tensors, geometry, config, where=what),
         source=f"{what}, part {weights.part!r}" if weights.part else what,
         dtype=weights.tensors[OFFICIAL.fc1_weight].dtype,
-        notes=(*weights.notes, *notes),
+        notes=(*weights.notes, *network.notes, *notes),
         vae=None,
     )
+
+
+def _official_state(
+    tensors: Mapping[str, Tensor], geometry: Geometry, config: DiTConfig, *, where: str
+) -> dict[str, Tensor]:
+    """Return the checked state of a model whose file may have more output than it: a flow's."""
+    if geometry.learn_sigma == config.learn_sigma:
+        return assemble(tensors, OFFICIAL, config, where=where)
+    written = replace(config, learn_sigma=True, process=DIT_PROCESS)
+    return velocity_alone(assemble(tensors, OFFICIAL, written, where=where), config)
 
 
 def _load_diffusers(

@@ -279,7 +279,8 @@ def _facts_of_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, F
         "num_classes": ("num_embeds_ada_norm", settings["num_embeds_ada_norm"]),
         "learn_sigma": ("out_channels", out == 2 * channels),
     }
-    return {field: Fact(value, f"config.json {key}") for field, (key, value) in values.items()}
+    facts = {field: Fact(value, f"config.json {key}") for field, (key, value) in values.items()}
+    return facts | {"family": Fact("dit", "config.json _class_name")}
 
 
 def _facts_of_scheduler(path: Path) -> dict[str, Fact]:

@@ -70,7 +70,25 @@ def facts_of_values(values: Mapping[str, Any], *, where: str, path: str = "") ->
         facts = merged(
             facts, {field: Fact(each, place) for field, each in found.items()}, where=where
         )
-    return _with_conventions(facts, values, path)
+    return merged(
+        _with_conventions(facts, values, path), _family_of_spelling(values, path), where=where
+    )
+
+
+_SPELLINGS = (("sit", "Linear", "velocity"), ("repa", "linear", "v"))
+"""A family, and how its training script calls a straight path and what is predicted.
+
+Those of willisma/SiT and sihyun-yu/REPA, `train.py`; the model's name is SiT in both.
+"""
+
+
+def _family_of_spelling(values: Mapping[str, Any], path: str) -> dict[str, Fact]:
+    """Return whose flow it is, where a part spells its path and prediction as a script does."""
+    found = [values.get(name) for name in ("path_type", "prediction")]
+    for family, *spelled in _SPELLINGS:
+        if found == spelled:
+            return {"family": Fact(family, f"{path}path_type")}
+    return {}
 
 
 def _with_conventions(

@@ -1,10 +1,11 @@
 """The names under which records say something of a model, and what reads each.
 
-A reader turns an entry into values of fields of `DiTConfig` and `Process`, and of four more:
+A reader turns an entry into values of fields of `DiTConfig` and `Process`, and of six more:
 `named_heads`, heads of the size that a model's name tells; `image_size`, in pixels;
 `fixed_variance`, where none is learned; `rescale_timesteps`, whether the network is fed steps of
-1000. It raises TypeError or ValueError with what was expected,
-and `NotFollowedError` for what this package does not follow.
+1000; `flow`, where it was trained by flow matching; `family`, whose flow or diffusion it is. It
+raises TypeError or ValueError with what was expected, and `NotFollowedError` for what this package
+does not follow.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.presets import SIZES
 from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
 from ditas_export.dit.record_parts import CLASS_ENTRIES
+from ditas_export.options import Family
 
-_NOISE = {"epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"}
-"""Names of a prediction that is followed."""
+_PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"), "epsilon"),
+    **dict.fromkeys(("velocity", "v"), "velocity"),
+}
+"""Names of predictions that are followed; a velocity is one where the family is a flow's."""
 
 _MEMBERS: Mapping[str, Mapping[Any, str]] = {
     "ModelMeanType": {1: "previous_x", 2: "start_x", 3: "epsilon"},
@@ -38,8 +43,7 @@ _SCHEDULES = {
 
 _NOT_FOLLOWED = {
     "predicts something else than the noise": (
-        "predict_xstart predict_x0 predict_v v_prediction path_type flow_matching rectified_flow "
-        "use_flow_matching use_flow_sigmas"
+        "predict_xstart predict_x0 predict_v v_prediction use_flow_sigmas"
     ),
     "was trained with zero-terminal SNR": (
         "rescale_betas_zero_snr zero_snr zero_terminal_snr enforce_zero_terminal_snr"
@@ -54,6 +58,9 @@ _NOT_FOLLOWED = {
 NOT_FOLLOWED_ENTRIES = {
     name: reason for reason, names in _NOT_FOLLOWED.items() for name in names.split()
 }
+
+FLOW_ENTRIES = ("flow_matching", "rectified_flow", "use_flow_matching")
+"""Entries that say so where they are set."""
 
 _FLOW_NAMES = re.compile(r"sit(?![a-z])|.*flow", re.IGNORECASE)
 """Models that are trained by flow matching, and have a DiT's tensors."""
@@ -165,9 +172,9 @@ def _member(value: Any) -> Any:
 
 
 def _prediction(_name: str, value: Any) -> Mapping[str, Any]:
-    if str(_member(value)) not in _NOISE:
+    if (name := str(_member(value))) not in _PREDICTIONS:
         raise NotFollowedError("predicts something else than the noise")
-    return {}
+    return {"prediction": _PREDICTIONS[name]}
 
 
 def _objective(name: str, value: Any) -> Mapping[str, Any]:
@@ -175,10 +182,34 @@ def _objective(name: str, value: Any) -> Mapping[str, Any]:
     return {} if value in ("minimize", "maximize", "min", "max") else _prediction(name, value)
 
 
+def _is_set(value: Any) -> bool:
+    """Return whether an entry says yes: anything but zeros and nothing."""
+    return bool(value.numel() if isinstance(value, Tensor) else value)
+
+
 def _refused(name: str, value: Any) -> Mapping[str, Any]:
-    if value.numel() if isinstance(value, Tensor) else value:
+    if _is_set(value):
         raise NotFollowedError(NOT_FOLLOWED_ENTRIES[name])
     return {}
+
+
+def _flow(_name: str, value: Any) -> Mapping[str, Any]:
+    return {"flow": True} if _is_set(value) else {}
+
+
+def _path_type(_name: str, value: Any) -> Mapping[str, Any]:
+    """The path of a flow, as SiT ("Linear") and REPA ("linear") call it."""
+    if not _is_set(value):
+        return {}
+    if not isinstance(value, str) or value.lower() != "linear":
+        raise NotFollowedError("was trained on another path from noise to data than a straight one")
+    return {"flow": True}
+
+
+def _family(_name: str, value: Any) -> Mapping[str, Any]:
+    if value not in get_args(Family):
+        raise NotFollowedError(f"is of another family than {', '.join(get_args(Family))}")
+    return {"family": value}
 
 
 def _variance(_name: str, value: Any) -> Mapping[str, Any]:
@@ -192,16 +223,16 @@ def _sigma_small(_name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
-    """The size of a name such as DiT-XL/2; other names say nothing, but for flow models'."""
+    """The size of a name such as DiT-XL/2, and whether it is a flow's; other names say nothing."""
     if not isinstance(value, str):
         return {}
-    if _FLOW_NAMES.match(value):
-        raise NotFollowedError("predicts something else than the noise (flow matching)")
-    match = re.fullmatch(r"DiT-(\w+)/(\d+)", value)
+    flow = _flow(_name, _FLOW_NAMES.match(value))
+    match = re.fullmatch(r"[DS]iT-(\w+)/(\d+)", value)
     if match is None or match[1] not in SIZES:
-        return {}
+        return flow
     size = SIZES[match[1]]
     return {
+        **flow,
         "depth": size.depth,
         "hidden_size": size.hidden_size,
         "patch_size": int(match[2]),
@@ -212,9 +243,7 @@ def _model_name(_name: str, value: Any) -> Mapping[str, Any]:
 def _class_name(_name: str, value: Any) -> Mapping[str, Any]:
     """The class that a part configures; it says something where it is one of flow matching."""
     path = value if isinstance(value, str) else ""
-    if _FLOW_NAMES.match(path.rpartition(".")[2]) or _FLOW_MODULES.search(path):
-        raise NotFollowedError("predicts something else than the noise (flow matching)")
-    return {}
+    return _flow(_name, _FLOW_NAMES.match(path.rpartition(".")[2]) or _FLOW_MODULES.search(path))
 
 
 def _vae(_name: str, value: Any) -> Mapping[str, Any]:
@@ -250,12 +279,15 @@ _ENTRIES: Mapping[str, _Reader] = {
     "timesteps": _steps_if_whole,
     "prediction prediction_type pred_type parameterization model_mean_type": _prediction,
     "objective": _objective,
+    "path_type": _path_type,
+    "family": _family,
     "variance variance_type var_type model_var_type": _variance,
     "sigma_small": _sigma_small,
     "rescale_timesteps": _flag("rescale_timesteps"),
     "model model_name model_type arch": _model_name,
     "vae": _vae,
     " ".join(CLASS_ENTRIES): _class_name,
+    " ".join(FLOW_ENTRIES): _flow,
     " ".join(NOT_FOLLOWED_ENTRIES): _refused,
 }
 """Names under which records say something, and what reads them."""

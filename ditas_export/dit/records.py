@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ditas_export.dit.facts import Fact, facts_of_values, merged
 from ditas_export.dit.process import BetaSchedule
-from ditas_export.dit.record_entries import NOT_FOLLOWED_ENTRIES, READERS
+from ditas_export.dit.record_entries import FLOW_ENTRIES, NOT_FOLLOWED_ENTRIES, READERS
 from ditas_export.dit.record_parts import RecordPart, json_or_text, opened, plain, record_parts
 from ditas_export.dit.schedules import facts_of_table, tables_of_part
 from ditas_export.errors import CheckpointError
-from ditas_export.options import CheckpointHints
+from ditas_export.options import CheckpointHints, Family
 
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
 """Objects of a pickle that are read as a dict, and hold nothing else."""
@@ -83,7 +83,7 @@ def _is_no_entry(name: str, value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim > 0 and name != "trained_betas"
     part = opened(value)
-    if not isinstance(part, Mapping) or name in NOT_FOLLOWED_ENTRIES:
+    if not isinstance(part, Mapping) or name in {*NOT_FOLLOWED_ENTRIES, *FLOW_ENTRIES}:
         return False
     return name != "vae" or "scaling_factor" not in part
 
@@ -107,6 +107,10 @@ def facts_of_hints(hints: CheckpointHints) -> dict[str, Fact]:
         facts["null_row"] = Fact(False, "--no-null-class")
     if hints.betas is not None:
         facts |= _facts_of_betas(hints.betas)
+    if hints.family is not None:
+        if hints.family not in (families := get_args(Family)):
+            raise CheckpointError(f"--family {hints.family}; expected {' or '.join(families)}")
+        facts["family"] = Fact(hints.family, "--family")
     return facts
 
 

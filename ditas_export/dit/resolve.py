@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ditas_export.dit.facts import Fact, Facts, merged
+from ditas_export.dit.families import flow_of
 from ditas_export.dit.layouts import Geometry
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.positions import square_side
@@ -64,7 +65,8 @@ def resolve(source: Source) -> tuple[DiTConfig, tuple[str, ...]]:
     _require_shapes(geometry, facts, where)
     num_classes, null_row, label_notes = _labels(geometry.label_rows, facts, where)
     input_size, grid_notes = _input_size(source, facts)
-    num_heads, process = _num_heads(source, facts), _process(source, facts)
+    num_heads, flow = _num_heads(source, facts), flow_of(facts, where)
+    process = _process(source, facts) if flow is None else flow
     with _naming(facts, where):
         config = DiTConfig(
             input_size=input_size,
@@ -76,13 +78,20 @@ def resolve(source: Source) -> tuple[DiTConfig, tuple[str, ...]]:
             mlp_ratio=geometry.mlp_ratio,
             num_classes=num_classes,
             null_row=null_row,
-            learn_sigma=geometry.learn_sigma,
+            learn_sigma=geometry.learn_sigma and flow is None,
             layer_norm_eps=_value(facts, "layer_norm_eps", 1e-6),
             mlp_norm_eps=_value(facts, "mlp_norm_eps", source.mlp_norm_eps),
             frequency_shift=_value(facts, "frequency_shift", source.frequency_shift),
             process=process,
         )
-    return config, (*label_notes, *grid_notes)
+    return config, (*label_notes, *grid_notes, *_output_notes(geometry, config))
+
+
+def _output_notes(geometry: Geometry, config: DiTConfig) -> list[str]:
+    """Return what is to be said of output that a flow's network drops."""
+    if geometry.learn_sigma == config.learn_sigma:
+        return []
+    return [f"left out the {config.in_channels} channels of its output that are no velocity"]
 
 
 @contextmanager
