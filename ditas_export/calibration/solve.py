@@ -107,7 +107,7 @@ class SolvedLinear:
         return weight + self.low_rank.dequantize(self.weight.row_scale)
 
     def split(self, sizes: Sequence[int]) -> list[SolvedLinear]:
-        """Return its rows as linears of so many outputs each, in order; they share all else."""
+        """Return its rows as linears of so many outputs each, in order, and copies of all else."""
         found, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
@@ -117,6 +117,7 @@ class SolvedLinear:
                     weight=self.weight.rows(rows),
                     low_rank=None if self.low_rank is None else self.low_rank.rows(rows),
                     bias=self.bias[rows],
+                    smoothing_scale=self.smoothing_scale.clone(),
                 )
             )
             start += size

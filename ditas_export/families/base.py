@@ -165,6 +165,10 @@ class Family(Protocol):
         """What files, artefacts and `--family` call it."""
         ...
 
+    def serves(self, config: DiTConfig) -> bool:
+        """Return whether a model of this configuration is of the family."""
+        ...
+
     def module(self, config: DiTConfig, *, folded: bool = False) -> DiT:
         """Return the model, as published or as folding leaves it: scales are factors then."""
         ...

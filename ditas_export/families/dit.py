@@ -86,6 +86,11 @@ class DiTFamily:
     """Models of the class `DiT`, whatever they predict."""
 
     name: str
+    process: type  # what their configurations have
+
+    def serves(self, config: DiTConfig) -> bool:
+        """Return whether a model predicts what the family's do."""
+        return isinstance(config.process, self.process)
 
     def module(self, config: DiTConfig, *, folded: bool = False) -> DiT:
         """Return the model, as published or as folding leaves it."""

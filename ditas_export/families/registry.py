@@ -8,20 +8,17 @@ import torch
 from torch import nn
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess
+from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.families.base import Family
 from ditas_export.families.dit import DiTFamily
 
-DIT: Family = DiTFamily("dit")
-SIT: Family = DiTFamily("sit")
-
-FAMILIES = {family.name: family for family in (DIT, SIT)}
-"""By name."""
+FAMILIES: list[Family] = [DiTFamily("dit", Process), DiTFamily("sit", FlowProcess)]
+"""All that are known; the first that serves a configuration is its family."""
 
 
 def family_of(config: DiTConfig) -> Family:
     """Return the family of a model."""
-    return SIT if isinstance(config.process, FlowProcess) else DIT
+    return next(family for family in FAMILIES if family.serves(config))
 
 
 def linear_names(config: DiTConfig) -> tuple[str, ...]:

@@ -168,8 +168,13 @@ class LowRank:
         return self.left(row_scale) @ self.right(row_scale.dtype)
 
     def rows(self, rows: slice) -> LowRank:
-        """Return what the branch adds to some of the rows; the right factor stays."""
-        return replace(self, left_codes=self.left_codes[rows])
+        """Return what the branch adds to some of the rows; the right factor is copied."""
+        return replace(
+            self,
+            left_codes=self.left_codes[rows],
+            right_codes=self.right_codes.clone(),
+            divisor=self.divisor.clone(),
+        )
 
     def with_rows_times(self, ratio: Tensor) -> LowRank:
         """Return the branch with row n of `left_codes` times ratio[n], rounded anew; (N,) <= 1."""
