@@ -60,16 +60,17 @@ def write_checkpoint(path: Path, size: int, blocks: int) -> None:
     save_file(tensors, path, metadata={"num_heads": str(config.num_heads)})
 
 
-def to_the_papers_steps(states: CalibrationStates) -> CalibrationStates:
-    """Return random states of as many steps as the paper has, with the maxima of those sampled."""
+def to_the_papers_setting(states: CalibrationStates) -> CalibrationStates:
+    """Return random states of the paper's steps and samples, with the maxima of those sampled."""
     steps = states.latents.shape[0]
     of_step = torch.arange(STEPS) * steps // STEPS
     generator = torch.Generator().manual_seed(1)
     return replace(
         states,
-        latents=torch.randn(STEPS, *states.latents.shape[1:], generator=generator),
+        latents=torch.randn(STEPS, SAMPLES, *states.latents.shape[2:], generator=generator),
         timesteps=torch.linspace(999, 0, STEPS).long(),
         input_maxima={name: value[of_step] for name, value in states.input_maxima.items()},
+        settings=replace(states.settings, steps=STEPS, classes=tuple(range(SAMPLES))),
     )
 
 
@@ -131,9 +132,7 @@ def main() -> None:
         with timings.part("sampling"):
             states = collect_states(loaded.model, asked, identity=loaded.identity)
         if args.steps != STEPS or args.samples != SAMPLES:
-            asked = replace(asked, steps=STEPS, classes=tuple(range(SAMPLES)))
-            whole = replace(states, latents=states.latents[:, [0] * SAMPLES], settings=asked)
-            states = to_the_papers_steps(whole)
+            states = to_the_papers_setting(states)
         sampled_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         start = time.perf_counter()
         quantize_model(loaded.model, states, settings, timings=timings)
