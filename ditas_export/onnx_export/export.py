@@ -16,6 +16,7 @@ from ditas_export.calibration.fold import FoldedDiT
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, modulate, modulate_by_factor
+from ditas_export.dit.sites import adaln_names
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
@@ -26,6 +27,7 @@ from ditas_export.onnx_export.file_facts import (
     IDENTITY_KEY,
 )
 from ditas_export.onnx_export.form import FileForm, Layout
+from ditas_export.onnx_export.forms.digits import modulation_in_digits
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
@@ -108,6 +110,8 @@ def export_onnx(
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if in_onnxruntime_form(target, folded.dtype):
+        modulation_in_digits(model, adaln_names(folded.config.depth))
     if target == "portable":
         record_linears(model, folded.linears)
     form = FileForm(
