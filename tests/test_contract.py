@@ -19,6 +19,8 @@ QKV = "blocks.0.attn.qkv"
 PART = f"{QKV}/output_1"
 """Of qkv where it gives its output in parts."""
 FC2 = "blocks.0.mlp.fc2"
+DIGITS = "adaLN_modulation"
+"""Where the digits are written that all modulation linears read."""
 Graph = onnx.GraphProto
 
 
@@ -29,6 +31,7 @@ def files() -> dict[str, onnx.ModelProto]:
         "int4": exported(layout="int4", ranges="token", rank=4),
         "static": exported(layout="int8", ranges="static", rank=0),
         "joined": exported(layout="int4", ranges="static", rank=4, target="onnxruntime"),
+        "digits": exported(adaln_bits=8, rank=4, target="onnxruntime"),
         "weight_only": exported(activation_bits=16, block_size=32, adaln_bits=4),
         "reference": exported_reference(),
     }
@@ -321,7 +324,36 @@ def rows_of_the_branch_at_run_time(model: onnx.ModelProto) -> None:
     insert_before(model.graph, f"{PART}/Rows", 1, "Abs")
 
 
+def digits_of_another_value(model: onnx.ModelProto) -> None:
+    node(model.graph, f"{DIGITS}/digit_1/Sub").input[0] = f"{DIGITS}/Unsqueeze_output_0"
+
+
+def digits_in_another_order(model: onnx.ModelProto) -> None:
+    digits = node(model.graph, f"{DIGITS}/Digits").input
+    digits[:] = [digits[1], digits[0], digits[2]]
+
+
+def other_scale_of_a_digit(model: onnx.ModelProto) -> None:
+    other = add_constant(model.graph, "other_scale", np.array(0.5, np.float32))
+    node(model.graph, f"{DIGITS}/digit_2/Quantize").input[1] = other
+
+
+def other_scale_of_all_digits(model: onnx.ModelProto) -> None:
+    other = add_constant(model.graph, "other_scale", np.array(0.5, np.float32))
+    node(model.graph, f"{DIGITS}/digits_Dequantize").input[1] = other
+
+
+def second_reader_of_a_digit(model: onnx.ModelProto) -> None:
+    value = f"{DIGITS}/digit_0/Dequantize_output_0"
+    model.graph.node.append(helper.make_node("Identity", [value], ["copy"], name="Copy"))
+
+
 OTHER_BREAKS = [
+    ("digits", digits_of_another_value, "digits"),
+    ("digits", digits_in_another_order, "digits"),
+    ("digits", other_scale_of_a_digit, "digits"),
+    ("digits", other_scale_of_all_digits, "digits"),
+    ("digits", second_reader_of_a_digit, "joined-readers"),
     ("joined", older_opset, "opset"),
     ("joined", older_ir_version, "ir-version"),
     ("joined", signed_joined_codes, "joined-zero-points"),
@@ -359,7 +391,7 @@ def test_every_rule_has_a_name_a_reason_and_a_break() -> None:
     assert {rule for _, _, rule in ALL_BREAKS} == {rule.name for rule in RULES}
 
 
-@pytest.mark.parametrize("name", ["int4", "static", "joined", "weight_only", "reference"])
+@pytest.mark.parametrize("name", ["int4", "static", "joined", "digits", "weight_only", "reference"])
 def test_exported_files_keep_every_rule(files: dict[str, onnx.ModelProto], name: str) -> None:
     check_contract(ir.from_proto(files[name]))
 

@@ -28,6 +28,7 @@ from ditas_export.onnx_export.file_facts import (
     IDENTITY_KEY,
 )
 from ditas_export.onnx_export.form import FileForm, Layout
+from ditas_export.onnx_export.forms.digits import modulation_in_digits
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
@@ -108,6 +109,8 @@ def export_onnx(
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if in_onnxruntime_form(target, folded.dtype):
+        modulation_in_digits(model, family_of(folded.config).modulations(folded.config))
     if target == "portable":
         record_linears(model, folded.linears)
     form = FileForm(

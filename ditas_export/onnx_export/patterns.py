@@ -96,9 +96,14 @@ def is_joint(node: ir.Node | None) -> bool:
 
     Of the parts another Concat is made, with the inner product's.
     """
-    if node is None or not joins_codes(node):
+    if node is None or not joins_codes(node) or joins_digits(node):
         return False
     return not any(joins_codes(reader) for reader in consumers(node))
+
+
+def joins_digits(node: ir.Node | None) -> bool:
+    """Return whether a node joins the digits of a value, which are a new first axis of it."""
+    return node is not None and joins_codes(node) and integer_attribute(node, "axis", -1) == 0
 
 
 def quantizers_of(codes: ir.Node) -> list[ir.Node]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
-from ditas_export.families.registry import linear_names
+from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.export import (
     lower_placeholders,
     record_choices,
@@ -27,6 +27,7 @@ from ditas_export.onnx_export.export import (
 from ditas_export.onnx_export.external_data import load_mapped
 from ditas_export.onnx_export.file_facts import CONFIG_KEY, FLOAT_TYPES, FORM_KEY, read_form
 from ditas_export.onnx_export.form import FileForm
+from ditas_export.onnx_export.forms.digits import modulation_in_digits
 from ditas_export.onnx_export.lowered import (
     GRAPH_KEY,
     LINEARS_KEY,
@@ -136,6 +137,8 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
     if in_onnxruntime_form(target, dtype):
         to_onnxruntime_form(model, config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if in_onnxruntime_form(target, dtype):
+        modulation_in_digits(model, family_of(config).modulations(config))
     record_form(model, dataclasses.replace(form, target=target, activation_codes=codes))
     record_choices(model, choices)
 

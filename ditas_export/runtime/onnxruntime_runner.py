@@ -66,7 +66,7 @@ _SLOWER_WHEN_FUSED = "SkipLayerNormFusion"
 """Its kernel on CPUs takes six times as long as the Add and the LayerNormalization it is made of
 (1.3 ms against 0.2 ms for 512 tokens of width 1152; onnxruntime 1.31.1)."""
 
-_PREPARED_FORMAT = 2
+_PREPARED_FORMAT = 3
 """Of what `_prepare` writes; raised with every change of it, so that nothing earlier is found."""
 
 _MODEL_NAME = "model.onnx"

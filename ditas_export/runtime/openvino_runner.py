@@ -27,7 +27,7 @@ FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Setting under which weight-only linears keep float activations, as in the other backends; by
 itself OpenVINO rounds them to 8 bits."""
 
-_COMPILED_FORMAT = 2
+_COMPILED_FORMAT = 3
 """Of what is compiled; raised with every change of the graph that OpenVINO is given."""
 
 _BLOB_NAME = "model.blob"

@@ -1,11 +1,13 @@
 """Rules of the joined form: UINT8 codes of an input and of its inner product in one product.
 
-And of the weight that such a product has, its branch's rows below its own.
+Of the digits of an input, which are such codes too, and of the weight that a joined product has,
+whose last rows are its branch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -20,6 +22,7 @@ from ditas_export.onnx_export.patterns import (
     is_joined,
     is_joint,
     joins_codes,
+    joins_digits,
     operand,
     producer,
     producers,
@@ -48,10 +51,12 @@ def _joined_zero_points(model: ir.Model) -> Iterator[Finding]:
 def _joined_readers(model: ir.Model) -> Iterator[Finding]:
     for node in _joined(model, DEQUANTIZE):
         readers = [reader.op_type for reader in consumers(node)]
-        if is_joint(producer(node, 0)):  # feeds a product for every part of the output
+        codes = producer(node, 0)
+        if is_joint(codes) or joins_digits(codes):  # feeds several products
             readers = sorted(set(readers))
-        if readers != ["MatMul"]:
-            yield name_of(node), f"read by {readers or 'nothing'}", "read by one MatMul"
+        reader = "Sub" if codes and any(map(joins_digits, consumers(codes))) else "MatMul"
+        if readers != [reader]:
+            yield name_of(node), f"read by {readers or 'nothing'}", f"read by one {reader}"
     for node in _joined(model, QUANTIZE):
         readers = sorted(reader.op_type for reader in consumers(node))
         if readers not in (["Concat"], ["Concat", DEQUANTIZE]):
@@ -71,14 +76,38 @@ def _joined_codes(model: ir.Model) -> Iterator[Finding]:
             continue
         if joins_codes(codes) and integer_attribute(codes, "axis", 0) != -1:
             yield name_of(codes), "parts of an input on another axis", "the last axis"
-        around = [*quantizers_of(codes), inner, *consumers(codes), *consumers(concat)]
-        grids = {
-            tuple(str(array(operand(node, index))) for index in (1, 2))
-            for node in around
-            if node is not concat
-        }
-        if len(grids) != 1:
+        around = [*quantizers_of(codes), *consumers(codes), *consumers(concat)]
+        if inner is None or not _on_one_grid(inner, *around):
             yield name_of(concat), "codes of several scales", "one scale and zero point"
+
+
+def _digits(model: ir.Model) -> Iterator[Finding]:
+    for concat in filter(joins_digits, model.graph):
+        makers = producers(concat)
+        for coarse, fine in pairwise(makers):
+            rest = producer(producer(fine, 0), 0)
+            digit = producer(rest, 1)
+            if (
+                rest is None
+                or rest.op_type != "Sub"
+                or operand(rest, 0) is not operand(coarse, 0)
+                or producer(digit, 0) is not coarse
+            ):
+                yield name_of(concat), "another joint", "digits of what those before leave"
+                break
+        readers = [reader for maker in makers if maker for reader in consumers(maker)]
+        if not _on_one_grid(*quantizers_of(concat), *readers, *consumers(concat)):
+            yield name_of(concat), "digits of several scales", "one scale and zero point"
+
+
+def _on_one_grid(*nodes: ir.Node) -> bool:
+    """Return whether all quantizers among some nodes have one scale and zero point."""
+    grids = {
+        tuple(str(array(operand(node, index))) for index in (1, 2))
+        for node in nodes
+        if node.op_type in (QUANTIZE, DEQUANTIZE)
+    }
+    return len(grids) == 1
 
 
 def _joined_rows(model: ir.Model) -> Iterator[Finding]:
@@ -113,6 +142,11 @@ RULES = (
         "joined-codes",
         "one product of a weight and its branch has one scale for the inputs of both",
         _joined_codes,
+    ),
+    Rule(
+        "digits",
+        "digits of one value, each counting its share of the one before, have one scale",
+        _digits,
     ),
     Rule(
         "joined-rows",
