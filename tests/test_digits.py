@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from quantized_fixture import example_inputs, exported, snr_db, tiny_folded
+from quantized_fixture import TINY, example_inputs, exported, snr_db, tiny_folded
 
 from ditas_export.calibration.modules import fake_quantized_dit
 from ditas_export.families.registry import family_of
