@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from quantized_fixture import TINY, example_inputs, exported, snr_db, tiny_folded
 
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.families.registry import family_of
 from ditas_export.runtime.inputs import feed_of
 from ditas_export.runtime.onnxruntime_runner import matmul_kernels
@@ -83,9 +83,9 @@ def test_every_product_runs_on_integers(path: Path) -> None:
 
 def test_a_session_that_is_told_nothing_reads_floats_too(path: Path) -> None:
     inputs = example_inputs(batch=3)
-    fake = fake_quantized_dit(tiny_folded(adaln_bits=8), ranges="token", target="onnxruntime")
+    fake = fake_quantized_model(tiny_folded(adaln_bits=8), ranges="token", target="onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, feed_of(*inputs))
+    (found,) = session.run(None, feed_of(TINY, *inputs))
     assert snr_db(fake(*inputs), torch.from_numpy(found)) > 64  # a tie of the block linears
 
 

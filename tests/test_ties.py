@@ -20,8 +20,9 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.evaluation.ties import (
     DISTURBANCE,
     DRAWS,
+    FEW_FLIPS,
+    FLIP_ENERGY,
     MOST_EXCESS_DB,
-    NEGLIGIBLE_DB,
     DisturbedRunner,
     Match,
     match_of,
@@ -74,7 +75,8 @@ def match(path: Path, dtype: torch.dtype) -> Match:
     with open_file(path, as_is=True) as runner:
         found = answers(runner)
     expected, disturbed = wanted(dtype)
-    return match_of(expected, found, disturbed, dtype)
+    numbers = len(expected[0]) * TINY.num_tokens * WIDTH
+    return match_of(expected, found, disturbed, numbers=numbers)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -128,31 +130,34 @@ def test_one_wrong_s_in_the_file_is_found_where_it_costs_five_decibels(
     assert not found.is_right
 
 
-def match_of_noises(found: Sequence[float], ties: Sequence[float], dtype: torch.dtype) -> Match:
+NUMBERS = 10**6
+
+
+def match_of_noises(found: Sequence[float], ties: Sequence[float]) -> Match:
     """The match of probes whose noise is so many times the signal."""
-    one = torch.ones(4)
+    one = torch.ones(4, dtype=torch.float64)
     return match_of(
         [one for _ in found],
-        [one + math.sqrt(noise) for noise in found],
-        [[one + math.sqrt(noise) for noise in ties]],
-        dtype,
+        [one + noise**0.5 for noise in found],
+        [[one + noise**0.5 for noise in ties]],
+        numbers=NUMBERS,
     )
 
 
-def test_the_excess_is_the_mean_over_probes_of_decibels() -> None:
-    found = match_of_noises([1e-5, 1e-4], [1e-6, 1e-4], torch.float32)
-    assert found.db == pytest.approx(40, abs=0.01)
-    assert found.ties_db == pytest.approx(40, abs=0.01)
-    assert found.excess_db == pytest.approx(5, abs=0.01)
+def test_the_excess_is_of_the_mean_ratio() -> None:
+    found = match_of_noises([3e-5, 1e-4], [1e-5, 1e-4])
+    assert found.db == pytest.approx(40)
+    assert found.ties_db == pytest.approx(40)
+    assert found.excess_db == pytest.approx(10 * math.log10(2))
 
 
-def test_noise_of_no_account_is_no_excess() -> None:
-    """One tie in the file, none in the disturbed forward."""
-    noise = 10 ** (-NEGLIGIBLE_DB[torch.float32] / 10)
-    assert match_of_noises([noise / 2], [0.0], torch.float32).excess_db == 0
-    assert match_of_noises([noise * 4], [0.0], torch.float32).excess_db > MOST_EXCESS_DB
+def test_a_few_flips_are_no_excess() -> None:
+    """Some in the file, none in the disturbed forward."""
+    few = FEW_FLIPS * FLIP_ENERGY / NUMBERS
+    assert match_of_noises([few / 2], [0.0]).excess_db == pytest.approx(0)
+    assert match_of_noises([few * 4], [0.0]).excess_db > MOST_EXCESS_DB
 
 
 def test_nothing_finite_is_no_match() -> None:
-    assert not match_of_noises([math.nan], [1e-6], torch.float32).is_right
-    assert not match_of_noises([1e-6], [math.nan], torch.float32).is_right
+    assert not match_of_noises([math.nan], [1e-6]).is_right
+    assert not match_of_noises([1e-6], [math.nan]).is_right

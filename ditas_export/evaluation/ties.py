@@ -32,8 +32,13 @@ MOST_EXCESS_DB = 3.0
 the bundled model have 0.0 to 1.3; an s that is wrong by 0.3 % in one linear's every channel makes
 2.3 to 4.1 in float32."""
 
-NEGLIGIBLE_DB = {torch.float32: 75.0, torch.float16: 55.0, torch.bfloat16: 40.0}
-"""SNR beyond which noise is none: a small model may have no tie at all where the file has one."""
+FEW_FLIPS = 10
+"""Codes that may flip in one linear's input whatever was measured: a small model may have no tie at
+all where the file has one."""
+
+FLIP_ENERGY = 6e-4
+"""Energy of one flip beside that of one number: a step is 1/127 of a range of about three standard
+deviations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,7 @@ class Match:
 
     db: float  # worst SNR of the file's answers
     ties_db: float  # worst SNR of the disturbed forward's
-    excess_db: float  # the file's noise beyond that of ties, mean over the probes
+    excess_db: float  # the file's noise beyond that of ties, their ratio's mean over the probes
 
     @property
     def is_right(self) -> bool:
@@ -75,7 +80,8 @@ def match_of(
     expected: Sequence[Tensor],
     found: Sequence[Tensor],
     disturbed: Sequence[Sequence[Tensor]],
-    dtype: torch.dtype,
+    *,
+    numbers: int,
 ) -> Match:
     """Return how a file's answers match.
 
@@ -83,12 +89,12 @@ def match_of(
         expected: the fake-quantized forward's answer to each probe.
         found: the file's.
         disturbed: of each draw, the disturbed forward's answers.
-        dtype: float type of the file.
+        numbers: in the input of a linear that reads the hidden states, rows · tokens · width.
     """
-    negligible = 10 ** (-NEGLIGIBLE_DB[dtype] / 10)
+    negligible = FEW_FLIPS * FLIP_ENERGY / numbers
     if not all(bool(answer.isfinite().all()) for each in (found, *disturbed) for answer in each):
         return NO_MATCH
-    found_db, ties_db, excess = [], [], []
+    found_db, ties_db, ratios = [], [], []
     for index, wanted in enumerate(expected):
         signal = _energy(wanted)
         noise = _energy(found[index] - wanted)
@@ -96,8 +102,9 @@ def match_of(
         found_db.append(decibels(signal, noise))
         ties_db.append(decibels(signal, ties))
         least = negligible * signal
-        excess.append(decibels(max(noise, least), max(ties, least)))
-    return Match(db=min(found_db), ties_db=min(ties_db), excess_db=sum(excess) / len(excess))
+        ratios.append(max(noise, least) / max(ties, least))
+    excess_db = decibels(sum(ratios) / len(ratios), 1.0)
+    return Match(db=min(found_db), ties_db=min(ties_db), excess_db=excess_db)
 
 
 def _energy(x: Tensor) -> float:

@@ -293,7 +293,7 @@ class _Expected:
 
     answers: Probed
     disturbed: tuple[Probed, ...]
-    dtype: torch.dtype
+    width: int  # numbers of a row's hidden states
 
     @classmethod
     def of(
@@ -310,13 +310,14 @@ class _Expected:
                 held_out.probed(f"{name}-disturbed-{seed}", partial(disturbed, seed))
                 for seed in DRAWS
             ),
-            dtype=dtype,
+            width=held_out.config.num_tokens * held_out.config.hidden_size,
         )
 
     def match(self, found: Probed) -> Match:
         """Return how a file's answers match, all of them finite."""
-        disturbed = [draw.outputs for draw in self.disturbed]
-        return match_of(self.answers.outputs, found.outputs, disturbed, self.dtype)
+        expected, disturbed = self.answers.outputs, [draw.outputs for draw in self.disturbed]
+        numbers = len(expected[0]) * self.width
+        return match_of(expected, found.outputs, disturbed, numbers=numbers)
 
 
 def _findings(
