@@ -29,8 +29,8 @@ DRAWS = (0, 1)
 
 MOST_EXCESS_DB = 3.0
 """Noise beyond that of ties above which a file does not compute what was calibrated. Right files of
-the bundled model have 0.0 to 1.3; an s that is wrong by 0.3 % in one linear's every channel makes
-2.3 to 4.1 in float32."""
+the bundled model have −0.4 to 1.0; an s that is wrong by 0.3 % in one linear's every channel makes
+1.3 to 4.0 in float32."""
 
 FEW_FLIPS = 10
 """Codes that may flip in one linear's input whatever was measured: a small model may have no tie at
