@@ -15,8 +15,8 @@ from typing import Any
 from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.fold_proof import prove_folds
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import ArtifactError, DitasExportError
 from ditas_export.evaluation.verify import Verification, verify_file
 from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
@@ -39,7 +39,7 @@ from ditas_export.text_files import read_json
 from ditas_export.vae.export import export_vae_decoder
 
 
-def _layout(options: ExportOptions, quantized: QuantizedDiT) -> Layout:
+def _layout(options: ExportOptions, quantized: QuantizedModel) -> Layout:
     """Return the layout: as asked, or the one that fits the weights and the target."""
     if options.layout is not None:
         return options.layout
@@ -98,11 +98,11 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     with job.timings.part("verification"):
         verification = verify_file(
             job.loaded.model,
-            fake_quantized_dit(folded, ranges=ranges, target=options.target),
+            fake_quantized_model(folded, ranges=ranges, target=options.target),
             candidate,
             settings,
             fake_quantized_fastest=partial(
-                fake_quantized_dit, folded, ranges=ranges, target=FASTEST
+                fake_quantized_model, folded, ranges=ranges, target=FASTEST
             )
             if is_rewritten(options.target, options.float_side)
             else None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ditas_export.calibration.noise_check import NoiseCheck
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.distributed import Ranks
 from ditas_export.dit.checkpoint import LoadedDiT
 from ditas_export.errors import CalibrationError
@@ -41,8 +41,8 @@ class ExportJob:
 class Solved:
     """A quantized model, and a hash of all that it depends on."""
 
-    quantized: QuantizedDiT  # as the file has it
-    artifact: QuantizedDiT  # as it is kept: its modulation float unless its bits were asked for
+    quantized: QuantizedModel  # as the file has it
+    artifact: QuantizedModel  # as it is kept: its modulation float unless its bits were asked for
     key: str
 
 

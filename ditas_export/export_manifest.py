@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
+from torch import nn
 
 from ditas_export import __version__
-from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.dit.sites import adaln_names
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.evaluation.verify import Verification
+from ditas_export.families.registry import family_of
 from ditas_export.figures import finite_or_none
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.form import Layout
@@ -28,7 +30,7 @@ def manifest_of(
     options: ExportOptions,
     *,
     source: str,
-    quantized: QuantizedDiT,
+    quantized: QuantizedModel,
     layout: Layout,
     ranges: Ranges,
     verification: Verification,
@@ -44,7 +46,7 @@ def manifest_of(
         ranges: of the file.
         verification: what was found.
     """
-    sizes = bytes_by_part(ir.load(file))
+    sizes = bytes_by_part(ir.load(file), quantized.config)
     linears = {
         name: {
             "alpha": linear.alpha,
@@ -110,18 +112,21 @@ def _vae_entry(options: ExportOptions) -> dict[str, str] | None:
     }
 
 
-def bits_per_weight(sizes: Mapping[str, int], quantized: QuantizedDiT) -> float:
+def bits_per_weight(sizes: Mapping[str, int], quantized: QuantizedModel) -> float:
     """Return bits per weight of the block linears, codes, scales and low-rank factors counted."""
     weights = sum(linear.weight.codes.numel() for linear in quantized.linears.values())
     counted = ("codes", "multipliers", "row_scales", "low_rank")
     return 8 * sum(sizes[part] for part in counted) / weights
 
 
-def _float_linears(quantized: QuantizedDiT) -> list[str]:
+def _float_linears(quantized: QuantizedModel) -> list[str]:
     """Return the linears whose weights stay float, by name."""
-    embedders = ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
-    modulation = [] if quantized.adaln else adaln_names(quantized.config.depth)
-    return [*embedders, *modulation]
+    config = quantized.config
+    integer = {*quantized.linears, *quantized.adaln}
+    with torch.device("meta"):
+        modules = family_of(config).module(config).named_modules()
+    linears = [name for name, module in modules if isinstance(module, nn.Linear)]
+    return [name for name in linears if name not in integer]
 
 
 def versions() -> dict[str, str]:

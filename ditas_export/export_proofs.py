@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
@@ -105,7 +105,7 @@ class Proofs:
             who for who, has in (("float", self.has_floats), ("file", bool(self.known))) if has
         )
 
-    def kept_with(self, artifact: QuantizedDiT, kept: KeptParts) -> QuantizedDiT:
+    def kept_with(self, artifact: QuantizedModel, kept: KeptParts) -> QuantizedModel:
         """Return an artefact with what was sampled now: final latents, and the float model's."""
         of_file = {name: part for name, part in kept.parts.items() if _is_sampled(name)}
         own = {self.float_key: self.floats.parts, self.numbers_key: of_file}
@@ -132,7 +132,7 @@ def _float_key(identity: ModelIdentity, settings: VerificationSettings) -> str:
 
 
 def _numbers_key(
-    options: ExportOptions, quantized: QuantizedDiT, ranges: Ranges, float_key: str
+    options: ExportOptions, quantized: QuantizedModel, ranges: Ranges, float_key: str
 ) -> str:
     """Return a hash of what a file of one quantized model computes, and of what runs it.
 

@@ -20,13 +20,13 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.calibrate import (
     QuantizationSettings,
     peak_bytes,
-    quantize_dit,
+    quantize_model,
     solving_key,
 )
 from ditas_export.calibration.calibration_settings import CalibrationSettings, SamplingPrecision
 from ditas_export.calibration.methods import ALPHA_GRID
 from ditas_export.calibration.noise_check import NoiseCheck, check_noise
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import (
     CalibrationStates,
     collect_states,
@@ -67,7 +67,7 @@ from ditas_export.timings import Timings
 class ExportResult:
     """What an export gave."""
 
-    quantized: QuantizedDiT
+    quantized: QuantizedModel
     verification: Verification
     manifest: dict[str, Any]
     file: Path  # as asked for, or beside it where it does not compute what was calibrated
@@ -161,7 +161,7 @@ def _solved(job: ExportJob) -> Solved:
     options, loaded, ranks = job.options, job.loaded, job.ranks
     artifact = options.artifact
     if artifact is not None:
-        quantized = ranks.together(lambda: QuantizedDiT.load(artifact, model=loaded.identity))
+        quantized = ranks.together(lambda: QuantizedModel.load(artifact, model=loaded.identity))
         check_artifact(artifact, options, quantized)
         ranks.first(lambda: quantized.require_parameters_of(loaded.model))
         return Solved(quantized=quantized, artifact=quantized, key=sha256_of_file(artifact))
@@ -189,17 +189,17 @@ _MODEL = "model.safetensors"
 """The solved model, in the folder of its blocks."""
 
 
-def _kept_model(path: Path, identity: ModelIdentity) -> QuantizedDiT | None:
+def _kept_model(path: Path, identity: ModelIdentity) -> QuantizedModel | None:
     """Return a model that an interrupted run left, if any."""
     try:
-        return QuantizedDiT.load(path, model=identity)
+        return QuantizedModel.load(path, model=identity)
     except ArtifactError:
         return None  # none, or damaged: made anew
 
 
 def _quantized(
     job: ExportJob, states: CalibrationStates, settings: QuantizationSettings, folder: Path
-) -> QuantizedDiT:
+) -> QuantizedModel:
     """Quantize what is not quantized yet, and keep it block by block."""
     config, ranks = job.loaded.model.config, job.ranks
     peak = peak_bytes(config, states.settings, settings, ranks)
@@ -218,7 +218,7 @@ def _quantized(
         done += 1
         job.on_progress("quantize", done, total)
 
-    quantized = quantize_dit(
+    quantized = quantize_model(
         job.loaded.model,
         states,
         settings,
@@ -242,7 +242,7 @@ def _with_modulation(job: ExportJob, solved: Solved) -> Solved:
         return solved
     path = job.work.part("solved", solved.key) / f"adaln{bits}.safetensors"
 
-    def rounded() -> QuantizedDiT:
+    def rounded() -> QuantizedModel:
         kept = _kept_model(path, job.loaded.identity) if job.ranks.is_first else None
         made = kept or quantize_adaln(quantized, bits)
         if job.ranks.is_first and kept is None:

@@ -17,7 +17,7 @@ from ditas_export.calibration.adaln import adaln_block_size
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.fold import require_representable
-from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
+from ditas_export.calibration.quantized_model import ARTIFACT_KIND, QuantizedModel
 from ditas_export.calibration.states import STATES_KIND
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import make_scheduler
@@ -112,7 +112,7 @@ def check_model(options: ExportOptions, model: DiT, dtype: torch.dtype) -> None:
         )
     if options.adaln in (8, 4):
         adaln_block_size(config.hidden_size, options.adaln)
-    require_representable(model, dtype)
+    require_representable(model.config, model.state_dict(), dtype)
 
 
 def check_calibration(
@@ -159,7 +159,7 @@ def check_states(
     _require_agreement(path, options, _calibration_facts(options, found.to_dict(), config))
 
 
-def check_artifact(path: Path, options: ExportOptions, quantized: QuantizedDiT) -> None:
+def check_artifact(path: Path, options: ExportOptions, quantized: QuantizedModel) -> None:
     """Refuse options that contradict the quantized model that is taken.
 
     Raises:

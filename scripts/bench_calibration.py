@@ -30,13 +30,13 @@ from bench_block_pair import cpu_facts
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.diffusion.sampling import make_scheduler
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
 from ditas_export.dit.model import DiT, randomize
-from ditas_export.dit.outliers import plant_outliers
 from ditas_export.dit.presets import preset_config
+from ditas_export.families.outliers import plant_outliers
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import quantization_settings, sampling_precision
 from ditas_export.timings import Timings
@@ -95,7 +95,7 @@ def walk_flops(
     model.load_state_dict({name: parameters[name] for name in model.state_dict()}, assign=True)
     model.requires_grad_(requires_grad=False)
     with FlopCounterMode(display=False) as counter:
-        quantize_dit(model, states, settings)
+        quantize_model(model, states, settings)
     return float(counter.get_total_flops())
 
 
@@ -136,7 +136,7 @@ def main() -> None:
             states = to_the_papers_steps(whole)
         sampled_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         start = time.perf_counter()
-        quantize_dit(loaded.model, states, settings, timings=timings)
+        quantize_model(loaded.model, states, settings, timings=timings)
         elapsed = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         forward = forward_flops(loaded.model)

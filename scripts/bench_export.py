@@ -30,7 +30,7 @@ from random_quantized import RANK, randomly_quantized
 
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.engine.build import build_engine
 from ditas_export.engine.products import RTX
@@ -136,7 +136,7 @@ def export(artefact: Path, path: Path, form: tuple[str, str, str, int]) -> Expor
     """Export one form and read it again; for a fresh process."""
     target, layout, precision, adaln_bits = form
     start = time.perf_counter()
-    quantized = quantize_adaln(QuantizedDiT.load(artefact), adaln_bits)
+    quantized = quantize_adaln(QuantizedModel.load(artefact), adaln_bits)
     folded = fold_smoothing(quantized, dtype=DTYPES[precision])
     export_onnx(folded, path, layout=layout, target=target)
     model = ir.load(path)
@@ -145,7 +145,7 @@ def export(artefact: Path, path: Path, form: tuple[str, str, str, int]) -> Expor
         seconds=time.perf_counter() - start,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         file_mib=sum(file.stat().st_size for file in files_of(path)) / 2**20,
-        parts=bytes_by_part(model),
+        parts=bytes_by_part(model, folded.config),
     )
 
 

@@ -45,7 +45,7 @@ from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.options import DEFAULTS
 from ditas_export.runtime.onnxruntime_runner import BARE_SESSION, OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
-from ditas_export.runtime.torch_int8 import int8_dit
+from ditas_export.runtime.torch_int8 import int8_model
 from ditas_export.runtime.torch_runner import TorchRunner
 from ditas_export.telemetry import import_openvino
 
@@ -178,7 +178,7 @@ def ours(config: DiTConfig, folder: Path, threads: int) -> dict[str, Opener]:
     half = copy.deepcopy(model).to(torch.bfloat16)
     openers["PyTorch bfloat16"] = partial(TorchRunner, half)
     openers["PyTorch bfloat16, compiled"] = partial(TorchRunner, compiled(half))
-    integers = int8_dit(fold_smoothing(quantized, dtype=torch.bfloat16), ranges="token")
+    integers = int8_model(fold_smoothing(quantized, dtype=torch.bfloat16), ranges="token")
     openers["PyTorch W4A8 token as INT8, compiled, bfloat16 beside it"] = partial(
         TorchRunner, compiled(integers)
     )

@@ -25,7 +25,7 @@ from torch._dynamo import config as dynamo_config
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.runtime.torch_int8 import compile_for_gpu, int8_dit
+from ditas_export.runtime.torch_int8 import compile_for_gpu, int8_model
 from ditas_export.runtime.torch_runner import TorchRunner
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -69,8 +69,8 @@ def build_forms(depth: int, dtype: torch.dtype, ranges: str, device: str) -> dic
     models = {
         "float": copy.deepcopy(model),
         BASE: compiled(model, device),
-        "INT8": int8_dit(folded, ranges=ranges),
-        "INT8, compiled": compiled(int8_dit(folded, ranges=ranges), device),
+        "INT8": int8_model(folded, ranges=ranges),
+        "INT8, compiled": compiled(int8_model(folded, ranges=ranges), device),
     }
     return {name: TorchRunner(form, device=device) for name, form in models.items()}
 

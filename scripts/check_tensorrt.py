@@ -32,7 +32,7 @@ import torch
 from random_quantized import randomly_quantized
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
@@ -113,7 +113,7 @@ def models(*, quick: bool) -> Iterator[tuple[str, DiT, int]]:
         yield "DiT-XL/2, random weights", model.eval(), 32
 
 
-def all_forms(model: DiT, quantized: QuantizedDiT, folder: Path) -> list[Form]:
+def all_forms(model: DiT, quantized: QuantizedModel, folder: Path) -> list[Form]:
     """Return every quantized form, and the float16 model."""
     half, identity = copy.deepcopy(model).half(), identity_of(model)
     forms = [

@@ -33,12 +33,12 @@ from torch import Tensor
 from ditas_export import __version__
 from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.literal import literal_dit, literal_preset_named
 from ditas_export.calibration.methods import METHODS, Method
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import (
     CalibrationSettings,
     CalibrationStates,
@@ -51,9 +51,9 @@ from ditas_export.diffusion.sampling import sample
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
-from ditas_export.dit.outliers import plant_outliers
 from ditas_export.errors import CalibrationError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.outliers import plant_outliers
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import quantization_settings, sampling_precision
 from ditas_export.quantization.ranges import Ranges
@@ -203,7 +203,7 @@ def _quantized(
     ranges: Ranges = "token",
     adaln_bits: int = 16,
 ) -> Row:
-    """Return a row of `quantize_dit`, judged in the forward that every exported file matches."""
+    """Return a row of `quantize_model`, judged in the forward that every exported file matches."""
     settings = QuantizationSettings(
         method=method or key,
         weight_bits=weight_bits,
@@ -213,9 +213,9 @@ def _quantized(
     )
 
     def build(model: DiT, states: CalibrationStates) -> Candidate:
-        quantized = quantize_adaln(quantize_dit(model, states, settings), adaln_bits)
+        quantized = quantize_adaln(quantize_model(model, states, settings), adaln_bits)
         return Candidate(
-            model=fake_quantized_dit(fold_smoothing(quantized), ranges=ranges),
+            model=fake_quantized_model(fold_smoothing(quantized), ranges=ranges),
             bits_per_weight=bits_per_weight(quantized),
         )
 
@@ -231,9 +231,9 @@ def _calibrated_fast(model: DiT, states: CalibrationStates) -> Candidate:
         replace(states.settings, precision=precision),
         identity=states.identity,
     )
-    quantized = quantize_dit(model, own, quantization_settings(options))
+    quantized = quantize_model(model, own, quantization_settings(options))
     return Candidate(
-        model=fake_quantized_dit(fold_smoothing(quantized), ranges="token"),
+        model=fake_quantized_model(fold_smoothing(quantized), ranges="token"),
         bits_per_weight=bits_per_weight(quantized),
     )
 
@@ -253,7 +253,7 @@ def _in_bfloat16(model: DiT, _states: CalibrationStates) -> Candidate:
     return Candidate(model=copy.deepcopy(model).bfloat16(), bits_per_weight=16.0)
 
 
-def bits_per_weight(quantized: QuantizedDiT) -> float:
+def bits_per_weight(quantized: QuantizedModel) -> float:
     """Return bits per weight of the block linears in a float32 file, scales and low rank counted.
 
     Multipliers are stored as halves; 8-bit weights have none.

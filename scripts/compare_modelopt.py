@@ -33,7 +33,6 @@ from ditas_export.calibration.states import CalibrationStates, walk_states
 from ditas_export.calibration.walk import row_batches
 from ditas_export.cli.console import clean_errors
 from ditas_export.dit.model import DiT
-from ditas_export.dit.sites import LINEAR_KINDS
 from ditas_export.errors import CalibrationError
 
 PACKAGE = "nvidia-modelopt"
@@ -111,9 +110,9 @@ def _row(
 
 
 def quantizers(weights: dict[str, Any], activations: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return modelopt's list of quantizers: the four linears of every block, nothing else."""
+    """Return modelopt's list of quantizers: the linears that we quantize, nothing else."""
     chosen: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for kind in LINEAR_KINDS:
+    for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         chosen.append({"quantizer_name": f"*{kind}.weight_quantizer", "cfg": weights})
         chosen.append({"quantizer_name": f"*{kind}.input_quantizer", "cfg": activations})
     return chosen

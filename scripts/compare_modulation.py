@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.cli.console import clean_errors
 from ditas_export.diffusion.guidance import ModelInputs
 from ditas_export.diffusion.runner import Runner
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     args = parser.parse_args()
     loaded = load_dit(args.model)
-    quantized = QuantizedDiT.load(args.artifact, model=loaded.identity)
+    quantized = QuantizedModel.load(args.artifact, model=loaded.identity)
     classes = [index % loaded.model.config.num_labels for index in range(IMAGES_PER_SEED)]
     seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
     with TorchRunner(loaded.model) as runner:

@@ -44,7 +44,7 @@ TENSORS = ".safetensors.partial"
 
 STAGES = {
     "sampling": ("pipeline", "collect_states"),
-    "walk": ("pipeline", "quantize_dit"),
+    "walk": ("pipeline", "quantize_model"),
     "modulation": ("pipeline", "quantize_adaln"),
     "folding": ("export_files", "fold_smoothing"),
     "writing": ("export_files", "export_onnx"),
@@ -535,12 +535,11 @@ def warm_up(model: str) -> None:
 
     torch.set_num_threads(1)
     from ditas_export.calibration.adaln import quantize_adaln
-    from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+    from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
     from ditas_export.calibration.fold import fold_smoothing
-    from ditas_export.calibration.modules import fake_quantized_dit
+    from ditas_export.calibration.modules import fake_quantized_model
     from ditas_export.calibration.states import CalibrationSettings, collect_states
     from ditas_export.dit.checkpoint import load_dit
-    from ditas_export.dit.model import modulate_by_factor
     from ditas_export.onnx_export.skeleton import export_skeleton
 
     for name in ("onnxruntime", "torch.distributed.nn", "ditas_export.pipeline"):
@@ -548,14 +547,14 @@ def warm_up(model: str) -> None:
     loaded = load_dit(model)
     settings = CalibrationSettings(steps=2, classes=(0,))
     states = collect_states(loaded.model, settings, identity=loaded.identity)
-    quantized = quantize_dit(loaded.model, states, QuantizationSettings(alpha_grid=(0.5,)))
+    quantized = quantize_model(loaded.model, states, QuantizationSettings(alpha_grid=(0.5,)))
     folded = fold_smoothing(quantize_adaln(quantized, 4))
-    fake_quantized_dit(folded, ranges="token")
+    fake_quantized_model(folded, ranges="token")
     export_skeleton(
         loaded.model.config,
         folded.float_parameters,
         dtype=torch.float32,
-        modulate=modulate_by_factor,
+        folded=True,
     )
 
 

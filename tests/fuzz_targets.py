@@ -13,7 +13,7 @@ import torch
 from quantized_fixture import exported
 
 from ditas_export.artifact_files import save_tensors
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
+from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT, QuantizedModel
 from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
 from ditas_export.cli import export as export_command
 from ditas_export.cli.build_settings import merge_settings
@@ -80,7 +80,7 @@ TARGETS: Mapping[str, Target] = {
     "artifact": Target(
         suffix=".safetensors",
         sound=lambda folder: _saved(folder, *bases.artifact(), ARTIFACT_FORMAT),
-        read=QuantizedDiT.load,
+        read=QuantizedModel.load,
     ),
     "states": Target(
         suffix=".safetensors",

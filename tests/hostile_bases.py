@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ditas_export.artifact_files import load_tensors, sha256_of_file
 from ditas_export.calibration.calibration_settings import CalibrationSettings
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT
+from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT
 from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.layouts import DIFFUSERS
-from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu
 from ditas_export.engine.options import BuildOptions
+from ditas_export.families.registry import linear_shapes
 from ditas_export.onnx_export.form import FileForm
 
 CONFIG = {
@@ -109,8 +109,7 @@ def _states_bytes() -> tuple[dict[str, Tensor], dict[str, Any]]:
         latents=torch.zeros(steps, 2, TINY.in_channels, side, side),
         timesteps=torch.tensor([750, 500, 250, 0]),
         input_maxima={
-            site.name: torch.ones(steps, in_features(TINY, site))
-            for site in linear_sites(TINY.depth)
+            name: torch.ones(steps, columns) for name, (_, columns) in linear_shapes(TINY).items()
         },
         settings=CalibrationSettings(steps=steps, classes=(1, 2)),
         identity=identity_of(tiny_dit()),

@@ -18,7 +18,7 @@ from hostile_bases import DROP, replaced
 from safetensors.torch import save_file
 
 from ditas_export.artifact_files import save_tensors
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT
+from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT
 from ditas_export.calibration.states import STATES_FORMAT
 
 DEEP = "[" * 100_000

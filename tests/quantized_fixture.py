@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.fold import FoldedDiT, FoldedLinear, fold_smoothing
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.calibration.fold import FoldedLinear, FoldedModel, fold_smoothing
+from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.dit.sites import linear_sites
+from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.lowering import choose_form, lower_linear
@@ -76,21 +76,21 @@ def quantized_tiny_dit(
     block_size: int = 48,
     rank: int = 4,
     seed: int = 0,
-) -> QuantizedDiT:
+) -> QuantizedModel:
     """Round a DiT's linears to nearest, under random smoothing and random low-rank factors."""
     generator = torch.Generator().manual_seed(seed)
     parameters = model.state_dict()
     linears = {}
-    for site in linear_sites(model.config.depth):
-        linears[site.name] = _quantize_linear(
-            parameters.pop(f"{site.name}.weight"),
-            parameters.pop(f"{site.name}.bias"),
+    for name in linear_names(model.config):
+        linears[name] = _quantize_linear(
+            parameters.pop(f"{name}.weight"),
+            parameters.pop(f"{name}.bias"),
             weight_bits=weight_bits,
             block_size=block_size,
             rank=rank,
             generator=generator,
         )
-    return QuantizedDiT(
+    return QuantizedModel(
         identity=identity_of(model),
         float_parameters=parameters,
         linears=linears,
@@ -144,7 +144,7 @@ def tiny_folded(
     rank: int = 4,
     adaln_bits: int = 16,
     dtype: torch.dtype = torch.float32,
-) -> FoldedDiT:
+) -> FoldedModel:
     """Return the tiny model as it ships."""
     quantized = quantized_tiny_dit(
         tiny_dit(),

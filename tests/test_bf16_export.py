@@ -32,7 +32,7 @@ from quantized_fixture import (
 from typer.testing import CliRunner
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
+from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_model
 from ditas_export.cli.export import app
 from ditas_export.errors import OnnxExportError, RunnerError, VerificationError
 from ditas_export.evaluation.compare import compare
@@ -69,7 +69,7 @@ def test_openvino_computes_the_fake_quantized_forward(form: dict[str, Any]) -> N
     kept = ("rank", "activation_bits", "adaln_bits", "block_size", "weight_bits")
     folded = tiny_folded(dtype=BF16, **{name: form[name] for name in kept if name in form})
     latents, *rest = example_inputs(batch=3)
-    model = fake_quantized_dit(folded, ranges=form.get("ranges", "token"))
+    model = fake_quantized_model(folded, ranges=form.get("ranges", "token"))
     with OpenVINORunner(exported(dtype=BF16, **form), threads=1) as runner:
         out = runner(latents, *rest)
     # Every float operation of both sides rounds to 2⁻⁹: 42.8 to 43.6 dB were seen.

@@ -17,10 +17,14 @@ from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibrate import (
     BLOCK_FORMAT,
     QuantizationSettings,
-    quantize_dit,
+    quantize_model,
     solving_key,
 )
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear, linear_to_parts
+from ditas_export.calibration.quantized_model import (
+    QuantizedLinear,
+    QuantizedModel,
+    linear_to_parts,
+)
 from ditas_export.calibration.states import (
     STATES_FORMAT,
     CalibrationSettings,
@@ -32,13 +36,13 @@ from ditas_export.diffusion.sampling import image_generator, initial_noise
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import (
     CalibrationError,
     NonFiniteError,
     OtherModelError,
     QuantizationError,
 )
+from ditas_export.families.registry import linear_names
 from ditas_export.runtime.torch_runner import TorchRunner
 
 SETTINGS = QuantizationSettings(rank=2, alpha_grid=(0.4, 0.5))
@@ -59,7 +63,7 @@ class Stop(Exception):  # noqa: N818
     """Stands for Ctrl-C."""
 
 
-def same(first: QuantizedDiT, second: QuantizedDiT) -> bool:
+def same(first: QuantizedModel, second: QuantizedModel) -> bool:
     """Whether all tensors of all linears are equal, their low-rank factors among them."""
     pairs = [
         (linear_to_parts(linear)[0], linear_to_parts(second.linears[name])[0])
@@ -86,7 +90,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     model: DiT, states: CalibrationStates, tmp_path: Path
 ) -> None:
     progress = folder_in(tmp_path)
-    whole = quantize_dit(model, states, SETTINGS)
+    whole = quantize_model(model, states, SETTINGS)
     seen: list[str] = []
 
     def stop_in_the_second_block(name: str, _: QuantizedLinear) -> None:
@@ -95,11 +99,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(model, states, SETTINGS, progress=progress, on_linear=stop_in_the_second_block)
+        quantize_model(
+            model, states, SETTINGS, progress=progress, on_linear=stop_in_the_second_block
+        )
     assert list(files_in(progress)) == ["000.safetensors"]
     first = progress / "000.safetensors"
     written = first.stat().st_mtime_ns
-    resumed = quantize_dit(model, states, SETTINGS, progress=progress)
+    resumed = quantize_model(model, states, SETTINGS, progress=progress)
     assert same(whole, resumed)
     assert list(files_in(progress)) == ["000.safetensors", "001.safetensors"]
     assert first.stat().st_mtime_ns == written  # no block is written twice
@@ -115,16 +121,16 @@ def test_progress_of_other_settings_or_of_no_known_kind_is_not_taken(
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(model, states, SETTINGS, progress=progress, on_linear=stop)
+        quantize_model(model, states, SETTINGS, progress=progress, on_linear=stop)
     plain = QuantizationSettings(method="linear")
     assert same(
-        quantize_dit(model, states, plain),
-        quantize_dit(model, states, plain, progress=progress),
+        quantize_model(model, states, plain),
+        quantize_model(model, states, plain, progress=progress),
     )
     (progress / "000.safetensors").write_bytes(b"no safetensors")
     assert same(
-        quantize_dit(model, states, plain),
-        quantize_dit(model, states, plain, progress=progress),
+        quantize_model(model, states, plain),
+        quantize_model(model, states, plain, progress=progress),
     )
 
 
@@ -142,7 +148,7 @@ def leave_marked_progress(
             raise Stop
 
     with pytest.raises(Stop):
-        quantize_dit(model, states, settings, progress=progress, on_linear=stop)
+        quantize_model(model, states, settings, progress=progress, on_linear=stop)
     first = progress / "000.safetensors"
     tensors, header = load_tensors(first, file_format=BLOCK_FORMAT)
     tensors["blocks.0.mlp.fc2.bias"] += 1.0
@@ -160,15 +166,15 @@ def test_progress_of_another_format_is_not_taken(
     progress = folder_in(tmp_path)
     settings = QuantizationSettings(method="linear")
     leave_marked_progress(model, states, settings, progress, file_format)
-    resumed = quantize_dit(model, states, settings, progress=progress)
-    assert same(quantize_dit(model, states, settings), resumed) == (not is_taken)
+    resumed = quantize_model(model, states, settings, progress=progress)
+    assert same(quantize_model(model, states, settings), resumed) == (not is_taken)
 
 
 def test_same_inputs_give_the_same_bytes(
     model: DiT, states: CalibrationStates, tmp_path: Path
 ) -> None:
     for name in ("a", "b"):
-        quantize_dit(model, states, SETTINGS).save(tmp_path / name)
+        quantize_model(model, states, SETTINGS).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -267,8 +273,8 @@ def test_progress_of_states_of_another_precision_is_not_taken(
     settings = QuantizationSettings(method="linear")
     rounded = replace(states, settings=replace(states.settings, precision="bf16"))
     leave_marked_progress(model, states, settings, progress)
-    resumed = quantize_dit(model, rounded, settings, progress=progress)
-    assert same(quantize_dit(model, rounded, settings), resumed)
+    resumed = quantize_model(model, rounded, settings, progress=progress)
+    assert same(quantize_model(model, rounded, settings), resumed)
     assert resumed.settings["calibration"]["precision"] == "bf16"
 
 
@@ -319,7 +325,7 @@ def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -
 
         return rounded.get_submodule(name).register_forward_pre_hook(hook)
 
-    names = [site.name for site in linear_sites(model.config.depth)]
+    names = list(linear_names(model.config))
     for name in names:
         keep(name)
     runner = TorchRunner(rounded)
@@ -364,7 +370,7 @@ def test_a_processor_has_bfloat16_products_where_the_system_says_so() -> None:
 
 def test_the_model_is_left_alone(model: DiT, states: CalibrationStates) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    quantize_dit(model, states, QuantizationSettings(method="linear"))
+    quantize_model(model, states, QuantizationSettings(method="linear"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -468,30 +474,30 @@ MEASURED = """
 import torch
 from pathlib import Path
 from dataclasses import replace
-from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.dit.sites import in_features, linear_sites
+from ditas_export.families.registry import linear_shapes
 
 torch.set_num_threads(1)
 config = DiTConfig(hidden_size=288, depth=1, num_heads=4)
 model = DiT(config)
 randomize(model, seed=0)
-maxima = {site.name: torch.ones(2, in_features(config, site)) for site in linear_sites(1)}
+maxima = {name: torch.ones(2, k) for name, (_, k) in linear_shapes(config).items()}
 def states(samples):
     return CalibrationStates(
         latents=torch.randn(2, samples, 4, 32, 32), timesteps=torch.tensor([999, 0]),
         input_maxima=maxima, settings=CalibrationSettings(steps=2, classes=(1,) * samples),
         identity=identity_of(model))
 settings = QuantizationSettings(alpha_grid=(0.5,))
-quantize_dit(model, states(1), settings)  # what the libraries take
+quantize_model(model, states(1), settings)  # what the libraries take
 def peak():  # ru_maxrss starts from that of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 before = peak()
 whole = states(64)
-quantize_dit(model, whole, settings)
+quantize_model(model, whole, settings)
 print(peak() - before, peak_bytes(config, whole.settings, settings))
 """
 
@@ -518,8 +524,8 @@ def test_sampling_leaves_the_model_on_its_device(states: CalibrationStates) -> N
 @pytest.mark.gpu
 def test_a_gpu_quantizes_as_well(states: CalibrationStates) -> None:
     """Sums run in another order there, and codes at ties of rounding with them."""
-    wanted = quantize_dit(tiny_dit(), states, SETTINGS).linears
-    found = quantize_dit(tiny_dit().cuda(), states, SETTINGS).linears
+    wanted = quantize_model(tiny_dit(), states, SETTINGS).linears
+    found = quantize_model(tiny_dit().cuda(), states, SETTINGS).linears
     for name, linear in found.items():
         assert linear.weight.codes.device.type == "cpu"
         assert abs(linear.output_snr_db - wanted[name].output_snr_db) < 1.0, name

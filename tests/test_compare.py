@@ -28,10 +28,9 @@ from quantized_fixture import (
     tiny_folded,
 )
 
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.metadata import EngineMetadata, Gpu, metadata_path
 from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import (
@@ -51,13 +50,14 @@ from ditas_export.evaluation.linear_outputs import linear_outputs
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.polygraphy_runs import Outputs, onnx_runner, opened
+from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_reference
 from ditas_export.onnx_export.file_facts import IDENTITY_KEY
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
 
-LINEARS = [site.name for site in linear_sites(TINY.depth)]
+LINEARS = list(linear_names(TINY))
 BROKEN = "blocks.1.attn.proj"
 
 
@@ -189,7 +189,7 @@ def forms() -> list[tuple[Path, DiT]]:
     form: dict[str, Any] = {"ranges": "token", "target": "onnxruntime"}
     return [
         (exported_reference(), tiny_dit()),
-        (exported(rank=4, **form), fake_quantized_dit(tiny_folded(rank=4), **form)),
+        (exported(rank=4, **form), fake_quantized_model(tiny_folded(rank=4), **form)),
     ]
 
 

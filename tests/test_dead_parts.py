@@ -14,10 +14,10 @@ from quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.solve import JointMoments
 from ditas_export.calibration.states import CalibrationSettings, collect_states
 from ditas_export.dit.identity import identity_of
@@ -87,11 +87,11 @@ MODELS = {"fresh": freshly_initialised} | {
 }
 
 
-def quantized(model: DiT, **settings: Any) -> QuantizedDiT:
+def quantized(model: DiT, **settings: Any) -> QuantizedModel:
     states = collect_states(
         model, CalibrationSettings(steps=2, classes=(1,)), identity=identity_of(model)
     )
-    return quantize_dit(model, states, QuantizationSettings(alpha_grid=(0.0, 0.5), **settings))
+    return quantize_model(model, states, QuantizationSettings(alpha_grid=(0.0, 0.5), **settings))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_models_with_dead_parts_export_like_any_other(
     made = quantize_adaln(quantized(model, method=method), 4)
     assert all(not math.isnan(linear.output_snr_db) for linear in made.linears.values())
     made.save(tmp_path / "kept")
-    again = QuantizedDiT.load(tmp_path / "kept", model=identity_of(model))
+    again = QuantizedModel.load(tmp_path / "kept", model=identity_of(model))
     latents, timesteps, labels = example_inputs()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        fake = fake_quantized_dit(fold_smoothing(again, dtype=dtype), ranges="token")
+        fake = fake_quantized_model(fold_smoothing(again, dtype=dtype), ranges="token")
         expected = fake(latents.to(dtype), timesteps, labels)
         assert expected.isfinite().all(), dtype
     if method == "ditas":

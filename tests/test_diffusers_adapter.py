@@ -24,8 +24,8 @@ from diffusers import (
 from quantized_fixture import exported_reference, quantized_tiny_dit, snr_db
 from torch import Tensor
 
-from ditas_export.calibration.fold import FoldedDiT, fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.fold import FoldedModel, fold_smoothing
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.diffusion.sampling import image_generator, make_scheduler, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
@@ -83,7 +83,7 @@ def float_file(dit: DiT, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folded(dit: DiT) -> FoldedDiT:
+def folded(dit: DiT) -> FoldedModel:
     """The same model in W4A8 by plain rounding."""
     return fold_smoothing(quantized_tiny_dit(dit, rank=0))
 
@@ -128,11 +128,11 @@ def test_the_float_file_makes_the_pictures_of_the_float_model(
 
 
 def test_the_w4a8_file_makes_nearly_the_same_pictures(
-    transformer: Any, folded: FoldedDiT, tmp_path: Path
+    transformer: Any, folded: FoldedModel, tmp_path: Path
 ) -> None:
     export_onnx(folded, tmp_path / "w4a8.onnx")
     found = pixels(OnnxDiTTransformer2DModel(tmp_path / "w4a8.onnx"), guidance_scale=1.5)
-    fake_quantized = TorchRunner(fake_quantized_dit(folded, ranges="token"))
+    fake_quantized = TorchRunner(fake_quantized_model(folded, ranges="token"))
     same = pixels(OnnxDiTTransformer2DModel(runner=fake_quantized), guidance_scale=1.5)
     expected = pixels(transformer, guidance_scale=1.5)
     mean = expected.mean()  # grey, which every picture shares

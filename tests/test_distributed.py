@@ -16,8 +16,8 @@ import two_ranks
 from quantized_fixture import snr_db, tiny_dit
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.diffusion.sampling import sample
 from ditas_export.distributed import SINGLE, launched_ranks
@@ -102,9 +102,9 @@ def test_moments_agree_to_1e_6(pair: tuple[Found, Found]) -> None:
     assert torch.equal(torch.cat([found["reduced"][2] for found in pair]), tokens)
 
 
-def final_snr_db(quantized: QuantizedDiT) -> float:
+def final_snr_db(quantized: QuantizedModel) -> float:
     settings: dict[str, Any] = {"classes": (2, 5, 8, 0), "steps": 6, "seed": 7}
-    fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token")
+    fake = fake_quantized_model(fold_smoothing(quantized), ranges="token")
     return snr_db(
         sample(TorchRunner(tiny_dit()), **settings), sample(TorchRunner(fake), **settings)
     )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from quantized_fixture import TINY
 
-from ditas_export.dit.sites import linear_sites
 from ditas_export.engine.layers import (
     Kernel,
     built_linears,
@@ -23,6 +22,7 @@ from ditas_export.engine.report import (
     with_known_of,
 )
 from ditas_export.errors import EngineError
+from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.form import FileForm
 
 QKV = "blocks.0.attn.qkv"
@@ -144,7 +144,7 @@ def test_the_log_keeps_the_word_on_what_the_inspector_does_not_know() -> None:
         float_type="fp16", weight_bits=4, activation_bits=8, layout="int8", ranges="token",
         activation_codes="int8", target="portable",
     )  # fmt: skip
-    paths = [site.name for site in linear_sites(TINY.depth)]
+    paths = list(linear_names(TINY))
 
     def log_of(kind: str) -> LayerReport:
         lines = [

@@ -16,7 +16,7 @@ import torch
 from quantized_fixture import exported_reference, quantized_tiny_dit, tiny_dit
 from safetensors.torch import save
 
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.engine.metadata import EngineMetadata, metadata_path
 from ditas_export.errors import ArtifactError, DitasExportError, EngineError, OnnxExportError
 from ditas_export.file_signs import PLAN_SUFFIXES, describe_impostor, has_suffix
@@ -55,7 +55,7 @@ SIGNS = {
 READERS: dict[str, Callable[[Path], object]] = {
     "metadata of .onnx": file_metadata,
     "tensors of .onnx": external_files,
-    "artefact": QuantizedDiT.load,
+    "artefact": QuantizedModel.load,
     "metadata of a plan": EngineMetadata.load,
 }
 
@@ -92,7 +92,7 @@ def test_a_sound_file_of_another_kind_is_named_beside_the_readers_reason(
     whole = io.BytesIO()
     torch.save({"a": torch.ones(99)}, whole)
     path = tmp_path / f"model{suffix}"
-    read = file_metadata if suffix == ".onnx" else QuantizedDiT.load
+    read = file_metadata if suffix == ".onnx" else QuantizedModel.load
     for content, kind in ((whole.getvalue(), "a zip archive"), (b"\x80\x02}q\x00.", "a pickle")):
         path.write_bytes(content)
         with pytest.raises(DitasExportError, match=rf"it is {kind}, as PyTorch's [^(]*\([^)]+\)"):
@@ -145,7 +145,7 @@ def test_a_damaged_artefact_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     path.write_bytes(b"\x01\x00\x00\x00\x00\x00\x00\x00\xff")
     with pytest.raises(ArtifactError, match=r"is no readable ditas-export quantized DiT \d+ file"):
-        QuantizedDiT.load(path)
+        QuantizedModel.load(path)
 
 
 def test_suffixes_count_in_any_case() -> None:

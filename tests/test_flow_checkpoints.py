@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_checkpoint import refusal
 
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.families import FLOWS
+from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.model import DiT
 from ditas_export.dit.process import DIT_PROCESS
 from ditas_export.options import CheckpointHints

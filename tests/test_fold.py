@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing, require_representable
-from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.dit.model import DiT
-from ditas_export.dit.sites import adaln_name, adaln_rows
 from ditas_export.errors import QuantizationError
+from ditas_export.families.dit import ADALN
 from ditas_export.options import Target
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges
 
@@ -37,7 +37,7 @@ class UnfoldedLinear(nn.Module):
         return functional.linear(x / self.s, self.matrix, self.bias)
 
 
-def unfolded_float64(model: DiT, quantized: QuantizedDiT) -> DiT:
+def unfolded_float64(model: DiT, quantized: QuantizedModel) -> DiT:
     model = copy.deepcopy(model).double()
     for name, linear in quantized.linears.items():
         parent, _, child = name.rpartition(".")
@@ -54,7 +54,7 @@ def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
 def test_folding_is_exact_in_float64(rank: int, seed: int) -> None:
     model = tiny_dit(seed=seed)
     quantized = quantized_tiny_dit(model, activation_bits=16, rank=rank, seed=seed)
-    folded = fake_quantized_dit(fold_smoothing(quantized, dtype=torch.float64), ranges="token")
+    folded = fake_quantized_model(fold_smoothing(quantized, dtype=torch.float64), ranges="token")
     latents, timesteps, labels = example_inputs(model.config, batch=3)
     inputs = (latents.double(), timesteps, labels)
     expected = unfolded_float64(model, quantized)(*inputs)
@@ -65,7 +65,7 @@ def test_folding_is_exact_in_float64(rank: int, seed: int) -> None:
 def test_folding_integer_modulation_is_exact_in_float64(bits: int) -> None:
     model = tiny_dit()
     quantized = quantize_adaln(quantized_tiny_dit(model, activation_bits=16), bits)
-    folded = fake_quantized_dit(fold_smoothing(quantized, dtype=torch.float64), ranges="token")
+    folded = fake_quantized_model(fold_smoothing(quantized, dtype=torch.float64), ranges="token")
     unfolded = unfolded_float64(model, quantized)
     for name, weight in quantized.adaln.items():
         module = unfolded.get_submodule(name)
@@ -83,7 +83,8 @@ def test_a_factor_keeps_its_digits_in_halves() -> None:
     """(1 + scale) / s as a float16 graph makes it, against float64."""
     model = tiny_dit()
     quantized = quantized_tiny_dit(model)
-    name, rows = adaln_name(0), adaln_rows("scale_mlp", model.config.hidden_size)
+    name, width = f"blocks.0.{ADALN}", model.config.hidden_size
+    rows = slice(4 * width, 5 * width)
     c = functional.silu(torch.randn(16, model.config.hidden_size)).half()
 
     def factors(dtype: torch.dtype) -> torch.Tensor:
@@ -165,16 +166,18 @@ ROWS = {
 """A row of each kind of linear, of each use of its output."""
 
 
-def changed(quantized: QuantizedDiT, name: str, **changes: object) -> QuantizedDiT:
+def changed(quantized: QuantizedModel, name: str, **changes: object) -> QuantizedModel:
     linear = replace(quantized.linears[name], **changes)
     return replace(quantized, linears={**quantized.linears, name: linear})
 
 
-def half_db(quantized: QuantizedDiT, ranges: Ranges, *, exact: QuantizedDiT | None = None) -> float:
+def half_db(
+    quantized: QuantizedModel, ranges: Ranges, *, exact: QuantizedModel | None = None
+) -> float:
     """SNR of the float16 forward against the float32 forward of the same integers, or of others."""
     latents, timesteps, labels = example_inputs(batch=4)
-    whole = fake_quantized_dit(fold_smoothing(exact or quantized), ranges=ranges)
-    half = fake_quantized_dit(fold_smoothing(quantized, dtype=torch.float16), ranges=ranges)
+    whole = fake_quantized_model(fold_smoothing(exact or quantized), ranges=ranges)
+    half = fake_quantized_model(fold_smoothing(quantized, dtype=torch.float16), ranges=ranges)
     return snr_db(whole(latents, timesteps, labels),
                   half(latents.half(), timesteps, labels).float())  # fmt: skip
 
@@ -282,16 +285,18 @@ def test_every_folded_float_is_looked_at(name: str, field: str, value: float, me
 
 def test_parameters_that_are_not_folded_are_known_beforehand() -> None:
     model = tiny_dit()
-    require_representable(model, torch.float16)
+    require_representable(model.config, model.state_dict(), torch.float16)
     with torch.no_grad():
         model.blocks[0].mlp.fc1.bias[0] = 1e5  # type: ignore[index, operator, union-attr]
-    require_representable(model, torch.float16)  # it is folded: what ships is not known yet
+    require_representable(
+        model.config, model.state_dict(), torch.float16
+    )  # it is folded: what ships is not known yet
     with torch.no_grad():
         model.final_layer.linear.bias[0] = 1e5
     named = r"final_layer\.linear\.bias holds 1e\+05, and float16 ends at 6.55e\+04"
     with pytest.raises(QuantizationError, match=named):
-        require_representable(model, torch.float16)
-    require_representable(model, torch.bfloat16)
+        require_representable(model.config, model.state_dict(), torch.float16)
+    require_representable(model.config, model.state_dict(), torch.bfloat16)
 
 
 def test_overflow_in_half_precision_is_refused() -> None:

@@ -12,10 +12,14 @@ import torch
 from quantized_fixture import quantized_tiny_dit, tiny_dit
 
 from ditas_export import export_files
-from ditas_export.calibration import fold
+from ditas_export.calibration import fold, fold_proof
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold_proof import BOUND, prove_folds
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import QuantizationError
+from ditas_export.families.base import Block
+from ditas_export.families.dit import FINAL_ADALN
+from ditas_export.families.registry import family_of
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export
 
@@ -40,68 +44,73 @@ def test_a_power_of_two_that_goes_elsewhere_is_proved_too() -> None:
     name = "blocks.0.attn.proj"
     linears[name] = replace(linears[name], smoothing_scale=linears[name].smoothing_scale * 1e3)
     quantized = replace(quantized, linears=linears)
+    first = family_of(quantized.config).blocks(quantized.config)[0]
     assert not torch.equal(
-        fold.fold_block(quantized, 0, torch.float16).linears[name].smoothing_scale,
-        fold.fold_block(quantized, 0, torch.float32).linears[name].smoothing_scale,
+        fold.fold_block(quantized, first, torch.float16).linears[name].smoothing_scale,
+        fold.fold_block(quantized, first, torch.float32).linears[name].smoothing_scale,
     )
     assert prove_folds(quantized, torch.float16).relative_error < 1e-13
 
 
-Mutation = Callable[[Any], Any]
+def folded_wrong(quantized: QuantizedModel, block: Block, dtype: torch.dtype, name: str) -> Any:
+    """A block whose one linear's s is a hundredth too large in one channel where it is folded."""
+    linear = quantized.linears[name]
+    s = linear.smoothing_scale.clone()
+    s[3] *= 1.01
+    wrong = {**quantized.linears, name: replace(linear, smoothing_scale=s)}
+    return fold.fold_block(replace(quantized, linears=wrong), block, dtype)
 
 
-def _wrong_modulation(branch: str) -> tuple[str, Mutation]:
-    def mutate(right: Any) -> Any:
-        def folded(bias: Any, qkv: Any, fc1: Any, width: int) -> Any:
-            wrong = qkv if branch == "msa" else fc1
-            s = wrong.smoothing_scale.clone()
-            s[3] *= 1.01
-            wrong = replace(wrong, smoothing_scale=s)
-            return right(bias, *((wrong, fc1) if branch == "msa" else (qkv, wrong)), width)
+def planted(kind: str) -> Callable[[QuantizedModel, Block, torch.dtype], fold.ExactBlock]:
+    """Folds as it should, but for one linear's s in one place."""
+    right = fold.fold_block
 
-        return folded
+    def fold_wrong(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> fold.ExactBlock:
+        exact = right(quantized, block, dtype)
+        wrong = folded_wrong(quantized, block, dtype, block.name(kind))
+        if kind == "mlp.fc2":
+            return replace(exact, multipliers=wrong.multipliers)
+        if kind == "attn.proj":
+            values = block.name("attn.qkv")
+            return replace(exact, linears={**exact.linears, values: wrong.linears[values]})
+        return replace(exact, modulations=wrong.modulations)
 
-    return "_folded_modulation", mutate
-
-
-def _wrong_values(right: Any) -> Any:
-    def divided(linear: Any, s: torch.Tensor, width: int) -> Any:
-        s = s.clone()
-        s[3] *= 1.01
-        return right(linear, s, width)
-
-    return divided
+    return fold_wrong
 
 
-MUTATIONS: dict[str, tuple[str, Mutation]] = {
-    "attn.qkv": _wrong_modulation("msa"),
-    "mlp.fc1": _wrong_modulation("mlp"),
-    "attn.proj": ("_divide_value_rows", _wrong_values),
-    "final_layer": (
-        "final_scale_rows",
-        lambda right: lambda width: slice(right(width).start + 1, right(width).stop),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize("kind", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("adaln", [16, 8])
 def test_one_channel_that_is_folded_wrong_by_a_hundredth_is_found(
     kind: str, dtype: torch.dtype, adaln: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized = quantize_adaln(quantized_tiny_dit(tiny_dit()), adaln)
-    name, mutate = MUTATIONS[kind]
-    monkeypatch.setattr(fold, name, mutate(getattr(fold, name)))
+    monkeypatch.setattr(fold_proof, "fold_block", planted(kind))
     with pytest.raises(QuantizationError, match=rf"changed what the model computes: \S*{kind}"):
         prove_folds(quantized, dtype)
+
+
+@pytest.mark.parametrize("adaln", [16, 8])
+def test_a_one_that_is_missing_in_the_last_modulation_is_found(
+    adaln: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fold.plain_modulation
+
+    def wrong(quantized: QuantizedModel, name: str) -> fold.ExactModulation:
+        plain = right(quantized, name)
+        plain.bias[-1] -= 1
+        return plain
+
+    monkeypatch.setattr(fold_proof, "plain_modulation", wrong)
+    with pytest.raises(QuantizationError, match=FINAL_ADALN):
+        prove_folds(quantize_adaln(quantized_tiny_dit(tiny_dit()), adaln))
 
 
 def test_a_multiplication_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = fold.fold_block
 
-    def wrong(*args: Any) -> fold.ExactBlock:
-        exact = right(*args)
+    def wrong(*arguments: Any) -> fold.ExactBlock:
+        exact = right(*arguments)
         (name,) = exact.multipliers
         return replace(exact, multipliers={name: exact.multipliers[name] * (1 + 10 * BOUND)})
 
@@ -113,7 +122,7 @@ def test_a_multiplication_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch
 def test_nothing_is_written_where_a_fold_is_wrong(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "_divide_value_rows", _wrong_values(fold._divide_value_rows))
+    monkeypatch.setattr(fold_proof, "fold_block", planted("attn.proj"))
     monkeypatch.setattr(export_files, "export_onnx", lambda *_, **__: pytest.fail("written"))
     asked = ExportOptions(
         output=tmp_path / "out.onnx",

@@ -76,7 +76,7 @@ STAGES = {
 def reached(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Counts what is sampled and solved."""
     counter = Mock()
-    for name in ("collect_states", "quantize_dit"):
+    for name in ("collect_states", "quantize_model"):
         function = getattr(pipeline, name)
         spy = Mock(side_effect=function)
         counter.attach_mock(spy, name)
@@ -99,7 +99,7 @@ def test_no_stage_after_the_walk_loses_it(
         assert "out.onnx.work" in left, stage
         assert ("out.onnx" in left) == (stage == "telling")
         assert "out.json" not in left, stage
-    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_dit"]
+    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
     export(asked)
     assert names(tmp_path) == {"out.onnx", "out.json", "kept"}
     assert len(reached.mock_calls) == 2
@@ -171,7 +171,7 @@ def test_a_refusal_after_the_walk_keeps_it_and_says_how_to_go_on(
     assert f"The solved model is kept in {tmp_path / 'out.onnx.work'}" in message
     assert "the same command, with that mended, goes on from it" in message
     export(options(tmp_path, checkpoint, precision="fp32", **smooth))
-    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_dit"]
+    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
     assert names(tmp_path) == {"model.safetensors", "out.onnx", "out.json"}
 
 
@@ -193,7 +193,7 @@ def test_a_file_that_does_not_match_is_put_aside(
     require_own_manifest(result.file)
     assert result.manifest["file"]["name"] == "out.rejected.onnx"
     export(options(tmp_path, checkpoint))
-    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_dit"]
+    assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
     assert (tmp_path / "out.onnx").read_bytes() == asked.output.read_bytes()
     assert names(tmp_path) == {"out.onnx", "out.json", "out.rejected.onnx", "out.rejected.json"}
 

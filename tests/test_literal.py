@@ -17,10 +17,10 @@ from ditas_export.calibration.literal import (
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.outliers import plant_outliers
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.outliers import plant_outliers
+from ditas_export.families.registry import linear_names
 from ditas_export.quantization.literal import (
     alternate_lora,
     fake_quantize_input_channels,
@@ -213,10 +213,10 @@ def test_algorithm_1_on_the_weight_that_ships(
     quantized = literal_dit(model, states, LITERAL_PRESETS[name], activation_bits=4, rank=3)
     quantize = QUANTIZERS[name == "published"]
     spread = 1.0
-    for site in linear_sites(CONFIG.depth):
-        linear = model.get_submodule(site.name)
+    for name in linear_names(CONFIG):
+        linear = model.get_submodule(name)
         w_hat = alternate_lora(linear.weight, lambda x: quantize(x, bits=4), rank=3).matrix()
-        inputs = float_inputs(model, states, site.name)
+        inputs = float_inputs(model, states, name)
         a = torch.stack([x.abs().amax((0, 1)) for x in inputs]).amax(0)
         b = linear.weight.abs().amax(0)
         losses, scales = [], []
@@ -230,7 +230,7 @@ def test_algorithm_1_on_the_weight_that_ships(
                 loss += float(((got - x @ linear.weight.T) ** 2).sum())
             losses.append(loss)
             scales.append(s)
-        found = literal_linear(quantized, site.name)
+        found = literal_linear(quantized, name)
         # Float32 powers; neighbouring α differ by percents.
         chosen = [torch.allclose(found.smoothing_scale, s, rtol=1e-4) for s in scales]
         assert sum(chosen) == 1
@@ -265,7 +265,7 @@ def test_the_steps_of_the_ablation(planted: tuple[DiT, CalibrationStates], famil
 def test_each_lever_helps_on_outliers(planted: tuple[DiT, CalibrationStates], family: str) -> None:
     """The order of the paper's Table 4, as mean SNR of the linears' outputs on the float inputs."""
     model, states = planted
-    names = [site.name for site in linear_sites(CONFIG.depth)]
+    names = list(linear_names(CONFIG))
     inputs = {name: float_inputs(model, states, name)[1] for name in names}
 
     def mean_snr(preset: str, weight_bits: int = 4) -> float:

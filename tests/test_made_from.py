@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from ditas_export import pipeline
 from ditas_export.artifact_files import load_tensors, save_tensors
-from ditas_export.calibration.quantized_dit import (
+from ditas_export.calibration.quantized_model import (
     ARTIFACT_FORMAT,
     EARLIER_FORMAT,
-    QuantizedDiT,
+    QuantizedModel,
 )
 from ditas_export.calibration.states import (
     STATES_FORMAT,
@@ -149,17 +149,17 @@ def test_a_former_artifact_is_taken_up_and_written_anew(
     former, anew = tmp_path / "former", tmp_path / "anew"
     former_artifact(kept / "model", former)
     with pytest.raises(OtherModelError, match=r"earlier format.*with --model and --save-artifact"):
-        QuantizedDiT.load(former)
+        QuantizedModel.load(former)
     asked = ExportOptions(
         output=tmp_path / "out.onnx", model=str(checkpoint), artifact=former, save_artifact=anew
     )
     export(asked)
     assert asked.output.read_bytes() == (kept / "out.onnx").read_bytes()
-    assert QuantizedDiT.load(anew).identity == identity_of(tiny_dit())
+    assert QuantizedModel.load(anew).identity == identity_of(tiny_dit())
     other = replace(tiny_dit().config, num_heads=2)
     wrong = identity_of(tiny_dit(other))
     with pytest.raises(OtherModelError, match=r"num_heads 4, now 2"):
-        QuantizedDiT.load(former, model=wrong)
+        QuantizedModel.load(former, model=wrong)
 
 
 def former_file(source: Path, target: Path) -> None:
@@ -328,7 +328,7 @@ def test_damaged_artifacts_are_one_line(
     damage(tensors, header)
     save_tensors(tmp_path / "model", tensors, file_format=ARTIFACT_FORMAT, header=header)
     with pytest.raises(ArtifactError, match=message) as caught:
-        QuantizedDiT.load(tmp_path / "model")
+        QuantizedModel.load(tmp_path / "model")
     assert "\n" not in str(caught.value)
 
 
@@ -338,11 +338,11 @@ def test_a_byte_that_changed_is_noticed(kept: Path, tmp_path: Path) -> None:
     content[-1000] ^= 1
     (tmp_path / "model").write_bytes(content)
     with pytest.raises(ArtifactError, match="is damaged: it holds something else than was written"):
-        QuantizedDiT.load(tmp_path / "model")
+        QuantizedModel.load(tmp_path / "model")
 
 
 def test_float_parameters_are_the_model_s_own(kept: Path) -> None:
-    quantized = QuantizedDiT.load(kept / "model")
+    quantized = QuantizedModel.load(kept / "model")
     quantized.require_parameters_of(tiny_dit())
     parameters = dict(quantized.float_parameters)
     parameters["pos_embed"] = parameters["pos_embed"].roll(1, 1)

@@ -16,7 +16,7 @@ from ditas_export.onnx_export.manifest import PARTS, bytes_by_part, write_manife
 
 def test_every_byte_is_in_one_part() -> None:
     path = exported(adaln_bits=8, block_size=48, rank=4)
-    sizes = bytes_by_part(ir.load(path))
+    sizes = bytes_by_part(ir.load(path), TINY)
     width, depth = TINY.hidden_size, TINY.depth
     weights, outputs, inputs = 12 * width**2, 9 * width, 7 * width  # per block
     assert tuple(sizes) == PARTS
@@ -35,7 +35,7 @@ def test_every_byte_is_in_one_part() -> None:
 def test_the_factors_of_a_branch_that_joins_its_linear(layout: Layout) -> None:
     """INT8 output factors: a part of their own beside INT4 codes, and rows of INT8 codes."""
     path = exported(layout=layout, ranges="token", rank=4, target="onnxruntime")
-    sizes = bytes_by_part(ir.load(path))
+    sizes = bytes_by_part(ir.load(path), TINY)
     width, depth = TINY.hidden_size, TINY.depth
     weights, outputs, inputs = 12 * width**2, 9 * width, 7 * width  # per block
     left, right = 4 * outputs, 4 * inputs + 4 * 4 * 4  # right: codes, and four scales of floats

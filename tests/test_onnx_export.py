@@ -27,9 +27,8 @@ from quantized_fixture import (
 
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.dit.model import modulate_by_factor
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import ArtifactError, OnnxExportError
 from ditas_export.onnx_export import export as export_module
 from ditas_export.onnx_export.export import export_onnx, export_reference
@@ -60,7 +59,7 @@ def test_the_file_computes_the_fake_quantized_forward(int4_file: Path, batch: in
     inputs = example_inputs(batch=batch)
     with OnnxRuntimeRunner(int4_file, threads=2) as runner:
         out = runner(*inputs)
-    reference = fake_quantized_dit(FOLDED, ranges="token")(*inputs)
+    reference = fake_quantized_model(FOLDED, ranges="token")(*inputs)
     assert out.shape == (batch, TINY.out_channels, TINY.input_size, TINY.input_size)
     # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
     assert snr_db(reference, out) > 50
@@ -90,7 +89,7 @@ def test_static_ranges_in_half_precision() -> None:
     latents, timesteps, labels = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
         out = runner(latents, timesteps, labels)
-    module = fake_quantized_dit(folded, ranges="static")
+    module = fake_quantized_model(folded, ranges="static")
     reference = module(latents.half(), timesteps, labels)
     assert out.dtype == torch.float32
     # Every float operation of both sides rounds to 2⁻¹¹, and so do the codes' inputs.
@@ -109,7 +108,7 @@ def products_of(linear: str, target: str) -> list[str]:
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> None:
     inputs = example_inputs()
-    reference = fake_quantized_dit(FOLDED, ranges=ranges, target=target)(*inputs)
+    reference = fake_quantized_model(FOLDED, ranges=ranges, target=target)(*inputs)
     outputs = []
     # Joined inner products are INT8 on either side of their kernel.
     inner = "QLinearMatMul" if target == "onnxruntime" else "MatMulIntegerToFloat"
@@ -146,15 +145,13 @@ def test_fc1_is_cut_where_its_width_is_a_multiple_of_the_hidden_size(
     inputs = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
         out = runner(*inputs)
-    fake = fake_quantized_dit(folded, ranges="token", target="onnxruntime")
+    fake = fake_quantized_model(folded, ranges="token", target="onnxruntime")
     assert snr_db(fake(*inputs), out) > 50  # but for ties, as above
 
 
 def test_an_activation_of_several_operators_is_refused() -> None:
     """As a PyTorch might export it that no one has tested."""
-    skeleton = export_skeleton(
-        TINY, FOLDED.float_parameters, dtype=torch.float32, modulate=modulate_by_factor
-    )
+    skeleton = export_skeleton(TINY, FOLDED.float_parameters, dtype=torch.float32, folded=True)
     gelu = next(node for node in skeleton.graph if node.name == "blocks.1.mlp.act/Gelu")
     more = ir.Node("", "Identity", gelu.outputs)
     gelu.outputs[0].replace_all_uses_with(more.outputs[0])
@@ -168,7 +165,7 @@ def test_an_activation_of_several_operators_is_refused() -> None:
 def test_integer_modulation(adaln_bits: int) -> None:
     path = exported(adaln_bits=adaln_bits, rank=4)
     inputs = example_inputs()
-    reference = fake_quantized_dit(tiny_folded(adaln_bits=adaln_bits), ranges="token")
+    reference = fake_quantized_model(tiny_folded(adaln_bits=adaln_bits), ranges="token")
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
         accurate = runner(*inputs)
     with OnnxRuntimeRunner(path, threads=2) as runner:
@@ -197,7 +194,7 @@ def test_a_small_artefact_exports_to_the_bytes_of_a_full_one(
     quantized.save(full)
     quantize_adaln(quantized, adaln_bits).save(small)
     for artefact in (full, small):
-        loaded = quantize_adaln(QuantizedDiT.load(artefact), adaln_bits)
+        loaded = quantize_adaln(QuantizedModel.load(artefact), adaln_bits)
         export_onnx(fold_smoothing(loaded, dtype=dtype), artefact.with_suffix(".onnx"))
     assert full.with_suffix(".onnx").read_bytes() == small.with_suffix(".onnx").read_bytes()
     assert read_form(small.with_suffix(".onnx")).adaln_bits == adaln_bits
@@ -207,7 +204,7 @@ def test_weight_only_linears() -> None:
     settings = {"activation_bits": 16, "block_size": 32}
     folded, path = tiny_folded(**settings), exported(**settings)
     inputs = example_inputs()
-    reference = fake_quantized_dit(folded, ranges="token")(*inputs)
+    reference = fake_quantized_model(folded, ranges="token")(*inputs)
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
         assert snr_db(reference, runner(*inputs)) > 70
     with OnnxRuntimeRunner(path, threads=2) as runner:
@@ -281,7 +278,7 @@ def test_names_follow_the_modules(int4_file: Path) -> None:
 
 def test_no_float_weight_of_a_quantized_linear_is_stored(int4_file: Path) -> None:
     model = ir.load(int4_file)
-    sizes = bytes_by_part(model)
+    sizes = bytes_by_part(model, TINY)
     codes = sum(linear.weight.codes.numel() for linear in FOLDED.linears.values())
     assert sizes["codes"] == codes // 2
     floats = sum(tensor.numel() for tensor in FOLDED.float_parameters.values())
@@ -403,9 +400,7 @@ def test_attention_that_would_be_left_out_is_refused(
         lambda q, k, v: attend(q, k, v, **arguments),
     )
     with pytest.raises(Exception, match="convert") as caught:
-        export_skeleton(
-            TINY, FOLDED.float_parameters, dtype=torch.float32, modulate=modulate_by_factor
-        )
+        export_skeleton(TINY, FOLDED.float_parameters, dtype=torch.float32, folded=True)
     causes, error = [], caught.value
     while error is not None:
         causes.append(str(error))

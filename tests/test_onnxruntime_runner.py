@@ -18,10 +18,10 @@ from quantized_fixture import (
     tiny_folded,
 )
 
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.diffusion.runner import Runner
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import OnnxExportError, RunnerError
+from ditas_export.families.registry import linear_names
 from ditas_export.runtime.inputs import feed_of
 from ditas_export.runtime.onnxruntime_runner import (
     BARE_SESSION,
@@ -30,7 +30,7 @@ from ditas_export.runtime.onnxruntime_runner import (
 )
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 
-LINEARS = [site.name for site in linear_sites(TINY.depth)]
+LINEARS = list(linear_names(TINY))
 FORMS = [
     (layout, ranges, rank)
     for layout in ("int4", "int8")
@@ -178,8 +178,8 @@ def test_weight_only_linears_read_floats_in_every_runner(settings: dict[str, Any
     of_model = {name: value for name, value in settings.items() if name != "layout"}
     inputs = example_inputs(batch=3)
     folded = tiny_folded(**of_model)
-    own = fake_quantized_dit(folded, ranges="token")(*inputs)
-    expected = fake_quantized_dit(folded, ranges="token", target="onnxruntime")(*inputs)
+    own = fake_quantized_model(folded, ranges="token")(*inputs)
+    expected = fake_quantized_model(folded, ranges="token", target="onnxruntime")(*inputs)
     with OnnxRuntimeRunner(path, threads=1) as runner:
         found = runner(*inputs)
     with OnnxRuntimeRunner(path, threads=1, as_is=True) as runner:

@@ -12,8 +12,8 @@ from quantized_fixture import example_inputs, exported, quantized_tiny_dit, snr_
 from ditas_export.artifact_files import load_tensors, save_tensors, sha256_of_file
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT, QuantizedModel
 from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, RunnerError
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.open_runner import open_runner
@@ -35,7 +35,7 @@ def test_a_checkpoint_runs_in_pytorch(checkpoint: Path) -> None:
     assert torch.equal(opened.runner(*inputs), TorchRunner(tiny_dit())(*inputs))
 
 
-def save_quantized(path: Path, *, adaln_bits: int = 16, **settings: Any) -> QuantizedDiT:
+def save_quantized(path: Path, *, adaln_bits: int = 16, **settings: Any) -> QuantizedModel:
     quantized = quantize_adaln(quantized_tiny_dit(tiny_dit(), **settings), adaln_bits)
     quantized.settings["ranges"] = "static"
     quantized.save(path)
@@ -62,7 +62,7 @@ def test_a_quantized_model_of_integer_modulation_runs(
     opened = open_runner(str(path))
     inputs = example_inputs()
     got = opened.runner(*inputs)
-    reference = TorchRunner(fake_quantized_dit(fold_smoothing(quantized), ranges="static"))
+    reference = TorchRunner(fake_quantized_model(fold_smoothing(quantized), ranges="static"))
     # But for rounding ties where INT8 products replace the fake-quantized ones.
     assert snr_db(reference(*inputs), got) > 50
     assert ("INT8" in opened.runner.description) == (activation_bits == 8)
@@ -72,7 +72,7 @@ def test_a_quantized_model_of_float_activations_runs_fake_quantized(tmp_path: Pa
     quantized = save_quantized(tmp_path / "kept.safetensors", activation_bits=16)
     opened = open_runner(str(tmp_path / "kept.safetensors"))
     inputs = example_inputs()
-    expected = TorchRunner(fake_quantized_dit(fold_smoothing(quantized), ranges="static"))
+    expected = TorchRunner(fake_quantized_model(fold_smoothing(quantized), ranges="static"))
     assert torch.equal(opened.runner(*inputs), expected(*inputs))
     assert "INT8" not in opened.runner.description
 

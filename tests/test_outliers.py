@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ditas_export.dit.model import DiT
-from ditas_export.dit.outliers import plant_outliers
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import CalibrationError
+from ditas_export.families.outliers import plant_outliers
+from ditas_export.families.registry import linear_names
 
 
 def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,10 +41,10 @@ def test_inputs_of_linears_grow_by_the_gains_in_the_chosen_channels(tiny_dit: Di
     model = tiny_dit.double()
     before = _channel_maxima(model)
     after = _channel_maxima(plant_outliers(model, channels=3, gain=(30.0, 30.0)))
-    for site in linear_sites(model.config.depth):
-        growth = after[site.name] / before[site.name]
+    for name in linear_names(model.config):
+        growth = after[name] / before[name]
         grown = growth > 2
-        assert int(grown.sum()) == (0 if site.kind == "mlp.fc2" else 3), site.name
+        assert int(grown.sum()) == (0 if name.endswith("mlp.fc2") else 3), name
         # The same function, so every other value agrees to float64 rounding.
         expected = torch.where(grown, 30.0, 1.0).double()
         torch.testing.assert_close(growth, expected, rtol=1e-9, atol=0)
@@ -57,11 +57,11 @@ def _channel_maxima(model: DiT) -> dict[str, Tensor]:
         maxima[name] = x.abs().flatten(0, -2).amax(0)
 
     hooks = []
-    for site in linear_sites(model.config.depth):
-        linear = model.get_submodule(site.name)
+    for name in linear_names(model.config):
+        linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         hooks.append(
-            linear.register_forward_pre_hook(lambda _, args, name=site.name: keep(name, args[0]))
+            linear.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
         )
     model(*_inputs(torch.float64))
     for hook in hooks:

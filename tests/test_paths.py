@@ -22,10 +22,10 @@ from quantized_fixture import (
 )
 from tensorrt_fixture import made_plan, stand_ins
 
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.calibration_settings import CalibrationSettings
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationStates, collect_states
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.identity import identity_of
@@ -129,7 +129,7 @@ def test_exported_files(tmp_path: Path) -> None:
     expand(at("out.onnx"), at("int8.onnx"))
     relower(at("out.onnx"), at("ort.onnx"), "onnxruntime")
     settings = VerificationSettings(seeds=(0,), classes=(1,), steps=2)
-    fake = fake_quantized_dit(tiny_folded(), ranges="token")
+    fake = fake_quantized_model(tiny_folded(), ranges="token")
     assert verify_file(tiny_dit(), fake, at("out.onnx"), settings).matches
     random_vae().save_pretrained(at("vae"))
     export_vae_decoder(at("vae"), at("vae_decoder.onnx"))
@@ -150,9 +150,9 @@ def test_states_and_artefacts(tmp_path: Path, checkpoint: Path) -> None:
     states.save(path)
     assert CalibrationStates.load(path, identity=identity).settings == settings
     method = QuantizationSettings(method="linear", rank=0)
-    assert quantize_dit(model, states, method, progress=progress).linears
+    assert quantize_model(model, states, method, progress=progress).linears
     quantized_tiny_dit(model).save(path)
-    assert QuantizedDiT.load(path).identity == identity
+    assert QuantizedModel.load(path).identity == identity
 
 
 def test_pictures(tmp_path: Path) -> None:

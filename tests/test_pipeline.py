@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ditas_export import pipeline
 from ditas_export.artifact_files import sha256_of_file
-from ditas_export.calibration.quantized_dit import PROOF, QuantizedDiT
+from ditas_export.calibration.quantized_model import PROOF, QuantizedModel
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.diffusion import sampling
 from ditas_export.diffusion.runner import Runner
@@ -311,7 +311,7 @@ def test_a_kept_proof_that_does_not_fit_is_made_anew(
 ) -> None:
     asked, first, _ = exported
     assert asked.save_artifact is not None
-    quantized = QuantizedDiT.load(asked.save_artifact)
+    quantized = QuantizedModel.load(asked.save_artifact)
     proofs = dict(quantized.proofs)
     part, _, key = name.partition("/")
     (path,) = [path for path in proofs if path.endswith(f"/{part}")]

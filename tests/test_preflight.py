@@ -13,7 +13,7 @@ from quantized_fixture import TINY, quantized_tiny_dit, save_checkpoint, tiny_di
 
 from ditas_export import pipeline
 from ditas_export.calibration.calibrate import QuantizationSettings
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks
 from ditas_export.dit.identity import identity_of
@@ -126,7 +126,7 @@ def test_options_that_contradict_states_name_both_values(
 
 
 @pytest.fixture(scope="module")
-def artifact(states: CalibrationStates) -> QuantizedDiT:
+def artifact(states: CalibrationStates) -> QuantizedModel:
     settings = QuantizationSettings(method="ditas", rank=4, walk_tokens=100)
     made_with = settings.to_dict() | {"calibration": states.settings.to_dict()}
     return replace(quantized_tiny_dit(tiny_dit(), rank=4), settings=made_with)
@@ -151,7 +151,7 @@ def artifact(states: CalibrationStates) -> QuantizedDiT:
     ],
 )
 def test_options_that_contradict_an_artifact_name_both_values(
-    artifact: QuantizedDiT, name: str, value: Any, message: str
+    artifact: QuantizedModel, name: str, value: Any, message: str
 ) -> None:
     path, output = Path("kept"), Path("out.onnx")
     check_artifact(path, ExportOptions(output=output), artifact)
@@ -165,7 +165,7 @@ def test_options_that_contradict_an_artifact_name_both_values(
 def test_a_contradiction_is_refused_by_the_command(
     sampler: Mock,
     states: CalibrationStates,
-    artifact: QuantizedDiT,
+    artifact: QuantizedModel,
     checkpoint: Path,
     tmp_path: Path,
     kept: str,
@@ -179,7 +179,7 @@ def test_a_contradiction_is_refused_by_the_command(
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_an_artifact_that_does_not_say_how_it_was_calibrated(artifact: QuantizedDiT) -> None:
+def test_an_artifact_that_does_not_say_how_it_was_calibrated(artifact: QuantizedModel) -> None:
     silent = replace(artifact, settings={"ranges": "token"})
     with pytest.raises(DitasExportError, match="does not say how it was calibrated"):
         check_artifact(Path("kept"), ExportOptions(output=Path("out.onnx")), silent)

@@ -17,7 +17,6 @@ from quantized_fixture import TINY, exported, exported_reference, quantized_tiny
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.sites import linear_sites
 from ditas_export.engine import child
 from ditas_export.engine.build import build_engine
 from ditas_export.engine.layers import (
@@ -31,12 +30,13 @@ from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import EngineError
+from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.onnx_export.file_facts import read_config, read_form
 
 pytest.importorskip("tensorrt_rtx", reason="extra [rtx]")
 
-LINEARS = [site.name for site in linear_sites(TINY.depth)]
+LINEARS = list(linear_names(TINY))
 FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = [
     *itertools.product(("portable",), FLOAT_TYPES, ("token", "static"), ("int4", "int8"), (0, 5)),
@@ -104,7 +104,7 @@ def test_every_form_of_the_bundled_model_is_all_integer_products(
     folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[precision])
     path = tmp_path / "digits.onnx"
     export_onnx(folded, path, layout=layout, ranges=ranges, target=target)
-    names = [site.name for site in linear_sites(model.config.depth)]
+    names = list(linear_names(model.config))
     require_integer_products(path, names, layout=layout)
 
 

@@ -21,7 +21,7 @@ from quantized_fixture import (
 from tensorrt_fixture import made_plan, stand_ins
 from torch import Tensor
 
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.dit.model import DiT
 from ditas_export.errors import NonFiniteError, RunnerError
 from ditas_export.runtime.checked_runner import CheckedRunner
@@ -33,7 +33,7 @@ from ditas_export.runtime.torch_runner import TorchRunner
 
 
 def fake_quantized() -> TorchRunner:
-    return TorchRunner(fake_quantized_dit(tiny_folded(), ranges="token"))
+    return TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))
 
 
 MAKERS: dict[str, Callable[[], CheckedRunner]] = {

@@ -21,7 +21,7 @@ from quantized_fixture import (
 from torch import Tensor
 
 from ditas_export.calibration.fold import FoldedLinear, fold_smoothing
-from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_dit
+from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_model
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges
@@ -29,7 +29,7 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_int8 import (
     Int8Runner,
     IntegerLinear,
-    int8_dit,
+    int8_model,
     integer_product,
     integer_rows,
 )
@@ -236,7 +236,7 @@ def test_compiled_it_gives_the_same_numbers(ranges: Ranges, dtype: torch.dtype) 
 def test_a_model_is_the_fake_quantized_one(ranges: Ranges, weight_bits: int, rank: int) -> None:
     folded = tiny_folded(weight_bits=weight_bits, rank=rank)
     inputs = example_inputs()
-    expected = TorchRunner(fake_quantized_dit(folded, ranges=ranges))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges=ranges))(*inputs)
     assert snr_db(expected, Int8Runner(folded, ranges=ranges)(*inputs)) > TIES_DB
 
 
@@ -245,8 +245,8 @@ def test_a_model_in_float64_is_exactly_the_fake_quantized_one() -> None:
     folded = tiny_folded(dtype=torch.float64)
     latents, timesteps, labels = example_inputs()
     inputs = latents.double(), timesteps, labels
-    expected = fake_quantized_dit(folded, ranges="token")(*inputs)
-    assert relative_error(int8_dit(folded, ranges="token")(*inputs), expected) < 1e-12
+    expected = fake_quantized_model(folded, ranges="token")(*inputs)
+    assert relative_error(int8_model(folded, ranges="token")(*inputs), expected) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -255,8 +255,8 @@ def test_a_model_with_a_half_precision_side(dtype: torch.dtype) -> None:
     inputs = example_inputs()
     with Int8Runner(folded, ranges="token") as runner:
         out = runner(*inputs)
-    exact = TorchRunner(fake_quantized_dit(tiny_folded(), ranges="token"))(*inputs)
-    fake = TorchRunner(fake_quantized_dit(folded, ranges="token"))(*inputs)
+    exact = TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))(*inputs)
+    fake = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
     assert out.dtype == torch.float32
     # As near to the float32 side as the fake-quantized forward in the same type, within 1 dB.
     assert snr_db(exact, out) > snr_db(exact, fake) - 1
@@ -274,7 +274,7 @@ def test_the_bundled_model_is_the_fake_quantized_one() -> None:
     model = load_dit("digits").model
     folded = fold_smoothing(quantized_tiny_dit(model, block_size=48, rank=4))
     inputs = example_inputs(model.config)
-    expected = TorchRunner(fake_quantized_dit(folded, ranges="token"))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
     # Five blocks carry ties on: 61 to 68 dB over six seeds.
     assert snr_db(expected, Int8Runner(folded, ranges="token")(*inputs)) > 50
 
@@ -282,12 +282,12 @@ def test_the_bundled_model_is_the_fake_quantized_one() -> None:
 def test_integer_modulation_is_dequantized_once() -> None:
     folded = tiny_folded(adaln_bits=8)
     inputs = example_inputs()
-    expected = TorchRunner(fake_quantized_dit(folded, ranges="token"))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
     assert snr_db(expected, Int8Runner(folded, ranges="token")(*inputs)) > TIES_DB
 
 
 def test_every_block_linear_is_an_integer_one() -> None:
-    model = int8_dit(tiny_folded(), ranges="token")
+    model = int8_model(tiny_folded(), ranges="token")
     assert sum(isinstance(module, IntegerLinear) for module in model.modules()) == 4 * TINY.depth
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -300,7 +300,7 @@ def test_the_description_says_int8() -> None:
 
 def test_float_activations_are_refused() -> None:
     with pytest.raises(RunnerError, match="take 8-bit activations, and this model has 16; run it"):
-        int8_dit(tiny_folded(activation_bits=16), ranges="token")
+        int8_model(tiny_folded(activation_bits=16), ranges="token")
 
 
 def test_an_output_is_not_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_gpu_gives_the_same_linear(ranges: Ranges, dtype: torch.dtype, tokens:
 )
 def test_compiled_on_a_gpu_it_is_the_same_model(dtype: torch.dtype, least_db: float) -> None:
     runner = Int8Runner(tiny_folded(dtype=dtype), ranges="token", device="cuda")
-    exact = TorchRunner(fake_quantized_dit(tiny_folded(), ranges="token"))
+    exact = TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))
     outputs, expected = [], []
     for seed in range(3):  # a CUDA graph replays from the second or third pass on
         inputs = [tensor.cuda() for tensor in example_inputs(seed=seed)]

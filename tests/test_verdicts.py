@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
+from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.cli import export as export_command
 from ditas_export.cli.summary import print_summary
 from ditas_export.errors import NonFiniteError
@@ -156,7 +156,7 @@ def test_an_overflow_of_a_half_precision_file_is_named(tmp_path: Path) -> None:
     folded = fold_smoothing(quantized_tiny_dit(model, rank=0), dtype=torch.float16)
     export_onnx(folded, tmp_path / "out.onnx")
     found = verify_file(
-        model, fake_quantized_dit(folded, ranges="token"), tmp_path / "out.onnx", SETTINGS
+        model, fake_quantized_model(folded, ranges="token"), tmp_path / "out.onnx", SETTINGS
     )
     assert found.matches is False
     assert found.file is not None
@@ -173,7 +173,7 @@ def test_an_overflow_is_named_of_a_file_that_nothing_runs(
     hide_openvino()
     folded = tiny_folded(dtype=torch.bfloat16)
     folded.float_parameters["final_layer.linear.bias"].fill_(torch.inf)
-    fake = fake_quantized_dit(folded, ranges="token")
+    fake = fake_quantized_model(folded, ranges="token")
     found = verify_file(tiny_dit(), fake, tmp_path / "unread.onnx", SETTINGS)
     assert found.file is None
     assert found.to_dict()["final_latents_snr_db"] is None
@@ -187,7 +187,7 @@ def test_a_float_model_that_is_not_finite_is_no_finding(tmp_path: Path) -> None:
     model = tiny_dit()
     with torch.no_grad():
         model.final_layer.linear.bias[0] = torch.nan
-    fake = fake_quantized_dit(tiny_folded(), ranges="token")
+    fake = fake_quantized_model(tiny_folded(), ranges="token")
     with pytest.raises(NonFiniteError, match="time step 999"):
         verify_file(model, fake, exported(), SETTINGS)
 
@@ -197,7 +197,7 @@ def test_a_file_with_weight_only_linears_has_a_figure_for_a_bare_session(bits: i
     folded = tiny_folded(adaln_bits=bits)
     found = verify_file(
         tiny_dit(),
-        fake_quantized_dit(folded, ranges="token"),
+        fake_quantized_model(folded, ranges="token"),
         exported(adaln_bits=bits),
         SETTINGS,
         weight_only=bits != 16,

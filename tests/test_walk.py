@@ -10,11 +10,12 @@ from quantized_fixture import snr_db, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration import walk as walk_module
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.methods import METHODS, Method
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import linear_to_parts
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import QuantizedLinear, linear_to_parts
+from ditas_export.calibration.row_shares import row_batches
 from ditas_export.calibration.solve import LinearInputs, LinearSettings
 from ditas_export.calibration.states import (
     CalibrationSettings,
@@ -23,13 +24,14 @@ from ditas_export.calibration.states import (
     recorded_maxima,
     walk_states,
 )
-from ditas_export.calibration.walk import WalkStates, row_batches, walk
+from ditas_export.calibration.walk import SettingsOf, walk
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.outliers import plant_outliers
-from ditas_export.dit.sites import LINEAR_KINDS, LinearSite, in_features, linear_sites
 from ditas_export.errors import CalibrationError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.outliers import plant_outliers
+from ditas_export.families.registry import linear_names, linear_shapes
 from ditas_export.quantization.ranges import Ranges
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -57,13 +59,26 @@ def site_settings(method: Method) -> LinearSettings:
     )
 
 
+LINEAR_KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def walk_tiny(
+    model: DiT,
+    inputs: ModelInputs,
+    states: CalibrationStates,
+    settings_of: SettingsOf,
+    known: dict[str, QuantizedLinear] | None = None,
+) -> list[tuple[str, QuantizedLinear]]:
+    """Every linear of a model, walked."""
+    maxima = states.input_maxima
+    return list(walk(model, model.config, inputs, maxima, settings_of, known=known or {}))
+
+
 def test_the_walk_visits_every_linear_once_in_order(model: DiT, states: CalibrationStates) -> None:
     inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["tas"])
-    found = [
-        site for site, _ in walk(model, inputs, states.input_maxima, lambda _: settings, known={})
-    ]
-    assert found == list(linear_sites(model.config.depth))
+    walked = walk_tiny(model, inputs, states, lambda _: settings)
+    assert [name for name, _ in walked] == list(linear_names(model.config))
 
 
 Streams = dict[str, list[tuple[Tensor, Tensor]]]
@@ -91,7 +106,7 @@ def test_without_target_correction_both_streams_are_the_float_model(
 ) -> None:
     settings = site_settings(METHODS[name])
     inputs = walk_states(states, count=4)
-    list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+    walk_tiny(model, inputs, states, lambda _: settings)
     for kind, pairs in streams.items():
         assert len(pairs) == 2, kind
         assert all(torch.equal(x_float, x_quantized) for x_float, x_quantized in pairs), kind
@@ -102,7 +117,7 @@ def test_with_target_correction_every_linear_sees_what_the_earlier_ones_lost(
 ) -> None:
     settings = site_settings(METHODS["ditas-plus"])
     inputs = walk_states(states, count=4)
-    list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+    walk_tiny(model, inputs, states, lambda _: settings)
     found = [snr_db(*streams[kind][block]) for block in range(2) for kind in LINEAR_KINDS]
     assert found[0] == float("inf")  # nothing is quantized before it
     assert all(10 < decibels < 90 for decibels in found[1:]), found
@@ -117,16 +132,15 @@ def test_without_rounding_both_streams_are_the_model(
     The method corrects its target, so the quantized stream is the walk's own.
     """
     exact = tiny_dit()
-    for site in linear_sites(exact.config.depth):
-        linear = exact.get_submodule(site.name)
+    for name in linear_names(exact.config):
+        linear = exact.get_submodule(name)
         scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127  # type: ignore[operator, union-attr]
         linear.weight.copy_((linear.weight / scale).round() * scale)  # type: ignore[operator, union-attr]
     method = replace(METHODS["linear"], name="linear, corrected", target_correction=True)
     settings = replace(site_settings(method), weight_bits=8, activation_bits=16)
     inputs = walk_states(states, count=12)
-    maxima = states.input_maxima
-    for site, linear in walk(exact, inputs, maxima, lambda _: settings, known={}):
-        assert linear.output_snr_db > 60, site
+    for name, walked in walk_tiny(exact, inputs, states, lambda _: settings):
+        assert walked.output_snr_db > 60, name
     for kind, pairs in streams.items():
         assert all(snr_db(*pair) > 60 for pair in pairs), kind
 
@@ -151,20 +165,19 @@ def test_the_quantized_stream_is_the_exported_model(
     """What the last linear puts out in the walk, it puts out in the fake-quantized model."""
     last = "blocks.1.mlp.fc2"
     walked: list[Tensor] = []
-    output = walk_module._WalkedLinear.output
+    measure = walk_module._WalkedLinear.measure
 
-    def keep(linear: walk_module._WalkedLinear, x: Tensor) -> Tensor:
-        y = output(linear, x)
-        if linear.site.name == last:
-            walked.append(y)
-        return y
+    def keep(linear: walk_module._WalkedLinear, y_float: Tensor, y_quantized: Tensor) -> None:
+        measure(linear, y_float, y_quantized)
+        if linear.name == last:
+            walked.append(y_quantized)
 
-    monkeypatch.setattr(walk_module._WalkedLinear, "output", keep)
+    monkeypatch.setattr(walk_module._WalkedLinear, "measure", keep)
     settings = QuantizationSettings(
         rank=8, activation_bits=activation_bits, ranges=ranges, alpha_grid=(0.4, 0.5)
     )
-    folded = fold_smoothing(quantize_dit(model, states, settings))
-    fake = fake_quantized_dit(folded, ranges=ranges, target="onnxruntime")
+    folded = fold_smoothing(quantize_model(model, states, settings))
+    fake = fake_quantized_model(folded, ranges=ranges, target="onnxruntime")
     found: list[Tensor] = []
     fake.get_submodule(last).register_forward_hook(lambda _, inputs, y: found.append(y))
     inputs = walk_states(states, count=24)
@@ -182,10 +195,10 @@ def test_the_exported_model_shows_what_a_method_gains(
     inputs = walk_states(states, count=24)
     outputs = {}
     for name in ("linear", "ditas-plus"):
-        quantized = quantize_dit(
+        quantized = quantize_model(
             model, states, QuantizationSettings(method=name, rank=2, alpha_grid=(0.4, 0.5))
         )
-        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token", target="onnxruntime")
+        fake = fake_quantized_model(fold_smoothing(quantized), ranges="token", target="onnxruntime")
         outputs[name] = fake(inputs.latents, inputs.timesteps, inputs.class_labels)
     wanted = model(inputs.latents, inputs.timesteps, inputs.class_labels)
     assert snr_db(wanted, outputs["ditas-plus"]) > snr_db(wanted, outputs["linear"]) + 3
@@ -195,18 +208,9 @@ def test_known_linears_are_passed_through(model: DiT, states: CalibrationStates)
     inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["ditas-plus"])
 
-    def refuse(_: LinearSite) -> LinearSettings:
-        return settings
-
-    first = {
-        site.name: linear
-        for site, linear in walk(model, inputs, states.input_maxima, refuse, known={})
-    }
+    first = dict(walk_tiny(model, inputs, states, lambda _: settings))
     known = {name: linear for name, linear in first.items() if name.startswith("blocks.0")}
-    second = {
-        site.name: linear
-        for site, linear in walk(model, inputs, states.input_maxima, refuse, known=known)
-    }
+    second = dict(walk_tiny(model, inputs, states, lambda _: settings, known=known))
     for name, linear in first.items():
         parts, others = linear_to_parts(linear)[0], linear_to_parts(second[name])[0]
         assert list(parts) == list(others), name
@@ -222,7 +226,7 @@ def test_not_finite_outputs_are_named(model: DiT, states: CalibrationStates) -> 
     inputs = walk_states(states, count=12)
     settings = site_settings(METHODS["linear"])
     with pytest.raises(CalibrationError, match=r"blocks\.1\.attn\.proj puts out NaN or infinity"):
-        list(walk(broken, inputs, states.input_maxima, lambda _: settings, known={}))
+        walk_tiny(broken, inputs, states, lambda _: settings)
 
 
 def test_states_are_the_samplers_and_maxima_cover_them(
@@ -230,8 +234,8 @@ def test_states_are_the_samplers_and_maxima_cover_them(
 ) -> None:
     assert states.latents.shape == (6, 4, 3, 8, 8)
     assert states.timesteps.tolist() == sorted(states.timesteps.tolist(), reverse=True)
-    for site in linear_sites(2):
-        assert states.input_maxima[site.name].shape == (6, in_features(model.config, site))
+    for name, (_, columns) in linear_shapes(model.config).items():
+        assert states.input_maxima[name].shape == (6, columns)
     # Batches are the sampler's affair: the noise of an image is that of its index in the whole set.
     first = next(trajectory(TorchRunner(model), classes=(3, 7, 1, 4), steps=6))
     assert torch.equal(states.latents[0], first.latents)
@@ -269,7 +273,7 @@ def test_the_walks_share_of_the_papers_setting_is_even(half: int) -> None:
         latents=torch.arange(600.0).reshape(steps, samples, 1, 1, 1),
         timesteps=torch.arange(steps).flip(0),
         input_maxima={
-            site.name: torch.ones(steps, in_features(config, site)) for site in linear_sites(1)
+            name: torch.ones(steps, columns) for name, (_, columns) in linear_shapes(config).items()
         },
         settings=CalibrationSettings(classes=tuple(range(samples))),
         identity=ModelIdentity(tensors_sha256="0" * 64, config=config),
@@ -309,7 +313,7 @@ def test_every_stride_sees_every_position(
     inputs = walk_states(states, count=24)
     settings = site_settings(METHODS["ditas-plus"])
     with pytest.raises(CalibrationError, match="seen"):
-        list(walk(model, inputs, states.input_maxima, lambda _: settings, known={}))
+        walk_tiny(model, inputs, states, lambda _: settings)
     assert len(seen) == 3
     for number, (whole, sampled) in enumerate(seen):
         expected = whole.unflatten(0, (16, 16))[:, number % 3 :: 3].flatten(0, 1)
@@ -326,12 +330,11 @@ def test_walk_states_of_one_row_batch_equal_many(
     model: DiT, states: CalibrationStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = site_settings(METHODS["tas"])
-    inputs: WalkStates = walk_states(states, count=12)
+    inputs = walk_states(states, count=12)
     results = []
     for rows in (5, 100):
-        monkeypatch.setattr("ditas_export.calibration.walk.ROWS_PER_BATCH", rows)
-        walked = walk(model, inputs, states.input_maxima, lambda _: settings, known={})
-        results.append({site.name: linear for site, linear in walked})
+        monkeypatch.setattr("ditas_export.calibration.row_shares.ROWS_PER_BATCH", rows)
+        results.append(dict(walk_tiny(model, inputs, states, lambda _: settings)))
     for name, linear in results[0].items():
         assert torch.equal(linear.weight.codes, results[1][name].weight.codes)
         assert abs(linear.output_snr_db - results[1][name].output_snr_db) < 0.01
@@ -350,8 +353,8 @@ def test_planted_outliers_change_next_to_nothing(model: DiT, states: Calibration
 
     def loss(method: str, subject: DiT, seen: CalibrationStates) -> float:
         settings = QuantizationSettings(method=method, rank=2, alpha_grid=(0.3, 0.4, 0.5))
-        quantized = quantize_dit(subject, seen, settings)
-        fake = fake_quantized_dit(fold_smoothing(quantized), ranges="token")
+        quantized = quantize_model(subject, seen, settings)
+        fake = fake_quantized_model(fold_smoothing(quantized), ranges="token")
         return snr_db(wanted, fake(*arguments))
 
     assert loss("linear", model, states) > loss("linear", twin, twin_states) + 3

@@ -14,8 +14,8 @@ from ditas_export.calibration.adaln import (
     quantize_adaln,
 )
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.dit.sites import adaln_name, adaln_names
 from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.families.registry import family_of
 from ditas_export.quantization.integer import round_to_blocks
 from ditas_export.quantization.weight_only import (
     WeightOnlyWeight,
@@ -118,7 +118,7 @@ def test_adaln_weights_become_integers(bits: int) -> None:
     quantized = quantized_tiny_dit(tiny_dit())
     result = quantize_adaln(quantized, bits)
     assert (quantized.adaln_bits, result.adaln_bits) == (16, bits)
-    paths = adaln_names(quantized.config.depth)
+    paths = tuple(family_of(quantized.config).modulations(quantized.config))
     assert list(result.adaln) == list(paths)
     weights = {f"{path}.weight" for path in paths}
     assert result.float_parameters.keys() == quantized.float_parameters.keys() - weights
@@ -211,6 +211,6 @@ def test_adaln_refusals() -> None:
     for bits in (16, 8):
         with pytest.raises(ArtifactError, match=f"modulation weights in 4 bits, and {bits} were"):
             quantize_adaln(four, bits)
-    incomplete = {adaln_name(0): four.adaln[adaln_name(0)]}
+    incomplete = dict([next(iter(four.adaln.items()))])
     with pytest.raises(ArtifactError, match="of all linears or none"):
         replace(four, adaln=incomplete)

@@ -17,8 +17,8 @@ from quantized_fixture import tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration import walk
-from ditas_export.calibration.calibrate import QuantizationSettings, quantize_dit
-from ditas_export.calibration.quantized_dit import QuantizedDiT
+from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.solve import JointMoments, LinearInputs, sample_tokens
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks, launched_ranks
@@ -70,9 +70,9 @@ def reduced(ranks: Ranks) -> tuple[JointMoments, Tensor, Tensor]:
     return JointMoments.accumulate(weight(), mine, ranks), squares, sample_tokens(inputs)[0]
 
 
-def quantized(ranks: Ranks, states: CalibrationStates, **settings: Any) -> QuantizedDiT:
+def quantized(ranks: Ranks, states: CalibrationStates, **settings: Any) -> QuantizedModel:
     """The tiny model."""
-    return quantize_dit(tiny_dit(), states, QUANTIZATION, ranks=ranks, **settings)
+    return quantize_model(tiny_dit(), states, QUANTIZATION, ranks=ranks, **settings)
 
 
 def resumed(ranks: Ranks, states: CalibrationStates, progress: Path) -> tuple[bool, int]:
@@ -116,7 +116,7 @@ def ill_walk(ranks: Ranks, states: CalibrationStates) -> None:
     if ranks.rank == 1:
         model.blocks[1].attn.proj.bias[3] = float("inf")  # type: ignore[union-attr, index, operator]
     settings = QuantizationSettings(method="linear")
-    quantize_dit(model, states, settings, ranks=ranks)
+    quantize_model(model, states, settings, ranks=ranks)
 
 
 def run_out_of_memory() -> None:

@@ -15,14 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from ditas_export.calibration.quantized_dit import QuantizedDiT
-from ditas_export.dit.model import LabelEmbedder, TimestepEmbedder
-from ditas_export.dit.sites import adaln_names
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.families.registry import family_of
 from ditas_export.quantization.rounding import (
     InputMoments,
     compensated_blocks,
@@ -42,9 +39,6 @@ RIDGE = 1e-4
 what the linears see, not of a sample. Rounded alone, the bundled model's modulation left 55 dB of
 the final latents with 0.01, 58 with 0.001, 61 with this (three evaluation seeds)."""
 
-LABELS_PER_STEP = 8
-"""Labels seen at each time step of the schedule: seven classes in turn, and the null class."""
-
 
 def adaln_block_size(width: int, bits: int) -> int:
     """Return how many input channels share a scale: all for 8 bits, the widest block for 4.
@@ -60,7 +54,7 @@ def adaln_block_size(width: int, bits: int) -> int:
         raise QuantizationError(f"adaLN weights in 4 bits: {error}") from error
 
 
-def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
+def quantize_adaln(quantized: QuantizedModel, bits: int) -> QuantizedModel:
     """Round the modulation weights of an unfolded model to integers; biases stay float.
 
     Args:
@@ -85,10 +79,11 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
         )
     adaln_block_size(quantized.config.hidden_size, bits)
     parameters = dict(quantized.float_parameters)
+    family = family_of(quantized.config)
     weights = {
-        path: parameters.pop(f"{path}.weight") for path in adaln_names(quantized.config.depth)
+        path: parameters.pop(f"{path}.weight") for path in family.modulations(quantized.config)
     }
-    inputs = modulation_inputs(quantized).double()
+    inputs = family.conditions(quantized.config, quantized.float_parameters).double()
     mean = inputs.mean(dim=0)
     round_weight = _rounding_for(inputs - mean, bits)
     adaln = {path: round_weight(weight) for path, weight in weights.items()}
@@ -96,32 +91,6 @@ def quantize_adaln(quantized: QuantizedDiT, bits: int) -> QuantizedDiT:
         lost = (weight - adaln[path].dequantize()).double() @ mean
         parameters[f"{path}.bias"] = (parameters[f"{path}.bias"] + lost).float()
     return replace(quantized, float_parameters=parameters, adaln=adaln)
-
-
-def modulation_inputs(quantized: QuantizedDiT) -> Tensor:
-    """Return SiLU(c) of every time step with eight labels each, (8000, D) float32.
-
-    The null class, which guidance asks for in every second row, comes at each step; the others take
-    turns, so that all are seen. Without a null class all rows of the label table take turns.
-    """
-    config = quantized.config
-    trained = config.process.train_timesteps
-    steps = torch.arange(trained)
-    in_turn = LABELS_PER_STEP - 1 if config.is_guidable else LABELS_PER_STEP
-    labels = (torch.arange(trained * in_turn) % config.num_labels).reshape(trained, in_turn)
-    if config.is_guidable:
-        labels = functional.pad(labels, (0, 1), value=config.null_class)
-    with torch.no_grad():
-        of_steps = _loaded(TimestepEmbedder(config), "t_embedder", quantized)(steps)
-        of_labels = _loaded(LabelEmbedder(config), "y_embedder", quantized)(labels)
-        return functional.silu(of_steps[:, None] + of_labels).flatten(0, 1)
-
-
-def _loaded(module: nn.Module, path: str, quantized: QuantizedDiT) -> nn.Module:
-    """Return a module with its parameters of the model."""
-    parameters = quantized.float_parameters
-    module.load_state_dict({name: parameters[f"{path}.{name}"] for name in module.state_dict()})
-    return module
 
 
 def _rounding_for(centred: Tensor, bits: int) -> Callable[[Tensor], WeightOnlyWeight]:

@@ -11,10 +11,10 @@ import torch
 
 from ditas_export.dit.fitting import Wanted
 from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import adaln_names, in_features, linear_sites, out_features
+from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError
+from ditas_export.families.registry import family_of, linear_shapes
 from ditas_export.saved_records import Within, check_fields, from_record
 
 FLOAT_PREFIX = "float."
@@ -49,6 +49,7 @@ class LinearFacts:
 class ArtifactHeader:
     """The header of a quantized model; of an earlier format `config` instead of the identity."""
 
+    family: str = "dit"  # what earlier versions wrote
     linears: Mapping[str, LinearFacts]
     activation_bits: Literal[8, 16]
     adaln_bits: Literal[4, 8, 16] = 16
@@ -76,20 +77,20 @@ def wanted_tensors(
     Raises:
         ArtifactError: facts of other linears than the model has, or of other shapes.
     """
-    sites = {site.name: site for site in linear_sites(config.depth)}
-    if odd := sorted(sites.keys() ^ linears.keys()):
+    shapes, family = linear_shapes(config), family_of(config)
+    if odd := sorted(shapes.keys() ^ linears.keys()):
         raise ArtifactError(f"facts of {abbreviated(odd)} are missing or of no linear of the model")
     wanted: dict[str, Wanted] = {}
-    for name, site in sites.items():
-        facts, shape = linears[name], (out_features(config, site), in_features(config, site))
+    for name, shape in shapes.items():
+        facts = linears[name]
         if facts.shape != shape:
             raise ArtifactError(f"{name} is said to be {facts.shape}, the model has {shape}")
         wanted |= {f"{name}.{part}": each for part, each in wanted_of_linear(facts).items()}
     with torch.device("meta"):
-        parameters = DiT(config).state_dict()
-    for name in sites:
+        parameters = family.module(config).state_dict()
+    for name in shapes:
         del parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-    for name in adaln_names(config.depth) if adaln_bits != 16 else ():
+    for name in family.modulations(config) if adaln_bits != 16 else ():
         rows, columns = parameters.pop(f"{name}.weight").shape
         wanted[f"{name}.codes"] = _codes(rows, columns, adaln_bits)
         wanted[f"{name}.scale"] = Wanted((rows, None))

@@ -1,10 +1,10 @@
-"""From a float DiT and its calibration states to a `QuantizedDiT`, resumable block by block."""
+"""From a float DiT and its calibration states to a `QuantizedModel`, resumable block by block."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,24 +22,26 @@ from ditas_export.artifact_files import (
 from ditas_export.calibration.artifact_header import LinearFacts, wanted_of_linear
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.methods import ALPHA_GRID, Method, method_named
-from ditas_export.calibration.quantized_dit import (
-    QuantizedDiT,
+from ditas_export.calibration.quantized_model import (
     QuantizedLinear,
+    QuantizedModel,
     linear_from_parts,
     linear_to_parts,
 )
+from ditas_export.calibration.row_shares import rank_batches
 from ditas_export.calibration.solve import SAMPLE_TOKENS, LinearSettings
 from ditas_export.calibration.states import (
     CalibrationStates,
     sampling_facts,
     walk_states,
 )
-from ditas_export.calibration.walk import WalkStates, rank_batches, walk
+from ditas_export.calibration.walk import walk
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import block_sites, in_features, linear_sites, out_features
 from ditas_export.errors import ArtifactError, QuantizationError
+from ditas_export.families.base import Block
+from ditas_export.families.registry import family_of, linear_shapes
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.options import WALK_TOKENS
 from ditas_export.paths import StrPath
@@ -47,7 +49,7 @@ from ditas_export.quantization.ranges import Ranges
 from ditas_export.saved_records import from_record
 from ditas_export.timings import Timings
 
-BLOCK_FORMAT = "ditas-export solved block 1"
+BLOCK_FORMAT = "ditas-export solved block 2"
 
 BLOCK_SIZES = {8: (16, 24, 32, 48, 64, 96, 128), 16: (32, 64, 128)}
 """Allowed block sizes by activation bits: weight-only kernels take powers of two from 32."""
@@ -139,12 +141,11 @@ class QuantizationSettings:
                 not divide its inputs.
         """
         rank = self.rank_for(config)
-        for site in linear_sites(config.depth):
-            rows, columns = out_features(config, site), in_features(config, site)
+        for name, (rows, columns) in linear_shapes(config).items():
             self.block_size_for(columns)
             if rank > min(rows, columns):
                 raise QuantizationError(
-                    f"rank={rank}, but {site.name} has {rows} outputs of {columns} inputs; use "
+                    f"rank={rank}, but {name} has {rows} outputs of {columns} inputs; use "
                     f"{min(rows, columns)} at most"
                 )
 
@@ -156,7 +157,7 @@ class QuantizationSettings:
     def notes(self, config: DiTConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
         found = [f"rank {self.rank_for(config)}"]
-        for width in sorted({config.hidden_size, config.mlp_hidden_size}):
+        for width in sorted({columns for _, columns in linear_shapes(config).values()}):
             size = self.block_size_for(width)
             if self.weight_bits == 4 and size != DEFAULT_BLOCK_SIZE and self.block_size is None:
                 found.append(
@@ -179,7 +180,7 @@ class QuantizationSettings:
 
 
 @fast_float32_matmul()
-def quantize_dit(
+def quantize_model(
     model: DiT,
     states: CalibrationStates,
     settings: QuantizationSettings,
@@ -188,7 +189,7 @@ def quantize_dit(
     ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
     timings: Timings | None = None,
-) -> QuantizedDiT:
+) -> QuantizedModel:
     """Quantize every block linear of a DiT; the same result on every rank.
 
     Args:
@@ -212,46 +213,44 @@ def quantize_dit(
     if config != states.identity.config:
         odd = differences(states.identity.config.to_dict(), config.to_dict())
         raise ArtifactError(f"the states are of another model: {'; '.join(odd)}; calibrate again")
-    sites = linear_sites(config.depth)
     rank = settings.rank_for(config)
-    per_site = {
-        site: LinearSettings(
+    by_linear = {
+        name: LinearSettings(
             method=settings.recipe,
             weight_bits=settings.weight_bits,
             activation_bits=settings.activation_bits,
             ranges=settings.ranges,
-            block_size=settings.block_size_for(in_features(config, site)),
+            block_size=settings.block_size_for(columns),
             rank=rank,
             alpha_grid=settings.alpha_grid,
         )
-        for site in sites
+        for name, (_, columns) in linear_shapes(config).items()
     }
-    count = settings.walked_states(states.settings, config)
-    inputs = walk_states(states, count=count)
+    inputs = walk_states(states, count=settings.walked_states(states.settings, config))
     key = solving_key(states, settings)
-    known = ranks.first(lambda: _read_blocks(progress, key, config.depth))
+    blocks = family_of(config).blocks(config)
+    last_of = {block.linears[-1]: index for index, block in enumerate(blocks)}
+    known = ranks.first(lambda: _read_blocks(progress, key, blocks))
     linears: dict[str, QuantizedLinear] = {}
     solved = walk(
         model,
-        WalkStates(
-            latents=inputs.latents.to(device),
-            timesteps=inputs.timesteps.to(device),
-            class_labels=inputs.class_labels.to(device),
-        ),
+        config,
+        inputs.to(device),
         {name: maxima.to(device) for name, maxima in states.input_maxima.items()},
-        per_site.__getitem__,
+        by_linear.__getitem__,
         known=known,
         ranks=ranks,
         timings=timings,
     )
-    for site, linear in solved:
-        linears[site.name] = linear
+    for name, linear in solved:
+        linears[name] = linear
         if on_linear is not None:
-            on_linear(site.name, linear)
-        if progress is not None and site.kind == "mlp.fc2" and site.name not in known:
-            ranks.first(partial(_write_block, progress, key, site.block, linears))
+            on_linear(name, linear)
+        if progress is not None and name in last_of and name not in known:
+            index = last_of[name]
+            ranks.first(partial(_write_block, progress, key, index, blocks[index], linears))
     quantized_weights = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    return QuantizedDiT(
+    return QuantizedModel(
         identity=states.identity,
         float_parameters={
             name: tensor.detach().cpu()
@@ -308,15 +307,15 @@ def _block_file(folder: Path, block: int) -> Path:
 
 
 def _write_block(
-    folder: Path, key: str, block: int, linears: Mapping[str, QuantizedLinear]
+    folder: Path, key: str, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
 ) -> None:
     """Keep the linears of a solved block; atomic."""
     tensors, facts = {}, {}
-    for site in block_sites(block):
-        parts, facts[site.name] = linear_to_parts(linears[site.name])
-        tensors.update({f"{site.name}.{part}": tensor for part, tensor in parts.items()})
+    for name in block.linears:
+        parts, facts[name] = linear_to_parts(linears[name])
+        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
     header = {"key": key, "linears": facts}
-    save_tensors(_block_file(folder, block), tensors, file_format=BLOCK_FORMAT, header=header)
+    save_tensors(_block_file(folder, index), tensors, file_format=BLOCK_FORMAT, header=header)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,31 +326,32 @@ class _BlockHeader:
     linears: Mapping[str, LinearFacts]
 
 
-def _wanted_of_block(linears: Mapping[str, LinearFacts], block: int) -> dict[str, Wanted]:
+def _wanted_of_block(linears: Mapping[str, LinearFacts], block: Block) -> dict[str, Wanted]:
     """Return what a file of a block must hold; ArtifactError where it is of another one."""
-    names = [site.name for site in block_sites(block)]
-    if sorted(names) != sorted(linears):
-        raise ArtifactError(f"it is not of block {block}")
+    if sorted(block.linears) != sorted(linears):
+        raise ArtifactError(f"it is not of {block.path}")
     return {
         f"{name}.{part}": each
-        for name in names
+        for name in block.linears
         for part, each in wanted_of_linear(linears[name]).items()
     }
 
 
-def _read_blocks(folder: Path | None, key: str, depth: int) -> dict[str, QuantizedLinear]:
+def _read_blocks(
+    folder: Path | None, key: str, blocks: Sequence[Block]
+) -> dict[str, QuantizedLinear]:
     """Return the linears of the first blocks that an interrupted run with the same key solved."""
     known: dict[str, QuantizedLinear] = {}
-    for block in range(0 if folder is None else depth):
+    for index, block in enumerate(blocks if folder is not None else ()):
         assert folder is not None  # or there is no block to look for
         try:
-            tensors, header = load_tensors(_block_file(folder, block), file_format=BLOCK_FORMAT)
+            tensors, header = load_tensors(_block_file(folder, index), file_format=BLOCK_FORMAT)
             stated = from_record(_BlockHeader, header, error=ArtifactError)
             require_fits(tensors, _wanted_of_block(stated.linears, block), error=ArtifactError)
         except ArtifactError:
             return known  # none, not ours, or damaged: it is written anew
         if stated.key != key:
             return known
-        for site in block_sites(block):
-            known[site.name] = linear_from_parts(site.name, tensors, stated.linears[site.name])
+        for name in block.linears:
+            known[name] = linear_from_parts(name, tensors, stated.linears[name])
     return known

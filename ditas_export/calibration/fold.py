@@ -3,17 +3,18 @@
 Exact in real arithmetic. Computed in float64 and rounded once, to the float side's type, as the
 last step; the fake-quantized forward and the ONNX file both read the rounded values.
 
-Identities, for a linear whose input is divided by s (`dit/sites.py` says where each folds):
+Identities, for a group of linears whose input is divided by s (a family's table says where):
 - modulate: x(1 + scale) + shift, divided by s: shift rows `W, b ← W/s, b/s`; scale rows `W ← W/s`,
   `b ← (b + 1)/s`. The 1 is in the bias, and x is multiplied by what comes out: in halves, 1 and a
   small (1 + scale)/s − 1 would lose its digits. Of integer rows the scales are divided, and the
-  codes stay. The last modulation, with no s, takes its 1 the same way.
-- V: softmax(q kᵀ) v is linear in v, so V's rows (bias, and the row scale that the low-rank output
-  factor shares) `/ s`.
+  codes stay. A modulation with no s takes its 1 the same way.
+- rows of a linear whose output the input is linear in, as softmax(q kᵀ) v is in v: V's rows (bias,
+  and the row scale that the low-rank output factor shares) `/ s`.
 
 Halves hold no row scale below 2⁻¹⁴. A row below it takes that scale and is rounded anew: one row
-that is nearly dead costs no other row a digit. V rows that fall below it through proj's s alone
-keep their digits: a power of two goes from s into proj's row scales, as far as those allow it.
+that is nearly dead costs no other row a digit. Rows that fall below it through the s of what reads
+them alone keep their digits: a power of two goes from s into the reader's row scales, as far as
+those allow it.
 """
 
 from __future__ import annotations
@@ -26,18 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
+from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import (
-    FINAL_ADALN,
-    LINEAR_KINDS,
-    adaln_name,
-    adaln_rows,
-    block_sites,
-    final_scale_rows,
-    value_rows,
-)
+from ditas_export.dit.model import DiTConfig
+from ditas_export.families.base import Block, Group, Modulation, Rows
+from ditas_export.families.registry import family_of, linear_names
 from ditas_export.quantization.integer import IntegerWeight, LowRank, joined_rows, rounded_float
 from ditas_export.quantization.ranges import RANGE_FLOOR
 from ditas_export.quantization.weight_only import WeightOnlyWeight, divide_rows
@@ -63,7 +57,7 @@ class FoldedLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FoldedDiT:
+class FoldedModel:
     """A quantized DiT whose smoothing is folded; every float in the float side's type."""
 
     identity: ModelIdentity  # of the float model that it was made from
@@ -85,7 +79,7 @@ class FoldedDiT:
         return next((weight.bits for weight in self.adaln.values()), 16)
 
 
-def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float32) -> FoldedDiT:
+def fold_smoothing(quantized: QuantizedModel, *, dtype: torch.dtype = torch.float32) -> FoldedModel:
     """Return the model with s folded away, exact but for one rounding to `dtype`.
 
     Args:
@@ -96,27 +90,29 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
         QuantizationError: a folded value, or an input that calibration saw, is beyond `dtype`;
             names tensor, value and the remedy.
     """
+    family = family_of(quantized.config)
     parameters = dict(quantized.float_parameters)
-    adaln: dict[str, WeightOnlyWeight] = {}
-    divisors: dict[str, Tensor] = {}  # of the modulation's rows, by module path
+    modulations = {
+        name: plain_modulation(quantized, name) for name in family.modulations(quantized.config)
+    }
     folded: dict[str, FoldedLinear] = {}
-    for block in range(quantized.config.depth):
-        exact, name = fold_block(quantized, block, dtype), adaln_name(block)
-        divisors[name], parameters[f"{name}.bias"] = exact.divisor, exact.bias
-        for site, linear in exact.linears.items():
-            folded[site] = _round_linear(site, linear, exact.multipliers.get(site), dtype)
-    final_bias = final_modulation(quantized)
-    parameters[f"{FINAL_ADALN}.bias"] = final_bias
-    divisors[FINAL_ADALN] = torch.ones_like(final_bias)
-    for name, divisor in divisors.items():
+    for block in family.blocks(quantized.config):
+        exact = fold_block(quantized, block, dtype)
+        modulations |= exact.modulations
+        for name, linear in exact.linears.items():
+            folded[name] = _round_linear(name, linear, exact.multipliers.get(name), dtype)
+    adaln: dict[str, WeightOnlyWeight] = {}
+    for name, modulation in modulations.items():
+        parameters[f"{name}.bias"] = modulation.bias
         if name in quantized.adaln:
             adaln[name] = divide_rows(
-                quantized.adaln[name], divisor, dtype, name=f"{name}'s scales"
+                quantized.adaln[name], modulation.divisor, dtype, name=f"{name}'s scales"
             )
             parameters[f"{name}.weight"] = adaln[name].dequantize()
         else:
-            parameters[f"{name}.weight"] = parameters[f"{name}.weight"].double() / divisor[:, None]
-    return FoldedDiT(
+            weight = parameters[f"{name}.weight"].double()
+            parameters[f"{name}.weight"] = weight / modulation.divisor[:, None]
+    return FoldedModel(
         identity=quantized.identity,
         dtype=dtype,
         float_parameters={
@@ -130,62 +126,93 @@ def fold_smoothing(quantized: QuantizedDiT, *, dtype: torch.dtype = torch.float3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExactModulation:
+    """A folded modulation linear, in float64."""
+
+    divisor: Tensor  # (N,) of its rows
+    bias: Tensor  # (N,), every scale's 1 in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExactBlock:
     """A block whose smoothing is folded, in float64: nothing is rounded yet."""
 
     linears: Mapping[str, QuantizedLinear]  # module path -> linear, whose s is folded
     multipliers: Mapping[str, Tensor]  # module path -> what its input is multiplied by, (K,)
-    divisor: Tensor  # (6D,) of the modulation's rows
-    bias: Tensor  # (6D,) of the modulation
+    modulations: Mapping[str, ExactModulation]  # module path -> what takes smoothing
 
 
-def fold_block(quantized: QuantizedDiT, block: int, dtype: torch.dtype) -> ExactBlock:
+def plain_modulation(quantized: QuantizedModel, name: str) -> ExactModulation:
+    """Return a modulation linear as it ships without smoothing: the 1 of its scales in its bias."""
+    bias = quantized.float_parameters[f"{name}.bias"].to(torch.float64, copy=True)
+    for rows in family_of(quantized.config).modulations(quantized.config)[name]:
+        bias[rows] += 1
+    return ExactModulation(divisor=torch.ones_like(bias), bias=bias)
+
+
+def fold_block(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> ExactBlock:
     """Fold the smoothing of one block, exactly.
 
     Args:
         quantized: left untouched.
-        block: its index.
+        block: of its family's.
         dtype: float type of what ships: what halves cannot hold goes elsewhere, as exactly.
     """
-    width, name = quantized.config.hidden_size, adaln_name(block)
-    sites = {site.kind: site.name for site in block_sites(block)}
-    qkv, proj, fc1, fc2 = (_in_float64(quantized.linears[sites[kind]]) for kind in LINEAR_KINDS)
-    proj = _sparing_values(qkv, proj, width, dtype)
-    qkv = _divide_value_rows(qkv, proj.smoothing_scale, width)
-    bias = quantized.float_parameters[f"{name}.bias"]
-    divisor, bias = _folded_modulation(bias, qkv, fc1, width)
-    linears = zip(LINEAR_KINDS, (qkv, proj, fc1, fc2), strict=True)
+    linears = {name: _in_float64(quantized.linears[name]) for name in block.linears}
+    for group in block.groups():
+        _spare_rows(linears, block, group, dtype)
+    multipliers: dict[str, Tensor] = {}
+    plain: dict[str, ExactModulation] = {}
+    for group in block.groups():
+        readers = [block.name(path) for path in group.linears]
+        s = linears[readers[0]].smoothing_scale
+        for fold in group.folds:
+            if isinstance(fold, Rows):
+                name = block.name(fold.linear)
+                linears[name] = _divide_rows(linears[name], fold.rows, s)
+            elif isinstance(fold, Modulation):
+                name = block.name(fold.linear)
+                if name not in plain:
+                    plain[name] = plain_modulation(quantized, name)
+                divisor = plain[name].divisor
+                divisor[fold.shift] = divisor[fold.scale] = s
+            else:
+                multipliers |= dict.fromkeys(readers, s.reciprocal())
     return ExactBlock(
-        linears={sites[kind]: linear for kind, linear in linears},
-        multipliers={sites["mlp.fc2"]: fc2.smoothing_scale.reciprocal()},
-        divisor=divisor,
-        bias=bias,
+        linears=linears,
+        multipliers=multipliers,
+        modulations={
+            name: replace(modulation, bias=modulation.bias / modulation.divisor)
+            for name, modulation in plain.items()
+        },
     )
 
 
-def final_modulation(quantized: QuantizedDiT) -> Tensor:
-    """Return the last modulation's bias with the 1 of its scale, (2D,) float64."""
-    bias = quantized.float_parameters[f"{FINAL_ADALN}.bias"].to(torch.float64, copy=True)
-    bias[final_scale_rows(quantized.config.hidden_size)] += 1
-    return bias
-
-
-def require_representable(model: DiT, dtype: torch.dtype) -> None:
+def require_representable(
+    config: DiTConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
     """Refuse a float model whose unfolded parameters a float type does not hold.
 
-    Folding changes block linears and the blocks' modulation, but for its gates; the rest is known
-    beforehand.
+    Folding changes quantized linears, and the rows of modulations that take smoothing; the rest is
+    known beforehand.
 
     Raises:
         QuantizationError: names tensor, value and the remedy.
     """
-    width = model.config.hidden_size
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("blocks."):
-            rounded_float(name, tensor, dtype)
-        elif ".adaLN_modulation." in name:
-            for gate in ("gate_msa", "gate_mlp"):
-                rounded_float(name, tensor[adaln_rows(gate, width)], dtype)
+    family = family_of(config)
+    taken = {f"{name}.{part}" for name in linear_names(config) for part in ("weight", "bias")}
+    folded: dict[str, Tensor] = {}  # name of a parameter -> rows that folding leaves
+    for block in family.blocks(config):
+        for fold in (fold for group in block.groups() for fold in group.folds):
+            if isinstance(fold, Modulation):
+                name = block.name(fold.linear)
+                for part in (f"{name}.weight", f"{name}.bias"):
+                    left = torch.ones(len(parameters[part]), dtype=torch.bool)
+                    left = folded.setdefault(part, left)
+                    left[fold.scale] = left[fold.shift] = False
+    for name, tensor in parameters.items():
+        if name not in taken:
+            rounded_float(name, tensor[folded[name]] if name in folded else tensor, dtype)
 
 
 def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
@@ -198,51 +225,51 @@ def _in_float64(linear: QuantizedLinear) -> QuantizedLinear:
     )
 
 
-def _sparing_values(
-    qkv: QuantizedLinear, proj: QuantizedLinear, width: int, dtype: torch.dtype
-) -> QuantizedLinear:
-    """Return proj with a power of two moved from s into its row scales, where V's rows need it.
+def _spare_rows(
+    linears: dict[str, QuantizedLinear], block: Block, group: Group, dtype: torch.dtype
+) -> None:
+    """Move a power of two from a group's s into its row scales where folded rows need it, in place.
 
-    V's row scales are divided by s. Those that fall below what the type holds by that alone are
-    brought back, as far as no row scale of proj falls below it for that, and nothing of V grows
-    beyond LARGEST_MOVED. W · s and x / s change by the same power: the function is the same.
+    The row scales of what s folds into are divided by it. Those that fall below what the type holds
+    by that alone are brought back, as far as no row scale of the group falls below it for that, and
+    nothing that is folded into grows beyond LARGEST_MOVED. W · s and x / s change by the same
+    power: the function is the same.
     """
-    least, rows = LEAST_ROW_SCALE.get(dtype, 0.0), value_rows(width)
-    own, values, s = proj.weight.row_scale, qkv.weight.row_scale[rows], proj.smoothing_scale
-    integers = joined_rows(qkv.weight, qkv.low_rank)[rows].abs().amax(dim=1)
-    lowest = (values / s)[(values >= least) & (integers > 0)].tolist()
+    least = LEAST_ROW_SCALE.get(dtype, 0.0)
+    readers = [block.name(path) for path in group.linears]
+    s = linears[readers[0]].smoothing_scale
+    lowest: list[float] = []
+    grows: list[Tensor] = [linears[readers[0]].step_ranges.double()]
+    for fold in group.folds:
+        if isinstance(fold, Rows):
+            made = linears[block.name(fold.linear)]
+            values = made.weight.row_scale[fold.rows]
+            integers = joined_rows(made.weight, made.low_rank)[fold.rows].abs().amax(dim=1)
+            lowest += (values / s)[(values >= least) & (integers > 0)].tolist()
+            grows += [integers * values / s, made.bias[fold.rows] / s]
     if not lowest or min(lowest) >= least:
-        return proj
-    grows = torch.cat([integers * values / s, qkv.bias[rows] / s, proj.step_ranges.double()])
-    room = [LARGEST_MOVED / float(grows.abs().amax()), *(own[own >= least] / least).tolist()]
+        return
+    own = torch.cat([linears[name].weight.row_scale for name in readers])
+    room = [
+        LARGEST_MOVED / float(torch.cat(grows).abs().amax()),
+        *(own[own >= least] / least).tolist(),
+    ]
     wanted = math.ceil(math.log2(least / min(lowest)))
     power = 2.0 ** max(0, min(wanted, math.floor(math.log2(min(room)))))
-    return replace(
-        proj,
-        weight=replace(proj.weight, row_scale=own / power),
-        smoothing_scale=proj.smoothing_scale / power,
-        step_ranges=proj.step_ranges * power,
-    )
+    for name in readers:
+        linear = linears[name]
+        linears[name] = replace(
+            linear,
+            weight=replace(linear.weight, row_scale=linear.weight.row_scale / power),
+            smoothing_scale=linear.smoothing_scale / power,
+            step_ranges=linear.step_ranges * power,
+        )
 
 
-def _folded_modulation(
-    bias: Tensor, qkv: QuantizedLinear, fc1: QuantizedLinear, width: int
-) -> tuple[Tensor, Tensor]:
-    """Return what a block's modulation rows are divided by, and their bias then: (6D,) float64."""
-    bias = bias.to(torch.float64, copy=True)
-    divisor = torch.ones_like(bias)
-    for branch, linear in (("msa", qkv), ("mlp", fc1)):
-        s = linear.smoothing_scale
-        shift, scale = (adaln_rows(f"{part}_{branch}", width) for part in ("shift", "scale"))
-        divisor[shift] = divisor[scale] = s
-        bias[scale] += 1
-    return divisor, bias / divisor
-
-
-def _divide_value_rows(linear: QuantizedLinear, s: Tensor, width: int) -> QuantizedLinear:
-    """Return qkv with the rows that make V divided by proj's s; the codes stay as they are."""
+def _divide_rows(linear: QuantizedLinear, rows: slice, s: Tensor) -> QuantizedLinear:
+    """Return a linear with some rows divided by s; the codes stay as they are."""
     divisor = torch.ones_like(linear.weight.row_scale)
-    divisor[value_rows(width)] = s
+    divisor[rows] = s
     return replace(
         linear,
         weight=replace(linear.weight, row_scale=linear.weight.row_scale / divisor),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.calibration.fold import final_modulation, fold_block
-from ditas_export.calibration.quantized_dit import QuantizedDiT, QuantizedLinear
-from ditas_export.dit.model import DiTBlock, Modulate, modulate, modulate_by_factor
-from ditas_export.dit.sites import FINAL_ADALN, adaln_name, value_rows
+from ditas_export.calibration.fold import ExactBlock, fold_block, plain_modulation
+from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.errors import QuantizationError
+from ditas_export.families.base import Block, Rows, State
+from ditas_export.families.registry import family_of
 from ditas_export.figures import finite_or_none
 
 BOUND = 1e-10
@@ -47,7 +47,7 @@ class FoldProof:
 
 
 def prove_folds(
-    quantized: QuantizedDiT,
+    quantized: QuantizedModel,
     dtype: torch.dtype = torch.float32,
     *,
     on_block: Callable[[int, int], None] = lambda *_: None,
@@ -67,17 +67,32 @@ def prove_folds(
     """
     generator = torch.Generator().manual_seed(0)
     config, worst = quantized.config, FoldProof(relative_error=0.0, where="")
-    shape = (ROWS, TOKENS, config.hidden_size)
-    for block in range(config.depth):
-        hidden = torch.randn(shape, generator=generator, dtype=torch.float64)
-        c = torch.randn(shape[0], shape[2], generator=generator, dtype=torch.float64)
-        unfolded = _outputs(_unfolded_block(quantized, block), hidden, c)
-        folded = _outputs(_folded_block(quantized, block, dtype), hidden, c)
-        for name, wanted in unfolded.items():
-            worst = _worse(worst, f"blocks.{block}.{name}", wanted, folded[name])
-        on_block(block + 1, config.depth)
-    c = torch.randn(shape[0], shape[2], generator=generator, dtype=torch.float64)
-    return _worse(worst, FINAL_ADALN, *_final_factors(quantized, c))
+    family = family_of(config)
+    blocks = family.blocks(config)
+    left = dict.fromkeys(family.modulations(config))
+    with torch.device("meta"):
+        unfolded, folded = (family.module(config, folded=folded) for folded in (False, True))
+    for index, block in enumerate(blocks):
+        state, constants = (
+            {
+                name: torch.randn(shape, generator=generator, dtype=torch.float64)
+                for name, shape in shapes.items()
+            }
+            for shapes in family.shapes(config, ROWS, TOKENS)
+        )
+        exact = fold_block(quantized, block, dtype)
+        for name in exact.modulations:
+            del left[name]
+        wanted = _outputs(
+            unfolded, block, _unfolded_linears(quantized, block, exact), state, constants
+        )
+        found = _outputs(folded, block, _folded_linears(quantized, exact), state, constants)
+        for name, output in wanted.items():
+            worst = _worse(worst, name, output, found[name])
+        on_block(index + 1, len(blocks))
+    for name in left:
+        worst = _worse(worst, name, *_plain_outputs(quantized, name, generator))
+    return worst
 
 
 def _worse(worst: FoldProof, where: str, wanted: Tensor, found: Tensor) -> FoldProof:
@@ -118,49 +133,34 @@ def _matrix(linear: QuantizedLinear) -> Tensor:
     return matrix
 
 
-def _block(
-    quantized: QuantizedDiT, linears: Mapping[str, nn.Module], modulate: Modulate
-) -> DiTBlock:
-    """Return a block of the model's shape with other linears; module path in it -> linear."""
-    with torch.device("meta"):
-        block = DiTBlock(quantized.config, modulate)
-    for path, linear in linears.items():
-        block.set_submodule(path, linear)
-    return block
+def _unfolded_linears(
+    quantized: QuantizedModel, block: Block, exact: ExactBlock
+) -> dict[str, nn.Module]:
+    """Return a block's linears as they were quantized: every input divided by its s."""
+    linears: dict[str, nn.Module] = {}
+    for name in block.linears:
+        linear = quantized.linears[name]
+        s = linear.smoothing_scale.double()
+        linears[name] = _Linear(_matrix(linear), linear.bias, s.reciprocal())
+    for name in exact.modulations:
+        bias = quantized.float_parameters[f"{name}.bias"]
+        linears[name] = _Linear(_modulation(quantized, name), bias)
+    return linears
 
 
-def _unfolded_block(quantized: QuantizedDiT, block: int) -> DiTBlock:
-    """Return a block as it was quantized: every input divided by its s."""
-    prefix, name = f"blocks.{block}.", adaln_name(block)
+def _folded_linears(quantized: QuantizedModel, exact: ExactBlock) -> dict[str, nn.Module]:
+    """Return a block's linears as they ship, but for rounding."""
     linears: dict[str, nn.Module] = {
-        path.removeprefix(prefix): _Linear(
-            _matrix(linear), linear.bias, linear.smoothing_scale.double().reciprocal()
-        )
-        for path, linear in quantized.linears.items()
-        if path.startswith(prefix)
+        name: _Linear(_matrix(linear), linear.bias, exact.multipliers.get(name))
+        for name, linear in exact.linears.items()
     }
-    weight = _modulation(quantized, name)
-    bias = quantized.float_parameters[f"{name}.bias"]
-    linears[name.removeprefix(prefix)] = _Linear(weight, bias)
-    return _block(quantized, linears, modulate)
+    for name, modulation in exact.modulations.items():
+        weight = _modulation(quantized, name) / modulation.divisor[:, None]
+        linears[name] = _Linear(weight, modulation.bias)
+    return linears
 
 
-def _folded_block(quantized: QuantizedDiT, block: int, dtype: torch.dtype) -> DiTBlock:
-    """Return a block as it ships, but for rounding."""
-    prefix, name = f"blocks.{block}.", adaln_name(block)
-    exact = fold_block(quantized, block, dtype)
-    linears: dict[str, nn.Module] = {
-        path.removeprefix(prefix): _Linear(
-            _matrix(linear), linear.bias, exact.multipliers.get(path)
-        )
-        for path, linear in exact.linears.items()
-    }
-    weight = _modulation(quantized, name) / exact.divisor[:, None]
-    linears[name.removeprefix(prefix)] = _Linear(weight, exact.bias)
-    return _block(quantized, linears, modulate_by_factor)
-
-
-def _modulation(quantized: QuantizedDiT, name: str) -> Tensor:
+def _modulation(quantized: QuantizedModel, name: str) -> Tensor:
     """Return a modulation linear's weight, (N, K) float64."""
     if name in quantized.adaln:
         weight = quantized.adaln[name]
@@ -168,30 +168,53 @@ def _modulation(quantized: QuantizedDiT, name: str) -> Tensor:
     return quantized.float_parameters[f"{name}.weight"].double()
 
 
-def _outputs(block: DiTBlock, hidden: Tensor, c: Tensor) -> dict[str, Tensor]:
-    """Return what every linear of a block but the modulation gives; module path in it -> output.
+def _outputs(
+    model: nn.Module,
+    block: Block,
+    linears: Mapping[str, nn.Module],
+    state: State,
+    constants: State,
+) -> dict[str, Tensor]:
+    """Return what every quantized linear of a block gives, by module path; `model` is on no device.
 
-    Of qkv q and k alone: V is meant to differ, by the s of proj, which proj shows.
+    Rows into which smoothing folds are left out: they are meant to differ, by an s that its reader
+    shows.
     """
+    folded = {
+        block.name(fold.linear): fold.rows
+        for group in block.groups()
+        for fold in group.folds
+        if isinstance(fold, Rows)
+    }
     found: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
-        for path, module in block.named_modules():
-            if isinstance(module, _Linear) and not path.startswith("adaLN_modulation"):
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+            stack.callback(model.set_submodule, name, nn.Identity())  # its memory is given back
+            if name in block.linears:
 
-                def keep(_module: nn.Module, _x: Any, y: Tensor, path: str = path) -> None:
-                    kept = value_rows(y.shape[-1] // 3).start if path == "attn.qkv" else None
-                    found[path] = y[..., :kept]
+                def keep(_module: nn.Module, _x: Any, y: Tensor, name: str = name) -> None:
+                    kept = torch.ones(y.shape[-1], dtype=torch.bool)
+                    kept[folded.get(name, slice(0))] = False
+                    found[name] = y[..., kept]
 
-                handle = module.register_forward_hook(keep)
-                stack.callback(handle.remove)
-        block(hidden, c)
+                linear.register_forward_hook(keep)
+        module = model.get_submodule(block.path)
+        for stage in block.stages:
+            state = stage.run(module, state, constants)
     return found
 
 
-def _final_factors(quantized: QuantizedDiT, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 + scale and shift of the last norm, unfolded and folded, (rows, 2D) each."""
-    weight = _modulation(quantized, FINAL_ADALN)
-    bias = quantized.float_parameters[f"{FINAL_ADALN}.bias"].double()
-    wanted = functional.linear(functional.silu(c), weight, bias)
-    wanted[:, quantized.config.hidden_size :] += 1
-    return wanted, functional.linear(functional.silu(c), weight, final_modulation(quantized))
+def _plain_outputs(
+    quantized: QuantizedModel, name: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return what a modulation linear that takes no smoothing gives, unfolded and folded.
+
+    Each with its scales as factors: 1 + scale.
+    """
+    weight = _modulation(quantized, name)
+    x = torch.randn(ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
+    wanted = functional.linear(x, weight, quantized.float_parameters[f"{name}.bias"].double())
+    for rows in family_of(quantized.config).modulations(quantized.config)[name]:
+        wanted[:, rows] += 1
+    return wanted, functional.linear(x, weight, plain_modulation(quantized, name).bias)

@@ -9,7 +9,7 @@ steps of the paper's ablation (Table 4).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,8 @@ from ditas_export.calibration.methods import ALPHA_GRID, FIXED_ALPHA
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.diffusion.guidance import ModelInputs, model_inputs
 from ditas_export.dit.model import DiT
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import CalibrationError
+from ditas_export.families.registry import linear_names
 from ditas_export.quantization.literal import (
     WeightQuantizer,
     alternate_lora,
@@ -138,7 +138,7 @@ def literal_dit(
     """
     rank = round(model.config.hidden_size / WIDTH_PER_RANK) if rank is None else rank
     quantizer = _quantizer(preset.grid, weight_bits)
-    names = [site.name for site in linear_sites(model.config.depth)]
+    names = linear_names(model.config)
     matrices = {}
     for name in names:
         weight = _linear(model, name).weight
@@ -194,7 +194,7 @@ def _search_alphas(
 
     Source: DiTAS, eq. 7 and Algorithm 1.
     """
-    names = [site.name for site in linear_sites(model.config.depth)]
+    names = linear_names(model.config)
     losses = {name: [0.0] * len(ALPHA_GRID) for name in names}
 
     def judge(name: str, x: Tensor) -> None:
@@ -231,7 +231,7 @@ def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]
 
 @contextmanager
 def _observed_inputs(
-    model: DiT, names: list[str], observe: Callable[[str, Tensor], None]
+    model: DiT, names: Sequence[str], observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call `observe(name, x)` with the input of every named module while the model runs."""
 

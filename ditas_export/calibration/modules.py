@@ -1,4 +1,4 @@
-"""The fake-quantized forward: a DiT whose block linears compute what the exported file computes."""
+"""The fake-quantized forward: a model whose linears compute what the exported file computes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.calibration.fold import FoldedDiT, FoldedLinear
-from ditas_export.dit.model import DiT, modulate_by_factor
+from ditas_export.calibration.fold import FoldedLinear, FoldedModel
+from ditas_export.dit.model import DiT
+from ditas_export.families.registry import family_of
 from ditas_export.options import Target
 from ditas_export.quantization.integer import inner_codes, joined_rows
 from ditas_export.quantization.ranges import (
@@ -111,32 +112,32 @@ class FakeQuantLinear(nn.Module):
         return out + self.bias
 
 
-def fake_quantized_dit(
-    folded: FoldedDiT,
+def fake_quantized_model(
+    folded: FoldedModel,
     *,
     ranges: Ranges,
     target: Target = "portable",
     device: torch.device | str = "cpu",
 ) -> DiT:
-    """Return a DiT in evaluation mode whose block linears are `FakeQuantLinear`.
+    """Return a model in evaluation mode whose quantized linears are `FakeQuantLinear`.
 
     Its forward is the reference that every exported file is held against.
     """
     make = partial(
         FakeQuantLinear, ranges=ranges, activation_bits=folded.activation_bits, target=target
     )
-    return dit_of_linears(folded, make).to(device)
+    return model_of_linears(folded, make).to(device)
 
 
-def dit_of_linears(folded: FoldedDiT, make: Callable[[FoldedLinear], nn.Module]) -> DiT:
-    """Return a DiT in evaluation mode whose block linears are what `make` makes of them.
+def model_of_linears(folded: FoldedModel, make: Callable[[FoldedLinear], nn.Module]) -> DiT:
+    """Return a model in evaluation mode whose quantized linears are what `make` makes of them.
 
     Args:
         folded: its float parameters are shared.
         make: gives a module whose state dict is empty: the quantized model is the file to keep.
     """
     with torch.device("meta"):
-        model = DiT(folded.config, modulate_by_factor)
+        model = family_of(folded.config).module(folded.config, folded=True)
     for name, linear in folded.linears.items():
         model.set_submodule(name, make(linear))
     model.load_state_dict(dict(folded.float_parameters), assign=True)

@@ -106,6 +106,22 @@ class SolvedLinear:
             return weight
         return weight + self.low_rank.dequantize(self.weight.row_scale)
 
+    def split(self, sizes: Sequence[int]) -> list[SolvedLinear]:
+        """Return its rows as linears of so many outputs each, in order; they share all else."""
+        found, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            found.append(
+                replace(
+                    self,
+                    weight=self.weight.rows(rows),
+                    low_rank=None if self.low_rank is None else self.low_rank.rows(rows),
+                    bias=self.bias[rows],
+                )
+            )
+            start += size
+        return found
+
     def to(self, device: torch.device | str) -> SolvedLinear:
         """Return the linear on another device."""
         return replace(

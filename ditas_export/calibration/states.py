@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibration_settings import CalibrationSettings
-from ditas_export.calibration.walk import WalkStates
 from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.sampling import Step, make_scheduler, trajectory
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import in_features, linear_sites
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.registry import linear_names, linear_shapes
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.paths import StrPath
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -48,7 +48,7 @@ class CalibrationStates:
 
     latents: Tensor  # (steps, samples, C, H, W) float32: x_t before each step
     timesteps: Tensor  # (steps,) int64, descending
-    input_maxima: Mapping[str, Tensor]  # site name -> (steps, K) float32
+    input_maxima: Mapping[str, Tensor]  # module path -> (steps, K) float32
     settings: CalibrationSettings
     identity: ModelIdentity  # of the model that sampled
 
@@ -65,13 +65,13 @@ class CalibrationStates:
             "latents": (self.latents, (steps, samples, config.in_channels, side, side)),
             "timesteps": (self.timesteps, (steps,)),
         }
-        sites = {site.name: in_features(config, site) for site in linear_sites(config.depth)}
-        if odd := sorted(sites.keys() ^ self.input_maxima.keys()):
+        widths = {name: columns for name, (_, columns) in linear_shapes(config).items()}
+        if odd := sorted(widths.keys() ^ self.input_maxima.keys()):
             raise ArtifactError(
                 f"calibration states: maxima of {abbreviated(odd)} are missing or of no linear of "
                 f"this model"
             )
-        for name, width in sites.items():
+        for name, width in widths.items():
             shapes[f"maxima of {name}"] = (self.input_maxima[name], (steps, width))
         for name, (tensor, shape) in shapes.items():
             dtype = torch.int64 if name == "timesteps" else torch.float32
@@ -149,8 +149,8 @@ def _wanted(config: DiTConfig, settings: CalibrationSettings) -> dict[str, Wante
     """Return what a file of states must hold, by name."""
     steps, side = settings.steps, config.input_size
     wanted = {
-        f"maxima.{site.name}": Wanted((steps, in_features(config, site)), low=0)
-        for site in linear_sites(config.depth)
+        f"maxima.{name}": Wanted((steps, columns), low=0)
+        for name, (_, columns) in linear_shapes(config).items()
     }
     latents = (steps, len(settings.classes), config.in_channels, side, side)
     return wanted | {"latents": Wanted(latents), "timesteps": Wanted((steps,), torch.int64, low=0)}
@@ -224,7 +224,7 @@ def _sampled(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return every batch's latents, (steps, batch, C, H, W) each, and the maxima over all batches.
 
-    The maxima are site name -> (steps, K) on the model's device; zeros without a batch.
+    The maxima are module path -> (steps, K) on the model's device; zeros without a batch.
 
     Raises:
         CalibrationError: an activation is not finite.
@@ -234,8 +234,8 @@ def _sampled(
         model = _in_bfloat16(model)
     runner = TorchRunner(model, device=device)
     maxima = {
-        site.name: torch.zeros(settings.steps, in_features(model.config, site), device=device)
-        for site in linear_sites(model.config.depth)
+        name: torch.zeros(settings.steps, columns, device=device)
+        for name, (_, columns) in linear_shapes(model.config).items()
     }
     latents: list[Tensor] = []
     with recorded_maxima(model) as recorded:
@@ -264,7 +264,7 @@ class _Batch:
     """What the model saw while it sampled one batch."""
 
     latents: Tensor  # (steps, batch, C, H, W) float32
-    maxima: Mapping[str, Tensor]  # site name -> (steps, K) float32
+    maxima: Mapping[str, Tensor]  # module path -> (steps, K) float32
 
 
 def _sampled_batch(
@@ -391,8 +391,8 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
         return record
 
     handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(recorder(site.name))
-        for site in linear_sites(model.config.depth)
+        model.get_submodule(name).register_forward_pre_hook(recorder(name))
+        for name in linear_names(model.config)
     ]
     try:
         yield maxima
@@ -401,7 +401,7 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def walk_states(states: CalibrationStates, *, count: int) -> WalkStates:
+def walk_states(states: CalibrationStates, *, count: int) -> ModelInputs:
     """Return the states that the walk sees, both guidance halves of each.
 
     Steps are taken evenly and samples in turn, so every step keeps the same share of the samples
@@ -426,8 +426,8 @@ def walk_states(states: CalibrationStates, *, count: int) -> WalkStates:
     if cfg_scale == 0:
         labels = torch.full_like(labels, config.null_class)
     if not blends(cfg_scale):
-        return WalkStates(latents=latents, timesteps=timesteps, class_labels=labels)
-    return WalkStates(
+        return ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
+    return ModelInputs(
         latents=torch.cat([latents, latents]),
         timesteps=torch.cat([timesteps, timesteps]),
         class_labels=torch.cat([labels, torch.full_like(labels, config.null_class)]),

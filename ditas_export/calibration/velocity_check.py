@@ -12,7 +12,7 @@ from itertools import product
 
 from torch import Tensor
 
-from ditas_export.dit.families import FLOWS
+from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.process import FlowEnd, FlowProcess
 from ditas_export.figures import decibels
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -309,12 +309,22 @@ class Mlp(nn.Module):
         return out
 
 
-class DiTBlock(nn.Module):
-    """A transformer block with adaptive layer norm (adaLN-Zero).
+class Chunks(NamedTuple):
+    """The six chunks of a block's modulation, (N, D) each, in the order on which every fold relies.
 
-    `adaLN_modulation` yields six chunks in this order, on which every fold relies:
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp.
+    In a folded model the scales are factors; see `modulate_by_factor`.
     """
+
+    shift_msa: Tensor
+    scale_msa: Tensor
+    gate_msa: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaptive layer norm (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig, modulate: Modulate = modulate) -> None:
         super().__init__()
@@ -326,16 +336,30 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
+    def chunks(self, c: Tensor) -> Chunks:
+        """Return the modulation for a conditioning vector (N, D)."""
+        return Chunks(*self.adaLN_modulation(c).chunk(6, dim=1))
+
+    def attention_input(self, x: Tensor, chunks: Chunks) -> Tensor:
+        """Return what attention reads, (N, T, D)."""
+        return self.modulate(self.norm1(x), chunks.shift_msa, chunks.scale_msa)
+
+    def add_attention(
+        self, x: Tensor, chunks: Chunks, attend: Callable[[Tensor], Tensor], read: Tensor
+    ) -> Tensor:
+        """Return x + gate · attend(read): all of attention, or its last linear alone."""
+        return x + chunks.gate_msa.unsqueeze(1) * attend(read)
+
+    def add_mlp(self, x: Tensor, chunks: Chunks) -> Tensor:
+        """Return x + gate · MLP of the second modulated norm."""
+        mlp: Tensor = self.mlp(self.modulate(self.norm2(x), chunks.shift_mlp, chunks.scale_mlp))
+        return x + chunks.gate_mlp.unsqueeze(1) * mlp
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Return the next hidden state; x (N, T, D), c (N, D)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
-            c
-        ).chunk(6, dim=1)
-        modulated = self.modulate(self.norm1(x), shift_msa, scale_msa)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulated)
-        mlp: Tensor = self.mlp(self.modulate(self.norm2(x), shift_mlp, scale_mlp))
-        out: Tensor = x + gate_mlp.unsqueeze(1) * mlp
-        return out
+        chunks = self.chunks(c)
+        x = self.add_attention(x, chunks, self.attn, self.attention_input(x, chunks))
+        return self.add_mlp(x, chunks)
 
 
 class FinalLayer(nn.Module):

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.sites import adaln_name, linear_sites
 from ditas_export.engine.layers import (
     BuiltLinear,
     EngineLayer,
     Kernel,
     built_linears,
 )
+from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.form import FileForm
 
 _BLOCK = re.compile(r"blocks\.(\d+)(?=[./])(?!\.adaLN_modulation)")
@@ -116,9 +116,10 @@ def expected_kernels(config: DiTConfig, form: FileForm) -> dict[str, Kernel]:
     expected = {}
     if form.is_quantized:
         kernel = Kernel.INTEGER if form.activation_bits == 8 else Kernel.WEIGHT_ONLY
-        expected = {site.name: kernel for site in linear_sites(config.depth)}
+        expected = dict.fromkeys(linear_names(config), kernel)
     if form.adaln_bits != 16:
-        names = (adaln_name(block) for block in range(config.depth))
+        inside = tuple(f"{block.path}." for block in family_of(config).blocks(config))
+        names = [name for name in family_of(config).modulations(config) if name.startswith(inside)]
         expected |= dict.fromkeys(names, Kernel.WEIGHT_ONLY)
     return expected
 

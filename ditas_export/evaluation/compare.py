@@ -335,7 +335,7 @@ def _compare_linears(
 def _linear(name: str, outputs: Outputs, values: Sequence[str], config: DiTConfig) -> Tensor:
     """Return a linear's output, which is in parts, where it is comparable."""
     whole = torch.from_numpy(np.concatenate([outputs[value] for value in values], axis=-1))
-    return comparable_part(name, whole, config.hidden_size)
+    return comparable_part(name, whole, config)
 
 
 def _output_differences(

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+import torch
 from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.sites import linear_sites, value_rows
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.base import Rows
+from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.interface import OUTPUT_PART
 
 
@@ -33,13 +35,13 @@ def linear_outputs(path: Path, config: DiTConfig) -> dict[str, list[str]]:
         linear, _, place = node.name.partition("/")
         part = place.partition("/")[0] if place.startswith(OUTPUT_PART) else ""
         last[linear][part] = node.output[0]
-    sites = [site.name for site in linear_sites(config.depth)]
-    if absent := [name for name in sites if name not in last]:
+    linears = linear_names(config)
+    if absent := [name for name in linears if name not in last]:
         raise OnnxExportError(
             f"{path} has no nodes named {absent[0]}/…; compare files as ditas-export wrote them, "
             f"or use --no-linears"
         )
-    return {name: _parts_or_whole(last[name]) for name in sites}
+    return {name: _parts_or_whole(last[name]) for name in linears}
 
 
 def _parts_or_whole(last: dict[str, str]) -> list[str]:
@@ -58,17 +60,20 @@ def with_outputs(path: Path, values: Sequence[str]) -> bytes:
     return content
 
 
-def comparable_part(linear: str, output: Tensor, hidden_size: int) -> Tensor:
+def comparable_part(linear: str, output: Tensor, config: DiTConfig) -> Tensor:
     """Return the part of a linear's output that folding leaves as it is in the float model.
 
-    The V rows of `attn.qkv` carry the smoothing of `attn.proj`, 1/s, in the quantized file: of qkv
-    q and k are left. What becomes of v shows in the output of `attn.proj`.
+    Rows into which another linear's smoothing folds carry its 1/s in the quantized file, as V's do;
+    what becomes of them shows in the output of that linear.
 
     Args:
         linear: its path.
         output: (N, T, out).
-        hidden_size: D of the model.
+        config: of the model.
     """
-    if linear.endswith("attn.qkv"):
-        return output[..., : value_rows(hidden_size).start]
-    return output
+    kept = torch.ones(output.shape[-1], dtype=torch.bool)
+    for block in family_of(config).blocks(config):
+        for fold in (fold for group in block.groups() for fold in group.folds):
+            if isinstance(fold, Rows) and block.name(fold.linear) == linear:
+                kept[fold.rows] = False
+    return output[..., kept]

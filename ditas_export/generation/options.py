@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ditas_export.errors import RunnerError
-from ditas_export.options import LARGEST_SEED, CheckpointHints, Family
+from ditas_export.options import LARGEST_SEED, CheckpointHints, FamilyChoice
 from ditas_export.runtime.options import Runtime
 from ditas_export.saved_records import Within, check_fields
 
@@ -35,7 +35,7 @@ class SampleOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
-    family: Family | None = None
+    family: FamilyChoice | None = None
     classes: str | None = None  # random
     images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
     list: Path | None = None  # of labels and seeds, in the place of classes, images and seed

@@ -12,15 +12,17 @@ import torch
 
 from ditas_export import __version__
 from ditas_export.artifact_files import require_writable, staging_folder
-from ditas_export.calibration.fold import FoldedDiT
+from ditas_export.calibration.fold import FoldedModel
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.identity import ModelIdentity, identity_of
-from ditas_export.dit.model import DiT, modulate, modulate_by_factor
+from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
 from ditas_export.onnx_export.file_facts import (
     CONFIG_KEY,
+    FAMILY_KEY,
     FLOAT_TYPES,
     FORM_KEY,
     IDENTITY_KEY,
@@ -29,7 +31,7 @@ from ditas_export.onnx_export.form import FileForm, Layout
 from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weight_only_linear
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
-from ditas_export.onnx_export.manifest import bytes_by_part
+from ditas_export.onnx_export.manifest import tensor_bytes
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
@@ -47,7 +49,7 @@ Lower = Callable[[Subgraph, str, Sequence[ir.Value], int], Sequence[ir.Value]]
 
 
 def export_onnx(
-    folded: FoldedDiT,
+    folded: FoldedModel,
     path: StrPath,
     *,
     layout: Layout = "int4",
@@ -102,9 +104,7 @@ def export_onnx(
         return [lower_float_linear(graph, x, parameters[f"{module}.weight"], bias)]
 
     codes = activation_codes(folded.activation_bits, choices.values())
-    model = export_skeleton(
-        folded.config, parameters, dtype=folded.dtype, modulate=modulate_by_factor
-    )
+    model = export_skeleton(folded.config, parameters, dtype=folded.dtype, folded=True)
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
@@ -159,7 +159,7 @@ def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | Non
         weight, bias = parameters[f"{module}.weight"], parameters[f"{module}.bias"]
         return [lower_float_linear(graph, x, weight, bias)]
 
-    graph_model = export_skeleton(model.config, parameters, dtype=dtype, modulate=modulate)
+    graph_model = export_skeleton(model.config, parameters, dtype=dtype, folded=False)
     lower_placeholders(graph_model, lower)
     identity = identity or identity_of(model)
     describe(graph_model, identity, FileForm(float_type=float_type))
@@ -197,6 +197,7 @@ def describe(model: ir.Model, identity: ModelIdentity, form: FileForm) -> None:
     model.producer_name = "ditas-export"
     model.producer_version = __version__
     config = identity.config.to_dict()
+    model.metadata_props[FAMILY_KEY] = family_of(identity.config).name
     model.metadata_props[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     model.metadata_props[IDENTITY_KEY] = json.dumps(
         {"tensors_sha256": identity.tensors_sha256, "fingerprint": identity.fingerprint},
@@ -229,7 +230,7 @@ def write_model(model: ir.Model, path: Path) -> None:
         ArtifactError: the file cannot be written.
     """
     _order_initializers(model.graph)
-    is_large = sum(bytes_by_part(model).values()) > LARGEST_INLINE_BYTES
+    is_large = sum(tensor_bytes(model).values()) > LARGEST_INLINE_BYTES
     data = data_name(model, path.name) if is_large else None
     with staging_folder(path) as folder:
         staged = folder / path.name

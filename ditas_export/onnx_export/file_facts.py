@@ -21,6 +21,7 @@ from ditas_export.saved_records import from_record
 from ditas_export.text_files import TextError, parse_json
 
 CONFIG_KEY = "ditas_export.config"
+FAMILY_KEY = "ditas_export.family"
 IDENTITY_KEY = "ditas_export.identity"
 FORM_KEY = "ditas_export.form"
 

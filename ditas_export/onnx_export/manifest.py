@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditas_export.artifact_files import atomic_path
+from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.paths import StrPath
 from ditas_export.text_files import read_json
@@ -42,20 +44,36 @@ _PART_OF_LEAF = {
     "right_scale": "low_rank",
 }
 
-_EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed")
+
+def tensor_bytes(model: ir.Model) -> dict[str, int]:
+    """Return the bytes of a model's tensors, by name."""
+    found: dict[str, int] = {}
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None  # an initializer holds a tensor
+        found[name] = value.const_value.nbytes
+    return found
 
 
-def bytes_by_part(model: ir.Model) -> dict[str, int]:
+def bytes_by_part(model: ir.Model, config: DiTConfig) -> dict[str, int]:
     """Return the bytes of a model's tensors, part by part; they add up to all of them.
 
-    `codes` are the integers of the blocks' linears, in layout int8 with the output factors of the
+    `codes` are the integers of the quantized linears, in layout int8 with the output factors of the
     branches that join them; `multipliers` and `row_scales` their scales,
     `adaln` all of the modulation linears, `other` biases, float weights and constants.
     """
+    family = family_of(config)
+    embedders = family.embedders()
+    modulations = {*family.modulations(config)}
     sizes = dict.fromkeys(PARTS, 0)
-    for name, value in model.graph.initializers.items():
-        assert value.const_value is not None  # an initializer holds a tensor
-        sizes[_part(name)] += value.const_value.nbytes
+    for name, count in tensor_bytes(model).items():
+        module, _, leaf = name.rpartition("/") if "/" in name else name.rpartition(".")
+        if name.startswith(embedders):
+            part = "embedders"
+        elif module in modulations:
+            part = "adaln"
+        else:
+            part = _PART_OF_LEAF.get(leaf, "other")
+        sizes[part] += count
     return sizes
 
 
@@ -105,12 +123,3 @@ def require_own_manifest(model: StrPath, sha256: str | None = None) -> None:
             f"{model.with_suffix('.json')} is the manifest of another file than {model}; run the "
             f"export again, put the two that belong together side by side, or remove the manifest"
         )
-
-
-def _part(name: str) -> str:
-    """Return the part that an initializer belongs to, by its name."""
-    if name.startswith(_EMBEDDERS):
-        return "embedders"
-    if ".adaLN_modulation." in name:
-        return "adaln"
-    return _PART_OF_LEAF.get(name.rpartition("/")[2], "other")

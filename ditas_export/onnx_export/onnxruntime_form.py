@@ -19,6 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN
 from ditas_export.onnx_export.subgraph import Subgraph
 
@@ -30,13 +31,13 @@ IR_VERSION = 11
 
 
 def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -> None:
-    """Put one `Attention` between every block's qkv and proj, and cut what is wide; in place.
+    """Put one `Attention` where attention is, and cut what is wide; in place.
 
     Args:
         model: a skeleton, its linears placeholders; becomes opset 23.
-        config: shape of the model.
-        in_parts: qkv and fc1 give several outputs, and fc2 reads several inputs, in the order of
-            their channels. fc1 stays whole where its width is no multiple of the hidden size.
+        config: of the model, whose family says where attention and wide activations are.
+        in_parts: what gives q, k and v, or a wide activation, gives several outputs, and what
+            reads the activation several inputs, in the order of their channels.
 
     Raises:
         OnnxExportError: an activation of several operators, of an untested PyTorch.
@@ -46,37 +47,37 @@ def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -
         for node in model.graph
         if node.domain == PLACEHOLDER_DOMAIN
     }
-    parts_of_mlp, rest = divmod(config.mlp_hidden_size, config.hidden_size)
-    for index in range(config.depth):
-        block = f"blocks.{index}"
-        qkv, proj = linears[f"{block}.attn.qkv"], linears[f"{block}.attn.proj"]
-        graph = Subgraph(proj, f"{block}.attn")
-        parts = _cut(qkv, 3) if in_parts else graph.split(qkv.outputs[0], 3)
-        heads = config.num_heads
+    family = family_of(config)
+    for attention in family.attentions(config):
+        reads, feeds = linears[attention.reads], linears[attention.feeds]
+        graph = Subgraph(feeds, attention.feeds.rpartition(".")[0])
+        parts = _cut(reads, 3) if in_parts else graph.split(reads.outputs[0], 3)
+        heads = attention.heads
         fused = graph.node("Attention", parts, q_num_heads=heads, kv_num_heads=heads)
-        proj.replace_input_with(0, fused)
-        if in_parts and not rest:
-            _cut_mlp(linears[f"{block}.mlp.fc1"], linears[f"{block}.mlp.fc2"], parts_of_mlp)
+        feeds.replace_input_with(0, fused)
+    for wide in family.wides(config) if in_parts else ():
+        if wide.parts > 1:
+            _cut_wide(linears[wide.makes], linears[wide.reads], wide.parts)
     RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
 
 
-def _cut_mlp(fc1: ir.Node, fc2: ir.Node, parts: int) -> None:
-    """Let fc1 give its output in parts, its activation take each, and fc2 read them all."""
-    activation = fc2.inputs[0].producer() if fc2.inputs[0] else None
-    if activation is None or activation.inputs[0] is not fc1.outputs[0]:
+def _cut_wide(makes: ir.Node, reads: ir.Node, parts: int) -> None:
+    """Let one linear give its output in parts, its activation take each, and one read them all."""
+    activation = reads.inputs[0].producer() if reads.inputs[0] else None
+    if activation is None or activation.inputs[0] is not makes.outputs[0]:
         raise OnnxExportError(
-            f"this PyTorch ({torch.__version__}) exports what lies between {fc1.name} and "
-            f"{fc2.name} as more than one operator; export --target portable, or use a tested "
+            f"this PyTorch ({torch.__version__}) exports what lies between {makes.name} and "
+            f"{reads.name} as more than one operator; export --target portable, or use a tested "
             f"version (constraints.txt)"
         )
     activated = [
         _copy(activation, [part], f"{activation.name}_{index}").outputs[0]
-        for index, part in enumerate(_cut(fc1, parts))
+        for index, part in enumerate(_cut(makes, parts))
     ]
-    whole = _copy(fc2, activated, str(fc2.name))
-    fc2.outputs[0].replace_all_uses_with(whole.outputs[0])
+    whole = _copy(reads, activated, str(reads.name))
+    reads.outputs[0].replace_all_uses_with(whole.outputs[0])
 
 
 def _cut(linear: ir.Node, parts: int) -> Sequence[ir.Value]:

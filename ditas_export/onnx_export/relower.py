@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from ditas_export.calibration.modules import in_onnxruntime_form
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.sites import linear_sites
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import (
     lower_placeholders,
     record_choices,
@@ -103,7 +103,7 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
     config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
     assert form.activation_bits is not None  # a quantized file's form has them
     assert form.layout is not None
-    lowered = lowered_linears(model.graph, [site.name for site in linear_sites(config.depth)])
+    lowered = lowered_linears(model.graph, linear_names(config))
     dtype, ranges = FLOAT_TYPES[form.float_type], form.ranges or "token"
     was, choices = (
         choose_forms(

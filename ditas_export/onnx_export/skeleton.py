@@ -1,9 +1,9 @@
-"""The float parts of a DiT as an ONNX graph, with one placeholder node per linear of its blocks.
+"""The float parts of a model as an ONNX graph, with one placeholder node per linear of its blocks.
 
-`torch.onnx.export` sees the model's own forward, but every `nn.Linear` of the blocks and of the
-final layer is an empty shell: the graph gets a node `Linear` of a private domain with the module
-path as its attribute, and no weight is ever copied or traced. `lowering.py` replaces each of these
-nodes; what is left is standard ONNX.
+`torch.onnx.export` sees the model's own forward, but every `nn.Linear` that its family quantizes,
+modulates with or names is an empty shell: the graph gets a node `Linear` of a private domain with
+the module path as its attribute, and no weight is ever copied or traced. `lowering.py` replaces
+each of these nodes; what is left is standard ONNX.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,9 +21,11 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
-from ditas_export.dit.model import DiT, DiTConfig, Modulate
+from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
-from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.families.base import Input
+from ditas_export.families.registry import family_of, linear_names
+from ditas_export.onnx_export.interface import OUTPUT_NAME
 
 OPSET = 21
 """The first opset with INT4 and block scales."""
@@ -35,7 +37,7 @@ PLACEHOLDER_DOMAIN = "ditas_export.placeholder"
 PLACEHOLDER = "Linear"
 
 _MODEL = "model"
-"""Attribute under which `_Interface` holds the DiT; taken off every name again."""
+"""Attribute under which `_Interface` holds the model; taken off every name again."""
 
 
 class _LinearShell(nn.Module):
@@ -69,7 +71,7 @@ class _Float32Convolution(nn.Conv2d):
 class _Interface(nn.Module):
     """float32 latents in and out, whatever the network's float type."""
 
-    def __init__(self, model: DiT, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
@@ -81,75 +83,73 @@ class _Interface(nn.Module):
 
 
 def export_skeleton(
-    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, modulate: Modulate
+    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, folded: bool
 ) -> ir.Model:
-    """Return the graph of a DiT, opset 21, its linears placeholders, names by module path.
+    """Return the graph of a model, opset 21, its linears placeholders, names by module path.
 
-    Inputs and output are `latents` (N, C, H, W) float32, `timesteps` (N,) int64, `class_labels`
-    (N,) int64 and `model_output` (N, 2C, H, W) float32, N dynamic.
+    The inputs are those of its family, the first dimension N dynamic; the output is `model_output`
+    (N, 2C or C, H, W) float32.
 
     Args:
-        config: shape of the model.
-        parameters: checkpoint name -> tensor in `dtype`; those of the embedders are used.
+        config: of the model.
+        parameters: checkpoint name -> tensor in `dtype`; those outside the placeholders are used.
         dtype: float type of the network.
-        modulate: how its norms are modulated: as in a float model, or as in a folded one.
+        folded: whether the graph is that of a folded model.
     """
+    family = family_of(config)
     with torch.device("meta"):
-        model = DiT(config, modulate)
-    for path, linear in list(_linears(model)):
-        model.set_submodule(path, _LinearShell(path, linear.out_features))
+        model = family.module(config, folded=folded)
+    shells = {
+        *linear_names(config),
+        *family.modulations(config),
+        *family.float_linears(config),
+    }
+    for path, module in list(model.named_modules()):
+        if path in shells:
+            assert isinstance(module, nn.Linear)
+            model.set_submodule(path, _LinearShell(path, module.out_features))
     kept = {name: parameters[name].detach().cpu() for name, _ in model.named_parameters()}
     if dtype == torch.bfloat16:
         _convolve_in_float32(model, kept)
     model.load_state_dict(kept, strict=True, assign=True)
-    graph_model = _trace(_Interface(model.eval(), dtype), config)
+    graph_model = _trace(_Interface(model.eval(), dtype), family.inputs(config))
     _drop_allowzero(graph_model.graph)
     _rename(graph_model.graph)
     strip_metadata(graph_model)
+    graph_model.graph.name = family.name
     graph_model.ir_version = IR_VERSION
     return graph_model
 
 
-def _convolve_in_float32(model: DiT, parameters: dict[str, Tensor]) -> None:
-    """Put the patch embedding between casts and its parameters in float32, both in place."""
-    name = "x_embedder.proj"
-    convolution = model.x_embedder.proj
-    model.x_embedder.proj = _Float32Convolution(
-        convolution.in_channels,
-        convolution.out_channels,
-        kernel_size=model.config.patch_size,
-        stride=model.config.patch_size,
-        device="meta",
-    )
-    for part in ("weight", "bias"):
-        parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"].float()
+def _convolve_in_float32(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    """Put every convolution between casts and its parameters in float32, both in place."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Conv2d):
+            continue
+        convolution = _Float32Convolution(
+            module.in_channels,
+            module.out_channels,
+            kernel_size=module.kernel_size,  # type: ignore[arg-type]
+            stride=module.stride,  # type: ignore[arg-type]
+            device="meta",
+        )
+        model.set_submodule(path, convolution)
+        for name, _ in convolution.named_parameters():
+            parameters[f"{path}.{name}"] = parameters[f"{path}.{name}"].float()
 
 
-def _linears(model: DiT) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield path and module of the blocks' and the final layer's linears, in module order."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and path.startswith(("blocks.", "final_layer.")):
-            yield path, module
-
-
-def _trace(interface: _Interface, config: DiTConfig) -> ir.Model:
+def _trace(interface: _Interface, inputs: Sequence[Input]) -> ir.Model:
     """Export the shell of a model; two images stand for a dynamic batch."""
-    side = config.input_size
-    example = (
-        torch.zeros(2, config.in_channels, side, side),
-        torch.zeros(2, dtype=torch.int64),
-        torch.zeros(2, dtype=torch.int64),
-    )
     batch = torch.export.Dim("N", min=1)
     with tidy_exporter():
         program = torch.onnx.export(
             interface,
-            example,
+            tuple(torch.zeros(2, *each.shape, dtype=each.dtype) for each in inputs),
             dynamo=True,
             opset_version=OPSET,
-            input_names=INPUT_NAMES,
+            input_names=[each.name for each in inputs],
             output_names=(OUTPUT_NAME,),
-            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention
             },
@@ -265,7 +265,6 @@ def strip_metadata(model: ir.Model) -> None:
     """Remove what says where the graph came from: traces, scopes, producer, inner shapes."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    model.graph.name = "DiT"
     model.producer_name, model.producer_version = None, None
     for node in model.graph:
         node.metadata_props.clear()

@@ -62,6 +62,15 @@ class IntegerWeight:
         """Return the weight, (N, K), in the row scale's float type."""
         return self.int8_rows().to(self.row_scale.dtype) * self.row_scale[:, None]
 
+    def rows(self, rows: slice) -> IntegerWeight:
+        """Return some of the weight's rows."""
+        return replace(
+            self,
+            codes=self.codes[rows],
+            multipliers=self.multipliers[rows],
+            row_scale=self.row_scale[rows],
+        )
+
     def take(self, columns: Tensor) -> IntegerWeight:
         """Return the weight's columns in another order, (K,), that leaves blocks together."""
         blocks = columns.reshape(-1, self.block_size)[:, 0] // self.block_size
@@ -157,6 +166,10 @@ class LowRank:
     def dequantize(self, row_scale: Tensor) -> Tensor:
         """Return what is added to a weight of these row scales, but for p's rounding: (N, K)."""
         return self.left(row_scale) @ self.right(row_scale.dtype)
+
+    def rows(self, rows: slice) -> LowRank:
+        """Return what the branch adds to some of the rows; the right factor stays."""
+        return replace(self, left_codes=self.left_codes[rows])
 
     def with_rows_times(self, ratio: Tensor) -> LowRank:
         """Return the branch with row n of `left_codes` times ratio[n], rounded anew; (N,) <= 1."""

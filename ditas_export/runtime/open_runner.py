@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.modules import fake_quantized_dit
-from ditas_export.calibration.quantized_dit import ARTIFACT_KIND, QuantizedDiT
+from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.quantized_model import ARTIFACT_KIND, QuantizedModel
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
@@ -171,7 +171,7 @@ def _open_artifact(path: Path, device: str, hash_file: Callable[[Path], str]) ->
     Its float side is float32 on a CPU and float16 on a GPU, as in the files that are exported for
     them. A model of float activations has no integer products, and runs fake-quantized.
     """
-    quantized = QuantizedDiT.load(path)
+    quantized = QuantizedModel.load(path)
     ranges = quantized.settings["ranges"]
     folded = fold_smoothing(
         quantized, dtype=torch.float16 if device.startswith("cuda") else torch.float32
@@ -179,7 +179,7 @@ def _open_artifact(path: Path, device: str, hash_file: Callable[[Path], str]) ->
     runner = (
         Int8Runner(folded, ranges=ranges, device=device)
         if quantized.activation_bits == 8
-        else TorchRunner(fake_quantized_dit(folded, ranges=ranges), device=device)
+        else TorchRunner(fake_quantized_model(folded, ranges=ranges), device=device)
     )
     return OpenedModel(runner=runner, source=str(path), sha256=hash_file(path))
 

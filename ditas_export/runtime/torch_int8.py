@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.calibration.fold import FoldedDiT, FoldedLinear
-from ditas_export.calibration.modules import dit_of_linears
+from ditas_export.calibration.fold import FoldedLinear, FoldedModel
+from ditas_export.calibration.modules import model_of_linears
 from ditas_export.dit.model import DiT
 from ditas_export.errors import RunnerError
 from ditas_export.quantization.ranges import (
@@ -133,7 +133,7 @@ class IntegerLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
-def int8_dit(folded: FoldedDiT, *, ranges: Ranges) -> DiT:
+def int8_model(folded: FoldedModel, *, ranges: Ranges) -> DiT:
     """Return a DiT in evaluation mode whose block linears are `IntegerLinear`.
 
     Args:
@@ -148,7 +148,7 @@ def int8_dit(folded: FoldedDiT, *, ranges: Ranges) -> DiT:
             f"INT8 products take 8-bit activations, and this model has {folded.activation_bits}; "
             f"run it fake-quantized"
         )
-    return dit_of_linears(folded, partial(IntegerLinear, ranges=ranges))
+    return model_of_linears(folded, partial(IntegerLinear, ranges=ranges))
 
 
 def compile_for_gpu(model: DiT) -> None:
@@ -165,9 +165,9 @@ class Int8Runner(TorchRunner):
     """Runs a folded model by INT8 products: as it is on a CPU, compiled on a GPU."""
 
     def __init__(
-        self, folded: FoldedDiT, *, ranges: Ranges, device: str | torch.device = "cpu"
+        self, folded: FoldedModel, *, ranges: Ranges, device: str | torch.device = "cpu"
     ) -> None:
-        super().__init__(int8_dit(folded, ranges=ranges), device=device)
+        super().__init__(int8_model(folded, ranges=ranges), device=device)
         if self.device.type == "cuda":
             compile_for_gpu(self.model)
 

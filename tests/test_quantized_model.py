@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.quantized_dit import ARTIFACT_FORMAT, QuantizedDiT
-from ditas_export.dit.sites import adaln_names
+from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT, QuantizedModel
 from ditas_export.errors import ArtifactError, DitasExportError
+from ditas_export.families.dit import FINAL_ADALN
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(4, 4), (4, 0), (8, 0)])
@@ -25,7 +25,7 @@ def test_saving_and_loading_is_bit_exact(tmp_path: Path, bits: int, rank: int) -
     )
     path = tmp_path / "model.ditas.safetensors"
     quantized.save(path)
-    loaded = QuantizedDiT.load(path)
+    loaded = QuantizedModel.load(path)
     assert loaded.identity == quantized.identity
     assert loaded.settings == quantized.settings
     assert loaded.provenance == quantized.provenance
@@ -50,7 +50,7 @@ def test_integer_modulation_is_kept_bit_exactly(tmp_path: Path, bits: int) -> No
     quantized = quantize_adaln(quantized_tiny_dit(tiny_dit()), bits)
     path = tmp_path / "model.ditas.safetensors"
     quantized.save(path)
-    loaded = QuantizedDiT.load(path)
+    loaded = QuantizedModel.load(path)
     assert loaded.adaln_bits == bits
     assert list(loaded.adaln) == list(quantized.adaln)
     for name, weight in quantized.adaln.items():
@@ -86,7 +86,7 @@ def test_a_file_of_before_the_bits_were_written_holds_floats(tmp_path: Path) -> 
     tensors, header = load_tensors(tmp_path / "new", file_format=ARTIFACT_FORMAT)
     assert header.pop("adaln_bits") == 16
     save_tensors(tmp_path / "old", tensors, file_format=ARTIFACT_FORMAT, header=header)
-    loaded = QuantizedDiT.load(tmp_path / "old")
+    loaded = QuantizedModel.load(tmp_path / "old")
     assert loaded.adaln_bits == 16
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
@@ -100,7 +100,7 @@ def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
     save_tensors(tmp_path / "old", tensors, file_format=old, header=header)
     expected = f"old is a {old}, and this version .* reads {ARTIFACT_FORMAT}; make it again$"
     with pytest.raises(ArtifactError, match=expected):
-        QuantizedDiT.load(tmp_path / "old")
+        QuantizedModel.load(tmp_path / "old")
 
 
 @pytest.mark.parametrize("part", ["left_codes", "right_codes"])
@@ -111,17 +111,17 @@ def test_wide_low_rank_codes_are_refused(tmp_path: Path, part: str) -> None:
     tensors[name] = tensors[name].to(torch.int16)
     save_tensors(tmp_path / "wide", tensors, file_format=ARTIFACT_FORMAT, header=header)
     with pytest.raises(DitasExportError, match=rf"1 of another element type .{name}"):
-        QuantizedDiT.load(tmp_path / "wide")
+        QuantizedModel.load(tmp_path / "wide")
 
 
 def test_missing_modulation_is_named(tmp_path: Path) -> None:
     quantize_adaln(quantized_tiny_dit(tiny_dit()), 4).save(tmp_path / "whole")
     tensors, header = load_tensors(tmp_path / "whole", file_format=ARTIFACT_FORMAT)
-    name = f"{adaln_names(2)[-1]}.codes"
+    name = f"{FINAL_ADALN}.codes"
     del tensors[name]
     save_tensors(tmp_path / "cut", tensors, file_format=ARTIFACT_FORMAT, header=header)
     with pytest.raises(ArtifactError, match=f"damaged: 1 missing .{name}"):
-        QuantizedDiT.load(tmp_path / "cut")
+        QuantizedModel.load(tmp_path / "cut")
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -146,12 +146,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArtifactError, match="no readable"):
-        QuantizedDiT.load(path)
+        QuantizedModel.load(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ArtifactError, match="but no ditas-export quantized DiT"):
-        QuantizedDiT.load(path)
+        QuantizedModel.load(path)
     with pytest.raises(ArtifactError, match="no readable"):
-        QuantizedDiT.load(tmp_path / "missing")
+        QuantizedModel.load(tmp_path / "missing")
 
 
 def test_sites_and_bits_are_checked() -> None:
@@ -171,4 +171,4 @@ def test_a_branch_of_another_rank_than_is_said(tmp_path: Path, rank: int, messag
     header["linears"]["blocks.1.mlp.fc1"]["rank"] = rank
     save_tensors(tmp_path / "model", tensors, file_format=ARTIFACT_FORMAT, header=header)
     with pytest.raises(ArtifactError, match=message):
-        QuantizedDiT.load(tmp_path / "model")
+        QuantizedModel.load(tmp_path / "model")

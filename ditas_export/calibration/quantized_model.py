@@ -28,13 +28,6 @@ from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.dit.fitting import require_fits
 from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.sites import (
-    LinearSite,
-    adaln_names,
-    in_features,
-    linear_sites,
-    out_features,
-)
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import (
     ArtifactError,
@@ -43,6 +36,7 @@ from ditas_export.errors import (
     OtherModelError,
     QuantizationError,
 )
+from ditas_export.families.registry import family_of, linear_names, linear_shapes
 from ditas_export.kept_parts import Part
 from ditas_export.paths import StrPath
 from ditas_export.quantization.integer import IntegerWeight, LowRank, pack_int4, unpack_int4
@@ -78,7 +72,7 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QuantizedDiT:
+class QuantizedModel:
     """A DiT whose block linears are integers; unfolded."""
 
     identity: ModelIdentity  # of the float model that it was made from
@@ -96,8 +90,8 @@ class QuantizedDiT:
         Raises:
             ArtifactError: names what is missing or does not fit.
         """
-        expected = [site.name for site in linear_sites(self.config.depth)]
-        if list(self.linears) != expected:
+        expected = linear_names(self.config)
+        if tuple(self.linears) != expected:
             odd = abbreviated(sorted(set(self.linears) ^ set(expected))) or "the order"
             raise ArtifactError(f"quantized linears do not match the model's sites: {odd}")
         if self.activation_bits not in (8, 16):
@@ -109,7 +103,7 @@ class QuantizedDiT:
                 f"the settings say ranges={self.settings.get('ranges')!r}, expected one of "
                 f"{', '.join(get_args(Ranges))}"
             )
-        names = adaln_names(self.config.depth)
+        names = tuple(family_of(self.config).modulations(self.config))
         if self.adaln and tuple(self.adaln) != names:
             raise ArtifactError(
                 f"integer modulation weights are of all linears or none, not of "
@@ -117,10 +111,21 @@ class QuantizedDiT:
             )
         if len({weight.bits for weight in self.adaln.values()}) > 1:
             raise ArtifactError("the modulation weights have 4 and 8 bits")
-        for site in linear_sites(self.config.depth):
-            _require_shapes(self.linears[site.name], site, self.config)
+        for name, shape in linear_shapes(self.config).items():
+            _require_shapes(name, self.linears[name], shape)
+        self._require_groups()
         self._require_parameters()
         self._require_settings()
+
+    def _require_groups(self) -> None:
+        """Check that linears that read one input have one smoothing scale."""
+        for block in family_of(self.config).blocks(self.config):
+            for group in block.groups():
+                first, *others = (block.name(path) for path in group.linears)
+                s = self.linears[first].smoothing_scale
+                for name in others:
+                    if not torch.equal(self.linears[name].smoothing_scale, s):
+                        raise ArtifactError(f"{first} and {name} read one input, divided by two s")
 
     def _require_settings(self) -> None:
         """Check what is said of the calibration, where something is."""
@@ -159,7 +164,8 @@ class QuantizedDiT:
     def _require_parameters(self) -> None:
         """Check what is not a quantized linear."""
         with torch.device("meta"):
-            shapes = {name: value.shape for name, value in DiT(self.config).state_dict().items()}
+            model = family_of(self.config).module(self.config)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
         for name in self.linears:
             del shapes[f"{name}.weight"], shapes[f"{name}.bias"]
         for name, weight in self.adaln.items():
@@ -206,6 +212,7 @@ class QuantizedDiT:
         for name, part in self.proofs.items():
             tensors |= {f"{PROOF}{name}/{key}": value for key, value in part.tensors.items()}
         header = {
+            "family": family_of(self.config).name,
             "identity": self.identity.to_dict(),
             "linears": linears,
             "activation_bits": self.activation_bits,
@@ -217,7 +224,7 @@ class QuantizedDiT:
         save_tensors(path, tensors, file_format=ARTIFACT_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: StrPath, *, model: ModelIdentity | None = None) -> QuantizedDiT:
+    def load(cls, path: StrPath, *, model: ModelIdentity | None = None) -> QuantizedModel:
         """Read an artefact.
 
         Args:
@@ -245,8 +252,8 @@ class QuantizedDiT:
                     if name.startswith(FLOAT_PREFIX)
                 },
                 linears={
-                    site.name: linear_from_parts(site.name, tensors, stated.linears[site.name])
-                    for site in linear_sites(identity.config.depth)
+                    name: linear_from_parts(name, tensors, stated.linears[name])
+                    for name in linear_names(identity.config)
                 },
                 activation_bits=stated.activation_bits,
                 adaln=_adaln_from_parts(tensors, identity.config, stated.adaln_bits),
@@ -264,6 +271,8 @@ def _identity(path: Path, stated: ArtifactHeader, model: ModelIdentity | None) -
     """Return whose artefact this is, refusing that of another model."""
     remedy = "Pass its own model with --model"
     if stated.identity is not None:
+        if (family := family_of(stated.identity.config).name) != stated.family:
+            raise ArtifactError(f"its family is {stated.family}, its model is a {family}")
         if model is not None:
             stated.identity.require_same(model, what=str(path), remedy=remedy)
         return stated.identity
@@ -287,31 +296,29 @@ def _identity(path: Path, stated: ArtifactHeader, model: ModelIdentity | None) -
     return model
 
 
-def _require_shapes(linear: QuantizedLinear, site: LinearSite, config: DiTConfig) -> None:
-    """Refuse a linear whose tensors are not of the site's shape, type and range."""
-    rows, columns = out_features(config, site), in_features(config, site)
+def _require_shapes(name: str, linear: QuantizedLinear, shape: tuple[int, int]) -> None:
+    """Refuse a linear whose tensors are not of the model's shape, or of another type or range."""
+    rows, columns = shape
     if tuple(linear.weight.codes.shape) != (rows, columns):
         raise ArtifactError(
-            f"{site.name} has codes {tuple(linear.weight.codes.shape)}, expected {(rows, columns)}"
+            f"{name} has codes {tuple(linear.weight.codes.shape)}, expected {(rows, columns)}"
         )
     branch = linear.low_rank
     if branch is not None:
         found = (branch.left_codes.shape[0], branch.right_codes.shape[1])
         if found != (rows, columns):
-            raise ArtifactError(
-                f"{site.name} has a low-rank branch {found}, expected {(rows, columns)}"
-            )
-    _require_float(f"{site.name} bias", linear.bias, (rows,))
-    _require_float(f"{site.name} smoothing scale", linear.smoothing_scale, (columns,))
+            raise ArtifactError(f"{name} has a low-rank branch {found}, expected {(rows, columns)}")
+    _require_float(f"{name} bias", linear.bias, (rows,))
+    _require_float(f"{name} smoothing scale", linear.smoothing_scale, (columns,))
     if not bool((linear.smoothing_scale > 0).all()):
-        raise ArtifactError(f"{site.name} has a smoothing scale that is not positive")
+        raise ArtifactError(f"{name} has a smoothing scale that is not positive")
     steps = linear.step_ranges
-    _require_float(f"{site.name} row scales", linear.weight.row_scale, (rows,))
-    _require_float(f"{site.name} step ranges", steps, (steps.numel(),))
+    _require_float(f"{name} row scales", linear.weight.row_scale, (rows,))
+    _require_float(f"{name} step ranges", steps, (steps.numel(),))
     if linear.alpha is not None and not _are_numbers([linear.alpha]):
-        raise ArtifactError(f"{site.name} has alpha={str(linear.alpha)[:40]}, expected a number")
+        raise ArtifactError(f"{name} has alpha={str(linear.alpha)[:40]}, expected a number")
     if not steps.numel() or bool((steps < 0).any()):
-        raise ArtifactError(f"{site.name} has step ranges that are none or negative")
+        raise ArtifactError(f"{name} has step ranges that are none or negative")
 
 
 def _require_float(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -409,7 +416,7 @@ def _adaln_from_parts(
 ) -> dict[str, WeightOnlyWeight]:
     """Rebuild the integer modulation weights from a file's tensors; none of them for 16 bits."""
     weights: dict[str, WeightOnlyWeight] = {}
-    for name in adaln_names(config.depth) if bits != 16 else ():
+    for name in family_of(config).modulations(config) if bits != 16 else ():
         codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
         if bits == 4:
             codes = unpack_int4(codes, (scale.shape[0], config.hidden_size))

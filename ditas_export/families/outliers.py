@@ -1,0 +1,92 @@
+"""Outlier channels planted into a trained model without changing its function.
+
+Large transformers have a few channels whose activations dwarf the rest; a small one trained on
+small images has none, and quantizes too easily. For a gain k in one channel of the input of a group
+of linears, their weight column is divided by k, and what folding would divide by s is multiplied by
+k, so that the input grows k-fold:
+
+- `x(1 + scale) + shift`: the channel's shift row is multiplied by k (weight and bias), its scale
+  row too, and the scale's bias is `k(b + 1) − 1`.
+- rows of a linear in whose output the input is linear: the channel's row (weight and bias).
+- what takes no smoothing, as behind GELU, takes no gain.
+
+Equal in real arithmetic; in the parameters' float type, equal to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ditas_export.dit.model import DiT
+from ditas_export.errors import CalibrationError
+from ditas_export.families.base import Modulation, Multiply, Rows
+from ditas_export.families.registry import family_of
+
+
+def plant_outliers(
+    model: DiT, *, channels: int = 4, gain: tuple[float, float] = (20.0, 60.0), seed: int = 0
+) -> DiT:
+    """Return a copy of the model with outliers in the input of every linear that can have them.
+
+    Args:
+        model: float32 or float64; left untouched.
+        channels: input channels to enlarge per group, chosen at random.
+        gain: smallest and largest gain, both > 0; drawn evenly in the logarithm.
+        seed: of the choice of channels and gains.
+
+    Raises:
+        CalibrationError: more channels than an input has, or a gain that is not positive.
+    """
+    low, high = gain
+    if not 0 < low <= high < math.inf:
+        raise CalibrationError(f"gain={gain} is no range of positive numbers, smallest first")
+    planted = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(width: int) -> Tensor:
+        """Return a gain per channel, 1 in all but `channels` of them, (K,)."""
+        if not 0 <= channels <= width:
+            raise CalibrationError(f"cannot plant {channels} outliers in {width} channels")
+        gains = torch.ones(width, dtype=torch.float64)
+        chosen = torch.randperm(width, generator=generator)[:channels]
+        spread = torch.rand(channels, generator=generator, dtype=torch.float64)
+        gains[chosen] = low * (high / low) ** spread
+        return gains
+
+    with torch.no_grad():
+        for block in family_of(model.config).blocks(model.config):
+            module = planted.get_submodule(block.path)
+            for group in block.groups():
+                if any(isinstance(fold, Multiply) for fold in group.folds):
+                    continue
+                readers = [_linear(module, path) for path in group.linears]
+                gains = draw(readers[0].in_features)
+                for linear in readers:
+                    linear.weight /= gains.to(linear.weight)
+                for fold in group.folds:
+                    if isinstance(fold, Rows):
+                        _multiply_rows(_linear(module, fold.linear), fold.rows, gains)
+                    elif isinstance(fold, Modulation):
+                        adaln = _linear(module, fold.linear)
+                        _multiply_rows(adaln, fold.shift, gains)
+                        _multiply_rows(adaln, fold.scale, gains)
+                        # k b + (k - 1) = k (b + 1) - 1
+                        adaln.bias[fold.scale] += (gains - 1).to(adaln.bias)
+    return planted
+
+
+def _linear(block: nn.Module, path: str) -> nn.Linear:
+    """Return a linear of a block."""
+    linear = block.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _multiply_rows(linear: nn.Linear, rows: slice, gains: Tensor) -> None:
+    """Multiply some outputs of a linear, weight and bias, in place."""
+    linear.weight[rows] *= gains[:, None].to(linear.weight)
+    linear.bias[rows] *= gains.to(linear.bias)
