@@ -12,7 +12,7 @@ from ditas_export.saved_records import Within, check_fields
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-Family = Literal["dit", "sit", "repa"]
+FamilyChoice = Literal["dit", "sit", "repa"]
 """Whose process a model of DiT's tensors has: DiT's diffusion, SiT's or REPA's flow."""
 
 Target = Literal["portable", "onnxruntime", "tensorrt"]
@@ -79,7 +79,7 @@ class CheckpointHints:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None  # the null row not counted
     no_null_class: bool = False  # every row of the label table is a class
     betas: str | None = None  # NAME[,START,END[,STEPS]]
-    family: Family | None = None
+    family: FamilyChoice | None = None
 
     @property
     def given(self) -> list[str]:
@@ -107,7 +107,7 @@ class ExportOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
-    family: Family | None = None
+    family: FamilyChoice | None = None
     classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: Annotated[int, Within(1, 64)] | None = None

@@ -14,7 +14,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -139,8 +139,13 @@ def train(
     return average
 
 
-def train_and_write(config: DiTConfig, loss_of: Loss, summary: str, **record: str) -> None:
-    """Train as the command line says and write the average in fp16, with a record in its header."""
+def train_and_write(
+    config: DiTConfig, loss_of: Loss, summary: str, *, metadata: Mapping[str, str]
+) -> None:
+    """Train as the command line says and write the average in fp16.
+
+    The metadata have one entry: safetensors writes several in any order.
+    """
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
@@ -158,9 +163,14 @@ def train_and_write(config: DiTConfig, loss_of: Loss, summary: str, **record: st
     )
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(args.output) as partial:
-        save_file(tensors, partial, metadata={"num_heads": str(config.num_heads), **record})
+        save_file(tensors, partial, metadata=dict(metadata))
     print(f"wrote {args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    train_and_write(CONFIG, DiffusionLoss(), str(__doc__).partition("\n")[0])
+    train_and_write(
+        CONFIG,
+        DiffusionLoss(),
+        str(__doc__).partition("\n")[0],
+        metadata={"num_heads": str(CONFIG.num_heads)},
+    )

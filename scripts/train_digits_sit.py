@@ -11,6 +11,7 @@ what waiting threads burn.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
@@ -37,4 +38,10 @@ def velocity_loss(model: DiT, x_start: Tensor, labels: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    train_and_write(SIT_CONFIG, velocity_loss, str(__doc__).partition("\n")[0], family="sit")
+    record = {"family": "sit", "num_heads": CONFIG.num_heads, "num_classes": CONFIG.num_classes}
+    train_and_write(
+        SIT_CONFIG,
+        velocity_loss,
+        str(__doc__).partition("\n")[0],
+        metadata={"config": json.dumps(record)},
+    )

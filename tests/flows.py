@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ditas_export.dit.families import FLOWS
+from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.model import FREQUENCY_EMBEDDING_SIZE, MAX_PERIOD, DiT, DiTConfig
 
 State = dict[str, Tensor]

@@ -95,7 +95,7 @@ def test_a_mismatch_is_exit_code_1(
     monkeypatch.setattr("ditas_export.evaluation.ties.MOST_EXCESS_DB", -500.0)
     code, _, err = run("--model", checkpoint, *QUICK, "--quiet", tmp_path / "out.onnx")
     assert code == 1
-    assert "expected at least 500; do not deploy it" in " ".join(err.split())
+    assert "expected -500.0 at most; do not deploy it" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("scale", ["0.5", "-1", "nan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from flows import State, euler, flow_config, turned
 from safetensors.torch import save_file
 from test_checkpoint import refusal
 
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.families import FLOWS
+from ditas_export.dit.checkpoint import BUNDLED_FLOW, BUNDLED_MODEL, LoadedDiT, load_dit
+from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.model import DiT
 from ditas_export.dit.process import DIT_PROCESS
 from ditas_export.options import CheckpointHints
@@ -225,6 +226,19 @@ def test_the_bundled_dit_is_no_flow() -> None:
     assert "the package gives family 'dit', --family gives 'sit'; leave the option out" in message
 
 
+def test_the_bundled_flow_is_a_sit() -> None:
+    loaded = load_dit(BUNDLED_FLOW)
+    assert loaded.source == "digits-sit (bundled)"
+    assert loaded.notes == ()
+    assert loaded.model.config == flow_config(load_dit(BUNDLED_MODEL).model.config)
+    folder = importlib.resources.files("ditas_export.dit") / "bundled"
+    assert len((folder / f"{BUNDLED_FLOW}.safetensors").read_bytes()) < 7 * 2**20
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert loaded.identity.tensors_sha256 in card
+    message = refusal(BUNDLED_FLOW, hints=CheckpointHints(family="repa"))
+    assert "metadata config.family gives family 'sit', --family gives 'repa'; leave" in message
+
+
 # --- What is kept of its tensors ----------------------------------------------------------------
 
 
@@ -266,22 +280,27 @@ def test_projectors_are_left_out_and_said(tmp_path: Path, state: State) -> None:
 # --- Two conventions of one flow ----------------------------------------------------------------
 
 
-def test_a_flow_turned_is_its_twin_of_the_other_family(tmp_path: Path, state: State) -> None:
-    """v'(x, t) = -v(x, 1 - t), and the same pictures."""
-    sit = load(trained(tmp_path / "sit.pt", state, SIT_ARGS | NO_SIZE)).model
-    repa = load(trained(tmp_path / "repa.pt", {**turned(state), **PROJECTORS}, REPA_ARGS)).model
-    noise = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    times, labels = torch.linspace(0, 1, 5), torch.tensor([0, 3, 7, 9, 10])
+def test_a_flow_turned_is_its_twin_of_the_other_family(tmp_path: Path) -> None:
+    """v'(x, t) = -v(x, 1 - t) of the bundled flow, and the same digits."""
+    sit = load_dit(BUNDLED_FLOW).model
+    state, size = dict(sit.state_dict()), {"num_heads": sit.config.num_heads, "num_classes": 10}
+    path = trained(tmp_path / "sit.pt", state, SIT_ARGS | NO_SIZE | size)
+    assert load_dit(path).identity == load_dit(BUNDLED_FLOW).identity
+    repa_state = {**turned(state), **PROJECTORS}
+    repa = load_dit(trained(tmp_path / "repa.pt", repa_state, REPA_ARGS | size)).model
+    assert repa.config == flow_config(sit.config, "repa")
+    noise = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    times, labels = torch.linspace(0, 1, 10), torch.tensor([*range(9), 10])
     with torch.no_grad():
         torch.testing.assert_close(
             repa(noise, 1 - times, labels), -sit(noise, times, labels), atol=1e-5, rtol=0
         )
+    labels = torch.arange(10)
     torch.testing.assert_close(
-        euler(repa, noise, labels, steps=8, scale=1.5),
-        euler(sit, noise, labels, steps=8, scale=1.5),
+        euler(repa, noise, labels, steps=10, scale=1.5),
+        euler(sit, noise, labels, steps=10, scale=1.5),
         atol=1e-4,
         rtol=0,
     )
-    back = turned(turned(state))
-    for name, tensor in state.items():
-        torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=0)
+    for name, tensor in turned(turned(state)).items():
+        torch.testing.assert_close(tensor, state[name], atol=1e-6, rtol=0)

@@ -13,17 +13,21 @@ from typing import Any
 from unittest import mock
 
 import torch
-from quantized_fixture import tiny_dit
+from quantized_fixture import TINY, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration import walk
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
+from ditas_export.calibration.output_weights import output_weights
 from ditas_export.calibration.quantized_model import QuantizedModel
+from ditas_export.calibration.row_shares import Share, rank_batches
 from ditas_export.calibration.solve import JointMoments, LinearInputs, sample_tokens
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks, launched_ranks
 from ditas_export.dit.identity import identity_of
 from ditas_export.errors import CalibrationError, DitasExportError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.registry import family_of
 
 CALIBRATION = CalibrationSettings(steps=6, classes=(3, 7, 1, 4, 9))
 QUANTIZATION = QuantizationSettings(rank=2, alpha_grid=(0.3, 0.4, 0.5))
@@ -57,7 +61,7 @@ def weight() -> Tensor:
 
 
 def reduced(ranks: Ranks) -> tuple[JointMoments, Tensor, Tensor]:
-    """The moments, the root mean squares, and this rank's part of the token sample."""
+    """The moments, the output weights of a block, and this rank's part of the token sample."""
     batches = token_batches()
     first, last = (7 * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     mine = batches[first:last]
@@ -66,8 +70,27 @@ def reduced(ranks: Ranks) -> tuple[JointMoments, Tensor, Tensor]:
         return [(x[::stride], x_hat[::stride]) for x, x_hat in mine]
 
     inputs = LinearInputs(tokens=7 * 731, batches=batches, ranks=ranks)
-    squares = walk.rms(torch.cat([x for x, _ in mine]), ranks)
-    return JointMoments.accumulate(weight(), mine, ranks), squares, sample_tokens(inputs)[0]
+    moments = JointMoments.accumulate(weight(), mine, ranks)
+    return moments, block_weights(ranks), sample_tokens(inputs)[0]
+
+
+def block_weights(ranks: Ranks) -> Tensor:
+    """What the output channels of the first block's linears count, one after the other."""
+    model = tiny_dit()
+    rows, share = 48, Share.of(48, TINY.num_tokens, ranks)
+    generator = torch.Generator().manual_seed(2)
+    side = TINY.input_size
+    inputs = ModelInputs(
+        latents=torch.randn(rows, TINY.in_channels, side, side, generator=generator),
+        timesteps=torch.arange(rows) * 20,
+        class_labels=torch.arange(rows) % TINY.num_classes,
+    )
+    family = family_of(TINY)
+    block = family.blocks(TINY)[0]
+    with torch.no_grad():
+        entered = family.enter(model, inputs.rows(share.rows))
+    module = model.get_submodule(block.path)
+    return torch.cat(list(output_weights(module, block, *entered, share).values()))
 
 
 def quantized(ranks: Ranks, states: CalibrationStates, **settings: Any) -> QuantizedModel:
@@ -153,7 +176,7 @@ def calibrate(ranks: Ranks, folder: Path) -> dict[str, Any]:
             message(lambda: ranks.first(refuse)),
             stopped(ranks, ranks.first, 0),
             stopped(ranks, ranks.together, 1),
-            message(lambda: walk.rank_batches(16, 16, ranks)),
+            message(lambda: rank_batches(16, 16, ranks)),
         ],
     }
 

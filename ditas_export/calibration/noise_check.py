@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditas_export.calibration.velocity_check import ENDS, likeness, likest_flow, velocity_db
+from ditas_export.calibration.velocity_check import (
+    ENDS,
+    LEAST_VELOCITY_DB,
+    likeness,
+    likest_flow,
+    velocity_db,
+)
 from ditas_export.diffusion.sampling import image_generator, initial_noise, make_scheduler
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
@@ -26,7 +32,7 @@ ROWS = 8
 """Images of noise, each fed with a class and without."""
 
 LEAST_DB = 15.0
-"""Below this a model is not taken for a trained one of its process."""
+"""Below this a model is not taken for a trained one that predicts noise."""
 
 _SOME = 0.5
 """Share of the noise in an output, above which it is taken to be there."""
@@ -51,6 +57,11 @@ class NoiseCheck:
         return self.class_db if self.null_db is None else min(self.class_db, self.null_db)
 
     @property
+    def least_db(self) -> float:
+        """What a trained model has at least."""
+        return LEAST_VELOCITY_DB if self.is_velocity else LEAST_DB
+
+    @property
     def passes(self) -> bool:
         """Whether the model is one of its process, as far as this tells."""
         return not self.finding
@@ -66,7 +77,7 @@ class NoiseCheck:
             where, what = f"at step {self.timestep}", "trained to predict noise"
         return (
             f"fed pure noise {where}, the model returns it to {self.worst_db:.1f} dB only ({what}: "
-            f"more than {LEAST_DB:.0f}): {self.finding}. The file will compute what the model "
+            f"more than {self.least_db:.0f}): {self.finding}. The file will compute what the model "
             f"does; its pictures may be none"
         )
 
@@ -76,7 +87,7 @@ class NoiseCheck:
             "timestep": self.timestep,
             "class_db": finite_or_none(self.class_db),
             "null_class_db": None if self.null_db is None else finite_or_none(self.null_db),
-            "least_db": LEAST_DB,
+            "least_db": self.least_db,
             "passes": self.passes,
             "finding": self.finding or None,
         }
@@ -154,7 +165,7 @@ def _velocity_finding(
     if not bool(output.isfinite().all()):
         return "it puts out NaN or infinity"
     flow, figure = likest_flow(noise, outputs)
-    if figure >= LEAST_DB:
+    if figure >= LEAST_VELOCITY_DB:
         return "" if flow == replace(process, vae=None) else likeness(flow)
     step = _first_step(DIT_PROCESS)
     if _match_db(noise, _predicted(model, noise, step, _one_class(model.config))) >= LEAST_DB:
@@ -239,7 +250,7 @@ def _finding(
     if _match_db(noise, at_fraction) >= LEAST_DB:
         return "it does so where time steps run from 0 to 1: it was trained on another time scale"
     flow, figure = likest_flow(noise, at_ends)
-    if figure >= LEAST_DB:
+    if figure >= LEAST_VELOCITY_DB:
         return likeness(flow)
     share = _share(noise, output)
     if abs(share) < _SOME:

@@ -44,7 +44,10 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
     model: Annotated[
         str | None,
-        _option("digits (bundled), a checkpoint, a diffusers folder, or a hub id.", "model"),
+        _option(
+            "digits or digits-sit (bundled), a checkpoint, a diffusers folder, or a hub id.",
+            "model",
+        ),
     ] = None,
     num_heads: Annotated[
         int | None, _option("Attention heads, where the checkpoint does not say.", "num_heads")

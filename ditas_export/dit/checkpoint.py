@@ -51,10 +51,12 @@ BUNDLED_MODEL = "digits"
 BUNDLED_FLOW = "digits-sit"
 """Name of its counterpart that was trained by flow matching, as SiTs are."""
 
-_BUNDLED_CLASSES = {"num_classes": Fact(10, "the package")}
 _BUNDLED: Mapping[str, Facts] = {
-    BUNDLED_MODEL: _BUNDLED_CLASSES | {"family": Fact("dit", "the package")},
-    BUNDLED_FLOW: _BUNDLED_CLASSES,
+    BUNDLED_MODEL: {
+        "num_classes": Fact(10, "the package"),
+        "family": Fact("dit", "the package"),
+    },
+    BUNDLED_FLOW: {},
 }
 """Bundled models, and what their files do not say."""
 

@@ -21,7 +21,7 @@ from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.presets import SIZES
 from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
 from ditas_export.dit.record_parts import CLASS_ENTRIES
-from ditas_export.options import Family
+from ditas_export.options import FamilyChoice
 
 _PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"), "epsilon"),
@@ -207,8 +207,8 @@ def _path_type(_name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _family(_name: str, value: Any) -> Mapping[str, Any]:
-    if value not in get_args(Family):
-        raise NotFollowedError(f"is of another family than {', '.join(get_args(Family))}")
+    if value not in get_args(FamilyChoice):
+        raise NotFollowedError(f"is of another family than {', '.join(get_args(FamilyChoice))}")
     return {"family": value}
 
 

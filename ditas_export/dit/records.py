@@ -18,7 +18,7 @@ from ditas_export.dit.record_entries import FLOW_ENTRIES, NOT_FOLLOWED_ENTRIES, 
 from ditas_export.dit.record_parts import RecordPart, json_or_text, opened, plain, record_parts
 from ditas_export.dit.schedules import facts_of_table, tables_of_part
 from ditas_export.errors import CheckpointError
-from ditas_export.options import CheckpointHints, Family
+from ditas_export.options import CheckpointHints, FamilyChoice
 
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
 """Objects of a pickle that are read as a dict, and hold nothing else."""
@@ -108,7 +108,7 @@ def facts_of_hints(hints: CheckpointHints) -> dict[str, Fact]:
     if hints.betas is not None:
         facts |= _facts_of_betas(hints.betas)
     if hints.family is not None:
-        if hints.family not in (families := get_args(Family)):
+        if hints.family not in (families := get_args(FamilyChoice)):
             raise CheckpointError(f"--family {hints.family}; expected {' or '.join(families)}")
         facts["family"] = Fact(hints.family, "--family")
     return facts

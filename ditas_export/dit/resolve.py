@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ditas_export.dit.facts import Fact, Facts, merged
-from ditas_export.dit.families import flow_of
+from ditas_export.dit.flows import flow_of
 from ditas_export.dit.layouts import Geometry
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.positions import square_side

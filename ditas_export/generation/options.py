@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from ditas_export.diffusion.options import CfgChannels, SamplerName
 from ditas_export.errors import RunnerError
-from ditas_export.options import LARGEST_SEED, CheckpointHints, Family
+from ditas_export.options import LARGEST_SEED, CheckpointHints, FamilyChoice
 from ditas_export.runtime.options import Runtime
 from ditas_export.saved_records import Within, check_fields
 
@@ -34,7 +34,7 @@ class SampleOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
-    family: Family | None = None
+    family: FamilyChoice | None = None
     classes: str | None = None  # random
     images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
     list: Path | None = None  # of labels and seeds, in the place of classes, images and seed

@@ -1,4 +1,4 @@
-"""The families that have DiT's tensors: the diffusion, and two flows that differ in time and signs.
+"""The flows that have DiT's tensors, SiT's and REPA's, which differ in time and signs.
 
 Sources: Ma et al. 2024 (SiT; github.com/willisma/SiT, whose t is 1 at the data) and Yu et al. 2025
 (REPA; github.com/sihyun-yu/REPA, whose t is 1 at the noise). Both train on straight paths and feed
@@ -13,9 +13,9 @@ from dataclasses import replace
 from ditas_export.dit.facts import Fact, Facts
 from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import CheckpointError
-from ditas_export.options import Family
+from ditas_export.options import FamilyChoice
 
-FLOWS: Mapping[Family, FlowProcess] = {
+FLOWS: Mapping[FamilyChoice, FlowProcess] = {
     "sit": FlowProcess(),
     "repa": FlowProcess(time_ends_at="noise", velocity_towards="noise"),
 }
