@@ -47,7 +47,7 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="An exported .onnx, an engine, a quantized model, a checkpoint, or a bundled model.",
+            help="An exported .onnx, an engine, a quantized model, a checkpoint, or digits.",
         ),
     ],
     output: Annotated[
