@@ -10,10 +10,10 @@ from quantized_fixture import TINY, quantized_tiny_dit, tiny_dit
 
 from ditas_export.calibration.adaln import (
     adaln_block_size,
-    modulation_inputs,
     quantize_adaln,
 )
 from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.families.registry import family_of
 from ditas_export.quantization.integer import round_to_blocks
@@ -23,6 +23,12 @@ from ditas_export.quantization.weight_only import (
     from_integer_weight,
     widest_block,
 )
+
+
+def modulation_inputs(quantized: QuantizedModel) -> torch.Tensor:
+    """What the model's modulation linears read, by its family."""
+    config = quantized.config
+    return family_of(config).conditions(config, quantized.float_parameters)
 
 
 def random_weight(rows: int = 24, columns: int = 128, seed: int = 0) -> torch.Tensor:
