@@ -21,13 +21,16 @@ from ditas_export.calibration.calibrate import QuantizationSettings, quantize_mo
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.fold_proof import prove_folds
 from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.calibration.output_weights import output_weights
 from ditas_export.calibration.quantized_model import QuantizedModel
+from ditas_export.calibration.row_shares import Share
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
+from ditas_export.distributed import SINGLE
 from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTBlock, DiTConfig, modulate, modulate_by_factor
 from ditas_export.errors import ArtifactError
 from ditas_export.families import registry
-from ditas_export.families.base import Block, FusedAttention, Group, Rows, Stage, State
+from ditas_export.families.base import Block, FusedAttention, Group, ModelInputs, Rows, Stage, State
 from ditas_export.families.dit import DiTFamily
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.onnx_export.export import export_onnx
@@ -35,6 +38,7 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner, matmul_ke
 
 CONFIG = DiTConfig(**{**TINY.to_dict(), "process": TINY.process, "layer_norm_eps": 2e-6})
 APART = ("attn.to_q", "attn.to_k", "attn.to_v")
+NAMES = ("latents", "timesteps", "class_labels")
 
 
 class Attention(nn.Module):
@@ -147,6 +151,23 @@ def test_linears_of_one_input_are_solved_as_one(quantized: QuantizedModel) -> No
         assert min(figures) - 1 < together.output_snr_db < max(figures) + 1
         proj = f"blocks.{block}.attn.proj"
         assert abs(quantized.linears[proj].output_snr_db - whole.linears[proj].output_snr_db) < 1
+
+
+def test_linears_apart_count_as_those_that_are_stacked() -> None:
+    whole = tiny_dit()
+    found = []
+    for model in (whole, apart(whole)):
+        family, inputs = (
+            registry.family_of(model.config),
+            ModelInputs(**dict(zip(NAMES, example_inputs(batch=4), strict=True))),
+        )
+        block = family.blocks(model.config)[0]
+        share = Share.of(4, model.config.num_tokens, SINGLE)
+        module = model.get_submodule(block.path)
+        found.append(output_weights(module, block, *family.enter(model, inputs), share))
+    stacked, single = found
+    together = torch.cat([single[f"blocks.0.{path}"] for path in APART])
+    assert torch.allclose(together, stacked["blocks.0.attn.qkv"], rtol=2e-3)  # eps aside
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -64,6 +64,9 @@ class Group:
 
     linears: tuple[str, ...]
     folds: tuple[Fold, ...]  # each takes all of s: one for everything that makes the input
+    stacked: int = 1
+    """Linears, equal in rows, that each weight holds: 3 where one makes q, k and v. Each counts as
+    a linear of its own where it matters what an error does downstream."""
     is_token_wise: bool = False
     """Whether the input of a token depends on that token's state alone. The walk then computes no
     more of it than it looks at."""

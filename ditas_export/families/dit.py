@@ -185,6 +185,7 @@ def _stages(width: int) -> tuple[Stage, ...]:
                 linear=ADALN, scale=_chunk("scale_msa", width), shift=_chunk("shift_msa", width)
             ),
         ),
+        stacked=3,
         is_token_wise=True,
     )
     proj = Group(
