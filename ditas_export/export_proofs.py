@@ -13,7 +13,7 @@ from typing import Any
 
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.held_out import VerificationSettings, sample_held_out
 from ditas_export.export_job import ExportJob, Solved, device_of, digest_of

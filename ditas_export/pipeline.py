@@ -37,7 +37,7 @@ from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.guidance import resolved_cfg_scale
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.checkpoint import LoadedDiT, load_dit
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.errors import ArtifactError, CheckpointError
 from ditas_export.evaluation.verify import Verification
 from ditas_export.export_files import write_or_keep

@@ -35,7 +35,7 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.presets import preset_config
 from ditas_export.engine.build import build_engine

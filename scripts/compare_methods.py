@@ -49,7 +49,7 @@ from ditas_export.cli.console import clean_errors
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import sample
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.errors import CalibrationError
 from ditas_export.evaluation.metrics import snr_db

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_digits import CONFIG, train_and_write
 
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import FlowProcess
+from ditas_export.process import FlowProcess
 
 SIT_CONFIG = replace(CONFIG, learn_sigma=False, process=FlowProcess())
 

@@ -18,7 +18,7 @@ from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
 from ditas_export.cli import export as export_command
 from ditas_export.cli.build_settings import merge_settings
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.engine.metadata import metadata_of
 from ditas_export.generation.wanted import read_wanted
 from ditas_export.onnx_export.external_data import load_mapped

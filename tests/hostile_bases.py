@@ -25,7 +25,7 @@ from ditas_export.artifact_files import load_tensors, sha256_of_file
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT
 from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.layouts import DIFFUSERS
 from ditas_export.engine.metadata import EngineMetadata, Gpu
 from ditas_export.engine.options import BuildOptions

@@ -17,7 +17,7 @@ from torch import Tensor
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import FoldedLinear, FoldedModel, fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_onnx, export_reference

@@ -34,9 +34,9 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.diffusion.sampling import image_generator, sample
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
+from ditas_export.process import FlowProcess, Process
 from ditas_export.errors import DitasExportError
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner

@@ -33,7 +33,7 @@ from ditas_export.calibration.states import (
     has_bfloat16_products,
 )
 from ditas_export.diffusion.sampling import image_generator, initial_noise
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
 from ditas_export.errors import (
@@ -476,7 +476,7 @@ from pathlib import Path
 from dataclasses import replace
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.families.registry import linear_shapes
 

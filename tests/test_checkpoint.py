@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditas_export.artifact_files import sha256_of_tensors
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig, position_embedding
 from ditas_export.dit.tensor_files import TensorFile, read_tensor_file
 from ditas_export.errors import CheckpointError

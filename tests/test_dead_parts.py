@@ -20,7 +20,7 @@ from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.solve import JointMoments
 from ditas_export.calibration.states import CalibrationSettings, collect_states
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, initialize_adaln_zero
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.figures import decibels

@@ -19,7 +19,7 @@ from test_checkpoint import refusal
 from ditas_export.dit.checkpoint import BUNDLED_FLOW, BUNDLED_MODEL, LoadedDiT, load_dit
 from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import DIT_PROCESS
+from ditas_export.process import DIT_PROCESS
 from ditas_export.options import CheckpointHints
 
 SIT_ARGS = {

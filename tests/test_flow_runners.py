@@ -24,9 +24,9 @@ from ditas_export.cli.compare import app as compare_app
 from ditas_export.cli.sample import app
 from ditas_export.diffusion.options import FlowSampler
 from ditas_export.diffusion.sampling import sample, trajectory
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import FlowProcess
+from ditas_export.process import FlowProcess
 from ditas_export.errors import ArtifactError, OnnxExportError, RunnerError
 from ditas_export.evaluation.held_out import VerificationSettings, sample_held_out
 from ditas_export.evaluation.inputs import trajectory_inputs

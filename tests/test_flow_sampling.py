@@ -21,7 +21,7 @@ from ditas_export.diffusion.sampling import (
 )
 from ditas_export.diffusion.schedules import make_schedule, time_words
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import FlowProcess
+from ditas_export.process import FlowProcess
 from ditas_export.errors import NonFiniteError, RunnerError
 from ditas_export.runtime.torch_runner import TorchRunner
 

@@ -19,7 +19,7 @@ from quantized_fixture import save_checkpoint, tiny_dit
 from ditas_export import export_files, pipeline
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.states import CalibrationStates
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.engine.build import BuiltEngine
 from ditas_export.engine.make import make_engine
 from ditas_export.engine.metadata import metadata_of

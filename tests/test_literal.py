@@ -15,7 +15,7 @@ from ditas_export.calibration.literal import (
     literal_preset_named,
 )
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.evaluation.metrics import snr_db

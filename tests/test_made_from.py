@@ -33,7 +33,7 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.cli import build, compare, sample
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, OtherModelError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.file_facts import CONFIG_KEY, IDENTITY_KEY

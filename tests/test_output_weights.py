@@ -23,7 +23,7 @@ from ditas_export.calibration.states import (
     walk_states,
 )
 from ditas_export.distributed import SINGLE
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.families.base import ModelInputs
 from ditas_export.families.registry import family_of

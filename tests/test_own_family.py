@@ -23,7 +23,7 @@ from ditas_export.calibration.fold_proof import prove_folds
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTBlock, DiTConfig, modulate, modulate_by_factor
 from ditas_export.errors import ArtifactError
 from ditas_export.families import registry

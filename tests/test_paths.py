@@ -28,7 +28,7 @@ from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationStates, collect_states
 from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_of, metadata_path
 from ditas_export.engine.options import BuildOptions
 from ditas_export.evaluation.options import CompareOptions

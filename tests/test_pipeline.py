@@ -23,7 +23,7 @@ from ditas_export.diffusion import sampling
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import Step
 from ditas_export.distributed import Ranks
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.errors import (
     ArtifactError,
     CalibrationError,

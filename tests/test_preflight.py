@@ -16,7 +16,7 @@ from ditas_export.calibration.calibrate import QuantizationSettings
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.errors import DitasExportError, OnnxExportError
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.diffusion.sampling import image_generator, initial_noise, sample, trajectory
-from ditas_export.dit.identity import ModelIdentity, identity_of
+from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import DIT_PROCESS, Process, VaeFactors
+from ditas_export.process import DIT_PROCESS, Process, VaeFactors
 from ditas_export.errors import CheckpointError, OtherModelError, RunnerError
 
 PROCESS = Process(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditas_export.dit.checkpoint import BUNDLED_MODEL, load_dit
 from ditas_export.dit.model import DiT, DiTConfig, sincos_table
-from ditas_export.dit.process import DIT_PROCESS, Process, VaeFactors
+from ditas_export.process import DIT_PROCESS, Process, VaeFactors
 from ditas_export.options import CheckpointHints
 
 State = dict[str, Tensor]

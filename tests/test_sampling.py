@@ -25,7 +25,7 @@ from ditas_export.diffusion.sampling import (
     trajectory,
 )
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import Process
+from ditas_export.process import Process
 from ditas_export.errors import NonFiniteError, RunnerError
 from ditas_export.runtime.torch_runner import TorchRunner
 

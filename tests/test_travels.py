@@ -31,7 +31,7 @@ from ditas_export.cli.sample import app as sample_app
 from ditas_export.diffusion.sampling import image_generator, initial_noise, sample
 from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import Process, VaeFactors
+from ditas_export.process import Process, VaeFactors
 from ditas_export.generation import job
 from ditas_export.onnx_export.export import export_reference
 from ditas_export.onnx_export.file_facts import IDENTITY_KEY, read_config

@@ -16,7 +16,7 @@ from ditas_export.calibration.velocity_check import LEAST_VELOCITY_DB
 from ditas_export.dit.checkpoint import BUNDLED_FLOW, BUNDLED_MODEL, load_dit
 from ditas_export.dit.flow_tensors import velocity_alone
 from ditas_export.dit.model import DiT, DiTConfig, initialize_adaln_zero
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess
+from ditas_export.process import DIT_PROCESS, FlowProcess
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.calibration.walk import SettingsOf, walk
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.identity import ModelIdentity, identity_of
+from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError
 from ditas_export.families.base import ModelInputs

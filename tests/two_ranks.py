@@ -24,7 +24,7 @@ from ditas_export.calibration.row_shares import Share, rank_batches
 from ditas_export.calibration.solve import JointMoments, LinearInputs, sample_tokens
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import Ranks, launched_ranks
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.errors import CalibrationError, DitasExportError
 from ditas_export.families.base import ModelInputs
 from ditas_export.families.registry import family_of

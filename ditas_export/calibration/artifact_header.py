@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ditas_export.dit.fitting import Wanted
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError

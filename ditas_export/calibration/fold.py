@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.families.base import Block, Group, Modulation, Rows
 from ditas_export.families.registry import family_of, linear_names

@@ -25,7 +25,7 @@ from ditas_export.calibration.velocity_check import (
 )
 from ditas_export.diffusion.sampling import image_generator, initial_noise, make_scheduler
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
+from ditas_export.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.figures import decibels, finite_or_none
 
 ROWS = 8

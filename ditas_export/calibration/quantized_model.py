@@ -26,7 +26,7 @@ from ditas_export.calibration.artifact_header import (
 )
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.dit.fitting import require_fits
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import (

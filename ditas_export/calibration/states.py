@@ -25,9 +25,9 @@ from ditas_export.diffusion.sampling import Step, trajectory
 from ditas_export.diffusion.schedules import make_schedule
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
+from ditas_export.process import FlowProcess, Process
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
 from ditas_export.families.base import ModelInputs

@@ -15,7 +15,7 @@ from itertools import product
 from torch import Tensor
 
 from ditas_export.dit.flows import FLOWS
-from ditas_export.dit.process import FlowEnd, FlowProcess
+from ditas_export.process import FlowEnd, FlowProcess
 from ditas_export.figures import decibels
 
 LEAST_VELOCITY_DB = 10.0

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ditas_export.diffusion.options import FlowSampler
 from ditas_export.diffusion.schedules import Moment, Predict, Schedule
-from ditas_export.dit.process import FlowProcess
+from ditas_export.process import FlowProcess
 from ditas_export.errors import RunnerError
 
 MOST_STEPS = 10_000

@@ -22,7 +22,7 @@ from torch import Tensor
 from ditas_export.diffusion.options import CfgChannels, Interval
 from ditas_export.diffusion.schedules import Time
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
+from ditas_export.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
 from ditas_export.families.base import ModelInputs
 

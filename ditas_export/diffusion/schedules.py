@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.options import DiffusionSampler, FlowSampler, SamplerName
-from ditas_export.dit.process import FlowProcess, Process
+from ditas_export.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
 
 Time = int | float

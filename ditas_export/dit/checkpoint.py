@@ -28,10 +28,10 @@ from ditas_export.dit.diffusers_folder import (
 )
 from ditas_export.dit.facts import Fact, Facts, merged
 from ditas_export.dit.flow_tensors import velocity_alone, without_projectors
-from ditas_export.dit.identity import ModelIdentity, identity_of
+from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, Geometry, assemble, infer_geometry
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import DIT_PROCESS
+from ditas_export.process import DIT_PROCESS
 from ditas_export.dit.record_parts import record_parts
 from ditas_export.dit.records import (
     facts_of_hints,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditas_export.dit.facts import Fact, facts_of_values, merged
-from ditas_export.dit.process import VaeFactors
+from ditas_export.process import VaeFactors
 from ditas_export.dit.record_entries import NOT_FOLLOWED_ENTRIES
 from ditas_export.dit.tensor_files import read_json
 from ditas_export.errors import CheckpointError

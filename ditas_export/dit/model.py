@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
+from ditas_export.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.errors import CheckpointError
 from ditas_export.saved_records import Above, Within, check_fields, from_record
 

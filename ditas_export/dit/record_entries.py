@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.presets import SIZES
-from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
+from ditas_export.process import BetaSchedule, VaeFactors, Variance
 from ditas_export.dit.record_parts import CLASS_ENTRIES
 from ditas_export.options import FamilyChoice
 

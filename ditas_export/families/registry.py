@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
+from ditas_export.process import FlowProcess, Process
 from ditas_export.families.base import Family
 from ditas_export.families.dit import DiTFamily
 

@@ -16,7 +16,7 @@ from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
+from ditas_export.process import VaeFactors
 from ditas_export.errors import ArtifactError, RunnerError
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions

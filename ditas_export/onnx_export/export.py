@@ -14,7 +14,7 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable, staging_folder
 from ditas_export.calibration.fold import FoldedModel
 from ditas_export.calibration.modules import in_onnxruntime_form
-from ditas_export.dit.identity import ModelIdentity, identity_of
+from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError
 from ditas_export.families.registry import family_of

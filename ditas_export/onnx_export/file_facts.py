@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from ditas_export.dit.identity import ModelIdentity
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.onnx_export.by_reference import read_by_reference

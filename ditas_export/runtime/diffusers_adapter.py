@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess
+from ditas_export.process import FlowProcess
 from ditas_export.errors import RunnerError
 from ditas_export.onnx_export.external_data import external_files
 from ditas_export.onnx_export.manifest import read_manifest, require_own_manifest

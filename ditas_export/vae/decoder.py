@@ -18,7 +18,7 @@ from torch import Tensor
 from ditas_export.artifact_files import sha256_of_tensors
 from ditas_export.diffusion.runner import Closing
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
+from ditas_export.process import VaeFactors
 from ditas_export.errors import RunnerError
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx

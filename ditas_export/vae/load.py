@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ditas_export.dit.diffusers_folder import HUB_ID, STATISTICS, find_weights, variant_of
-from ditas_export.dit.process import VaeFactors
+from ditas_export.process import VaeFactors
 from ditas_export.dit.tensor_files import abbreviated, read_json, refuse_other_kinds
 from ditas_export.errors import RunnerError
 from ditas_export.vae.shape import VaeShape

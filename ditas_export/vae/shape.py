@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
+from ditas_export.process import VaeFactors
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
 from ditas_export.onnx_export.file_facts import file_metadata, metadata_entry
 from ditas_export.paths import StrPath

@@ -1,0 +1,48 @@
+"""Classes as conditions: a label is a row of the model's own table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ditas_export.dit.model import DiTConfig
+
+CLASS_LABELS = "class_labels"
+"""Name of the input of the models' files."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassLabels:
+    """The classes of a model, and its null class where it has both."""
+
+    config: DiTConfig
+
+    @property
+    def what(self) -> str:
+        """What a label names."""
+        return "class"
+
+    @property
+    def count(self) -> int:
+        """Classes, or 1 where the table has one row alone."""
+        return self.config.num_labels
+
+    @property
+    def null(self) -> int | None:
+        """The null class; None without one, or without classes."""
+        return self.config.null_class if self.config.is_guidable else None
+
+    @property
+    def lack(self) -> str:
+        """What a model lacks that cannot be guided."""
+        return "classes" if self.config.null_row else "null class"
+
+    @property
+    def identity(self) -> None:
+        """None: the model's own tensors say what a class is."""
+        return
+
+    def inputs(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the labels, (N,) int64, as the input that they are."""
+        return {CLASS_LABELS: labels}
