@@ -1,4 +1,4 @@
-"""What a model is to the package, whatever its family: configuration, module, inputs, conditions."""
+"""What a model is to the package, whatever its family: configuration, inputs, conditions."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ class ModelConfig(Protocol):
         """Return the fields as plain values, for a file's header."""
         ...
 
+    def __hash__(self) -> int:
+        """Return a hash: what follows from a configuration is worked out once."""
+        ...
+
 
 class FamilyModel(nn.Module):
     """A transformer of a family; modules and parameters have the checkpoint's own names.
@@ -92,6 +96,8 @@ class Input:
     shape: tuple[int | str, ...]
     """Sizes; the name of a dynamic dimension, such as "tokens", has one size in all inputs."""
     bounds: Bounds | None = None  # None: any
+    is_feature: bool = False
+    """Whether the network takes it in its own float type; all others it takes as they are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,9 +136,13 @@ class ModelInputs(Mapping[str, Tensor]):
         """All but these two, by name."""
         return dict(list(self.tensors.items())[2:])
 
-    def with_latents(self, latents: Tensor) -> ModelInputs:
-        """Return the inputs with something else to denoise."""
-        return ModelInputs({**self.tensors, next(iter(self.tensors)): latents})
+    def with_timesteps(self, timesteps: Tensor) -> ModelInputs:
+        """Return the inputs at other times, (N,)."""
+        return self.replaced({list(self.tensors)[1]: timesteps})
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> ModelInputs:
+        """Return the inputs with others in the place of some, by name."""
+        return ModelInputs({**self.tensors, **tensors})
 
     def rows(self, rows: slice) -> ModelInputs:
         """Return some of the rows."""
@@ -143,12 +153,22 @@ class ModelInputs(Mapping[str, Tensor]):
         return ModelInputs({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
+def plural(word: str) -> str:
+    """Return the plural of what a label names."""
+    return f"{word}es" if word.endswith("s") else f"{word}s"
+
+
 class Conditions(Protocol):
     """What images can be asked for, by labels: classes, or the prompts of an embeddings file."""
 
     @property
     def what(self) -> str:
         """What a label names, for messages: "class" or "prompt"."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What has them, for messages: "this model", or the name of a file."""
         ...
 
     @property
@@ -163,7 +183,7 @@ class Conditions(Protocol):
 
     @property
     def lack(self) -> str:
-        """What there is none of where `null` is None, for messages, such as "null class"."""
+        """What the source has none of where `null` is None, for messages, such as "null class"."""
         ...
 
     @property
@@ -178,3 +198,14 @@ class Conditions(Protocol):
             labels: (N,) int64, 0 to count - 1, or `null`.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReadCheckpoint:
+    """What a family read of a checkpoint."""
+
+    model: FamilyModel  # float32, evaluation mode, no gradients; tensors may be mapped from a file
+    source: str  # one line: what was read
+    dtype: torch.dtype  # float type of the block linears in the file
+    notes: tuple[str, ...] = ()  # one line each: what was chosen, stripped, left out or guessed
+    vae: str | None = None  # the VAE of a pipeline: its folder, or the hub's id

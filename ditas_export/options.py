@@ -109,6 +109,7 @@ class ExportOptions:
     betas: str | None = None
     family: FamilyChoice | None = None
     classes: str | None = None
+    embeddings: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     w: Annotated[int, Within(1, 64)] | None = None
     a: Annotated[int, Within(1, 64)] | None = None

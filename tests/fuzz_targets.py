@@ -17,9 +17,9 @@ from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT, QuantizedM
 from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
 from ditas_export.cli import export as export_command
 from ditas_export.cli.build_settings import merge_settings
-from ditas_export.dit.checkpoint import load_dit
-from ditas_export.families.identity import identity_of
 from ditas_export.engine.metadata import metadata_of
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import load_model
 from ditas_export.generation.wanted import read_wanted
 from ditas_export.onnx_export.external_data import load_mapped
 from ditas_export.onnx_export.file_facts import read_config, read_form, read_identity
@@ -73,9 +73,9 @@ TARGETS: Mapping[str, Target] = {
     "checkpoint": Target(
         suffix=".safetensors",
         sound=lambda folder: bases.checkpoint(folder).read_bytes(),
-        read=lambda path: load_dit(str(path)),
+        read=lambda path: load_model(str(path)),
     ),
-    "pickle": Target(suffix=".pt", sound=_pickled, read=lambda path: load_dit(str(path))),
+    "pickle": Target(suffix=".pt", sound=_pickled, read=lambda path: load_model(str(path))),
     "onnx": Target(suffix=".onnx", sound=lambda _: exported().read_bytes(), read=_read_onnx),
     "artifact": Target(
         suffix=".safetensors",

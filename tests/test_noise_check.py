@@ -13,13 +13,13 @@ from conftest import TINY, random_dit
 from torch import Tensor
 
 from ditas_export.calibration.noise_check import LEAST_DB, check_noise
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, load_dit
 from ditas_export.dit.model import DiT
+from ditas_export.families.load import BUNDLED_MODEL, load_model
 
 
 @pytest.fixture(scope="module")
 def trained() -> DiT:
-    return load_dit(BUNDLED_MODEL).model
+    return load_model(BUNDLED_MODEL).model
 
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

@@ -35,9 +35,17 @@ from ditas_export.calibration.solve import (
     solve_linear,
 )
 from ditas_export.distributed import SINGLE, Ranks
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError
-from ditas_export.families.base import ALL, Block, Group, ModelInputs, Stage, State
+from ditas_export.families.base import (
+    ALL,
+    Block,
+    FamilyModel,
+    Group,
+    ModelConfig,
+    ModelInputs,
+    Stage,
+    State,
+)
 from ditas_export.families.registry import family_of
 from ditas_export.figures import decibels
 from ditas_export.timings import Timings
@@ -51,8 +59,8 @@ SettingsOf = Callable[[str], LinearSettings]
 
 
 def walk(
-    model: DiT,
-    config: DiTConfig,
+    model: FamilyModel,
+    config: ModelConfig,
     states: ModelInputs,
     step_maxima: Mapping[str, Tensor],
     settings_of: SettingsOf,

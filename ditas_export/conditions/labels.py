@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ditas_export.dit.model import DiTConfig
+from ditas_export.family_model import ModelInputs
 
 CLASS_LABELS = "class_labels"
 """Name of the input of the models' files."""
@@ -22,6 +23,11 @@ class ClassLabels:
     def what(self) -> str:
         """What a label names."""
         return "class"
+
+    @property
+    def source(self) -> str:
+        """The model itself."""
+        return "this model"
 
     @property
     def count(self) -> int:
@@ -46,3 +52,15 @@ class ClassLabels:
     def inputs(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the labels, (N,) int64, as the input that they are."""
         return {CLASS_LABELS: labels}
+
+
+def labelled_inputs(latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> ModelInputs:
+    """Return what a model of classes is fed.
+
+    Args:
+        latents: (N, C, H, W), any float type.
+        timesteps: (N,) of whole numbers, steps of the full schedule, from 0; of a flow (N,) of
+            floats, t from 0 to 1.
+        class_labels: (N,) of whole numbers, rows of the label table.
+    """
+    return ModelInputs({"latents": latents, "timesteps": timesteps, CLASS_LABELS: class_labels})

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ditas_export.family_model import Bounds as Bounds
@@ -24,6 +23,7 @@ from ditas_export.family_model import FamilyModel as FamilyModel
 from ditas_export.family_model import Input as Input
 from ditas_export.family_model import ModelConfig as ModelConfig
 from ditas_export.family_model import ModelInputs as ModelInputs
+from ditas_export.family_model import plural as plural
 
 ALL = slice(None)
 
@@ -199,6 +199,13 @@ class Family(Protocol[Config, Model]):
 
     def inputs(self, config: Config) -> tuple[Input, ...]:
         """Return the inputs of the exported file, in order: see `ModelInputs`."""
+        ...
+
+    def sizes(self, config: Config) -> Mapping[str, tuple[int, int, int]]:
+        """Return the smallest, usual and largest size of the inputs' dynamic dimensions, by name.
+
+        Engines are built for these.
+        """
         ...
 
     def conditions(self, config: Config, embeddings: Path | None) -> Conditions:

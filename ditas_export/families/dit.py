@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ditas_export.conditions.labels import CLASS_LABELS, ClassLabels
 from ditas_export.dit.model import (
     Chunks,
     DiT,
@@ -29,8 +31,10 @@ from ditas_export.dit.model import (
     modulate,
     modulate_by_factor,
 )
+from ditas_export.errors import ConditionsError
 from ditas_export.families.base import (
     Block,
+    Bounds,
     FusedAttention,
     Group,
     Input,
@@ -88,6 +92,11 @@ class DiTFamily:
     name: str
     process: type  # what their configurations have
 
+    @property
+    def config_type(self) -> type[DiTConfig]:
+        """The class of their configurations."""
+        return DiTConfig
+
     def serves(self, config: DiTConfig) -> bool:
         """Return whether a model predicts what the family's do."""
         return isinstance(config.process, self.process)
@@ -103,7 +112,7 @@ class DiTFamily:
 
     def enter(self, model: DiT, inputs: ModelInputs) -> tuple[State, State]:
         """Return the first hidden state x (N, T, D) and the conditioning vector c (N, D)."""
-        hidden, c = model.embed(inputs.latents, inputs.timesteps, inputs.class_labels)
+        hidden, c = model.embed(**inputs)
         return {"x": hidden}, {"c": c}
 
     def shapes(self, config: DiTConfig, rows: int, tokens: int) -> tuple[Shapes, Shapes]:
@@ -120,7 +129,7 @@ class DiTFamily:
             FINAL_ADALN: (slice(width, 2 * width),),  # shift comes first
         }
 
-    def conditions(self, config: DiTConfig, parameters: Mapping[str, Tensor]) -> Tensor:
+    def modulation_inputs(self, config: DiTConfig, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return SiLU(c) of every time step, or of 1000 times of a flow, with eight labels each.
 
         The null class, which guidance asks for in every second row, comes at each time; the others
@@ -145,14 +154,58 @@ class DiTFamily:
         """Return how names of what embeds the inputs begin."""
         return ("x_embedder", "t_embedder", "y_embedder", "pos_embed")
 
+    def tables(self, config: DiTConfig) -> Shapes:
+        """Return shapes of the embedders' tables."""
+        patch = config.patch_size
+        return {
+            "y_embedder.embedding_table.weight": (config.label_rows, config.hidden_size),
+            "pos_embed": (1, config.num_tokens, config.hidden_size),
+            "x_embedder.proj.weight": (config.hidden_size, config.in_channels, patch, patch),
+        }
+
     def inputs(self, config: DiTConfig) -> tuple[Input, ...]:
         """Return latents, times and labels."""
-        side = config.input_size
+        side, process = config.input_size, config.process
+        first, last = process.times
+        times = "of the flow" if process.time_dtype.is_floating_point else "of the schedule"
+        labels = "the last for no class" if config.null_row else "its classes"
         return (
-            Input(name="latents", dtype=torch.float32, shape=(config.in_channels, side, side)),
-            Input(name="timesteps", dtype=config.process.time_dtype, shape=()),
-            Input(name="class_labels", dtype=torch.int64, shape=()),
+            Input(
+                name="latents",
+                dtype=torch.float32,
+                shape=(config.in_channels, side, side),
+                is_feature=True,
+            ),
+            Input(
+                name="timesteps",
+                dtype=process.time_dtype,
+                shape=(),
+                bounds=Bounds(first=first, last=last, what=times),
+            ),
+            Input(
+                name=CLASS_LABELS,
+                dtype=torch.int64,
+                shape=(),
+                bounds=Bounds(first=0, last=config.label_rows - 1, what=labels),
+            ),
         )
+
+    def sizes(self, _config: DiTConfig) -> Mapping[str, tuple[int, int, int]]:
+        """Return nothing: the batch alone is dynamic."""
+        return {}
+
+    def conditions(self, config: DiTConfig, embeddings: Path | None) -> ClassLabels:
+        """Return the classes.
+
+        Raises:
+            ConditionsError: embeddings, which a model of classes does not read.
+        """
+        if embeddings is not None:
+            raise ConditionsError(
+                f"{embeddings} holds embeddings of prompts, and this model is asked by classes; "
+                f"leave --embeddings out"
+            )
+        return ClassLabels(config)
 
     def attentions(self, config: DiTConfig) -> Sequence[FusedAttention]:
         """Return every block's attention."""

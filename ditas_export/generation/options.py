@@ -35,7 +35,8 @@ class SampleOptions:
     no_null_class: bool = False
     betas: str | None = None
     family: FamilyChoice | None = None
-    classes: str | None = None  # random
+    classes: str | None = None  # random; of embeddings the prompts' numbers
+    embeddings: Path | None = None
     images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
     list: Path | None = None  # of labels and seeds, in the place of classes, images and seed
     steps: Annotated[int, Within(1, 100_000)] = 50

@@ -12,13 +12,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiTConfig
-from ditas_export.process import FlowProcess
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import ModelConfig
 from ditas_export.onnx_export.external_data import external_files
 from ditas_export.onnx_export.manifest import read_manifest, require_own_manifest
 from ditas_export.paths import StrPath
+from ditas_export.process import FlowProcess
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 _Transformer: Any = DiTTransformer2DModel  # diffusers' annotations are in part wrong
@@ -51,7 +53,8 @@ class OnnxDiTTransformer2DModel(_Transformer):  # type: ignore[misc]
         ModelMixin.__init__(self)  # type: ignore[no-untyped-call]  # builds no layers
         self.file = None if path is None else Path(path)
         self.runner = _one_runner(self.file, runner)
-        settings = _diffusers_config(self.runner.config)
+        self.dit = _require_dit(self.runner.config)
+        settings = _diffusers_config(self.dit)
         self.register_to_config(**settings)
         # Holds the float type and the device that the pipeline reads off the transformer; a
         # parameter, as offloading looks for one.
@@ -76,10 +79,10 @@ class OnnxDiTTransformer2DModel(_Transformer):  # type: ignore[misc]
             RunnerError: a time step between whole ones, a label beyond the model's null class, or
                 inputs of a wrong shape.
         """
-        config = self.runner.config
-        _require_known(class_labels, config)
+        _require_known(class_labels, self.dit)
         timesteps = _whole_timesteps(timestep, hidden_states)
-        output = self.runner(hidden_states.float(), timesteps, class_labels).to(hidden_states.dtype)
+        inputs = labelled_inputs(hidden_states.float(), timesteps, class_labels)
+        output = self.runner(inputs).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def save_pretrained(self, save_directory: StrPath, *_args: Any, **_options: Any) -> None:
@@ -140,6 +143,13 @@ def _one_runner(path: Path | None, runner: Runner | None) -> Runner:
     if runner is None or path is not None:
         raise RunnerError("pass the path of an exported file, or runner=, and not both")
     return runner
+
+
+def _require_dit(config: ModelConfig) -> DiTConfig:
+    """Refuse a model that is asked by something else than classes."""
+    if not isinstance(config, DiTConfig):
+        raise RunnerError(f"this is no DiT but a model of {type(config).__name__}")
+    return config
 
 
 def _diffusers_config(config: DiTConfig) -> dict[str, Any]:
