@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, random_dit
+from quantized_fixture import fed
 from torch import Tensor
 
 from ditas_export.diffusion.options import FlowSampler
@@ -178,7 +179,7 @@ class Resigned:
         assert isinstance(self.config.process, FlowProcess)
         other = self.config.process
         turned = other.time_ends_at != self.own.time_ends_at
-        output = self.runner(latents, 1 - timesteps if turned else timesteps, class_labels)
+        output = self.runner(fed(latents, 1 - timesteps if turned else timesteps, class_labels))
         return output if other.velocity_towards == self.own.velocity_towards else -output
 
 

@@ -28,6 +28,7 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, Product
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import DitasExportError, EngineError, RunnerError
+from ditas_export.families.base import ModelInputs
 from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
@@ -70,7 +71,7 @@ def test_an_output_is_not_written_to_again(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         latents, timesteps, labels = example_inputs()
         first = runner(fed(latents, timesteps, labels))
-        runner(latents + 1, timesteps, labels)
+        runner(fed(latents + 1, timesteps, labels))
         assert torch.equal(first, formula(latents, timesteps))
 
 
@@ -80,7 +81,7 @@ def test_a_batch_size_is_set_up_once(tmp_path: Path, product: str, captures: int
     """TensorRT for RTX captures inside; from outside, both would be nested."""
     with TensorRTRunner(made_plan(tmp_path, product)) as runner:
         for rows in (1, 3, 1, 3, 3):
-            runner(torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows))
+            runner(fed(torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows)))
         stream: Any = runner._stream
     assert len(calls(tmp_path, "context")) == 2
     assert Counter(shape[0] for _, name, shape in calls(tmp_path, "shape")) == {1: 3, 3: 3}
@@ -170,7 +171,7 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(RunnerError, match=r"the model takes \(N, 3, 8, 8\)"):
             runner(fed(latents[:, :2], timesteps, labels))
         with pytest.raises(RunnerError, match="class_labels run from"):
-            runner(latents, timesteps, labels + 100)
+            runner(fed(latents, timesteps, labels + 100))
     with pytest.raises(RunnerError, match="this runner is closed"):
         runner(fed(latents, timesteps, labels))
 
@@ -192,7 +193,7 @@ def test_what_the_product_reports_is_one_line(
     behave(behaviour)
     latents, timesteps, labels = (tensor[:2] for tensor in example_inputs())
     with pytest.raises(RunnerError, match=message) as caught:
-        TensorRTRunner(made_plan(tmp_path, product))(latents, timesteps, labels)
+        TensorRTRunner(made_plan(tmp_path, product))(fed(latents, timesteps, labels))
     assert "\n" not in str(caught.value)
     assert VERSIONS[product] in str(caught.value)
 
@@ -258,7 +259,7 @@ def test_batch_sizes_that_stay_set_up_are_bounded(
 def test_threads_take_turns(tmp_path: Path, product: str) -> None:
     requests = [example_inputs(batch=1 + seed % 3, seed=seed) for seed in range(4)]
     with TensorRTRunner(made_plan(tmp_path, product)) as runner, ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda index: runner(*requests[index % 4]), range(60))
+        answers = pool.map(lambda index: runner(fed(*requests[index % 4])), range(60))
         for index, found in enumerate(answers):
             latents, timesteps, _ = requests[index % 4]
             assert torch.equal(found, formula(latents, timesteps))
@@ -386,8 +387,8 @@ def test_the_sampling_loop_runs_a_plan(tmp_path: Path) -> None:
     class Formula:
         config = TINY
 
-        def __call__(self, latents: Tensor, timesteps: Tensor, _labels: Tensor) -> Tensor:
-            return formula(latents, timesteps)
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            return formula(inputs.latents, inputs.timesteps)
 
     reference: Any = Formula()
     settings: dict[str, Any] = {"classes": [3, 7], "steps": 4, "seed": 2}
@@ -404,7 +405,8 @@ def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) ->
     class Shapes:
         config: DiTConfig = TINY
 
-        def __call__(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            latents, timesteps, labels = inputs.values()
             assert latents.is_meta
             assert timesteps.is_cpu
             assert labels.is_cpu
@@ -444,7 +446,7 @@ def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path, product: Product)
         expected = [runner(fed(*inputs)) for inputs in requests]
     with TensorRTRunner(plan, cache=tmp_path / "cache") as runner:
         for inputs, reference in zip(requests, expected, strict=True):
-            found = runner(*(tensor.to(runner.device) for tensor in inputs))
+            found = runner(fed(*(tensor.to(runner.device) for tensor in inputs)))
             assert found.device == runner.device
             assert snr_db(reference, found.cpu()) > 40  # rounding ties
         for _ in range(3):  # captured by now

@@ -29,7 +29,7 @@ from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
 from ditas_export.families.base import Conditions, FamilyModel, ModelConfig, ModelInputs
 from ditas_export.families.identity import ModelIdentity
-from ditas_export.families.registry import conditions_of, family_of, linear_names, linear_shapes
+from ditas_export.families.registry import conditions_of, family_of, linear_shapes
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.paths import StrPath
 from ditas_export.process import FlowProcess, Process
@@ -420,19 +420,33 @@ def _require_finite(maxima: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def recorded_maxima(model: FamilyModel) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that gathers max|x_c| of every quantized linear's input, (K,) each."""
-    maxima: dict[str, Tensor] = {}
+    """Yield a dictionary that gathers max|x_c| of every quantized linear's input, (K,) each.
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    Padded tokens do not count: of a group with a mask, the model's inputs say which they are.
+    """
+    maxima: dict[str, Tensor] = {}
+    fed: dict[str, Tensor] = {}
+
+    def keep(_model: nn.Module, _args: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> None:
+        fed.update(inputs)
+
+    def recorder(name: str, mask: str | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            largest = inputs[0].detach().flatten(0, -2).abs().amax(dim=0)
+            x = inputs[0].detach()
+            tokens = x.flatten(0, -2) if mask is None else x[fed[mask] != 0]
+            largest = tokens.abs().amax(dim=0)
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
 
         return record
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(recorder(name))
-        for name in linear_names(model.config)
+    handles = [model.register_forward_pre_hook(keep, with_kwargs=True)]
+    handles += [
+        model.get_submodule(block.name(path)).register_forward_pre_hook(
+            recorder(block.name(path), group.mask)
+        )
+        for block in family_of(model.config).blocks(model.config)
+        for group in block.groups()
+        for path in group.linears
     ]
     try:
         yield maxima

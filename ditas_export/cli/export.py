@@ -86,6 +86,15 @@ def export(
     classes: Annotated[
         str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        _option(
+            "Embeddings of prompts, of ditas-embed, for models that are asked in words; --classes "
+            "are their numbers then.",
+            "embeddings",
+            metavar="FILE.safetensors",
+        ),
+    ] = None,
     device: Annotated[
         str | None, _option("Where to calibrate: auto, cpu or cuda.", "device")
     ] = None,

@@ -90,6 +90,15 @@ def sample(
     classes: Annotated[
         str | None, _option("3,7 or 0-9 or random.", "classes", shown="random")
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        _option(
+            "Embeddings of prompts, of ditas-embed, for models that are asked in words; --classes "
+            "are their numbers then.",
+            "embeddings",
+            metavar="FILE.safetensors",
+        ),
+    ] = None,
     list: Annotated[
         Path | None,
         _option(
