@@ -230,20 +230,18 @@ def _require_shapes(shapes: Mapping[str, Sequence[int]], inputs: Sequence[Condit
 def _fed(each: ConditionInput, tensors: Mapping[str, Tensor], *, has_null: bool) -> Tensor:
     """Return an input's rows, then its null row, in the type that the model is fed."""
     rows = tensors[each.name]
+    parts = [(rows, len(rows))]
     if has_null:
-        null = tensors[f"{NULL}{each.name}"]
-        if null.dtype != rows.dtype:
+        parts.append((tensors[f"{NULL}{each.name}"], 0))
+    for part, count in parts:
+        if each.name.endswith(MASK):
+            _require_mask(each.name, part, count=count)
+        elif part.dtype not in _FLOATS:
+            kinds = ", ".join(_plain(dtype) for dtype in _FLOATS)
             raise UnfitError(
-                f"{NULL}{each.name} is {_plain(null.dtype)}, expected {_plain(rows.dtype)} as of "
-                f"{each.name}"
+                f"{_row(each.name, 0, count)} is {_plain(part.dtype)}, expected one of {kinds}"
             )
-        rows = torch.cat([rows, null])
-    if each.name.endswith(MASK):
-        _require_mask(each.name, rows, count=len(rows) - has_null)
-    elif rows.dtype not in _FLOATS:
-        kinds = ", ".join(_plain(dtype) for dtype in _FLOATS)
-        raise UnfitError(f"{each.name} is {_plain(rows.dtype)}, expected one of {kinds}")
-    return rows.to(each.dtype)
+    return torch.cat([part.to(each.dtype) for part, _ in parts])
 
 
 def _require_mask(name: str, mask: Tensor, *, count: int) -> None:
