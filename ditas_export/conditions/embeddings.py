@@ -96,6 +96,16 @@ class PromptEmbeddings:
         object.__setattr__(self, "identity", sha256_of_tensors(self._by_name()))
 
     @property
+    def what(self) -> str:
+        """What a label names, for messages."""
+        return "prompt"
+
+    @property
+    def lack(self) -> str:
+        """What there is none of where `null` is None, for messages."""
+        return "row of no prompt in its embeddings"
+
+    @property
     def count(self) -> int:
         """P: labels 0 … P - 1 may be asked for."""
         return len(next(iter(self.tensors.values()), ())) - self.has_null
@@ -106,19 +116,18 @@ class PromptEmbeddings:
         return self.count if self.has_null else None
 
     def inputs(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return what the model is fed for labels (N,) int64, by input, on their device.
+        """Return what the model is fed for labels (N,) int64, by input: (N, …) each.
 
         Raises:
             RunnerError: a label that is no row.
         """
-        rows = labels.cpu()
         last = self.count - 1 + self.has_null
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) <= last:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
             raise RunnerError(
-                f"labels from {int(rows.min())} to {int(rows.max())}, but the embeddings have rows "
-                f"0 to {last}; ask for these"
+                f"labels from {int(labels.min())} to {int(labels.max())}, but the embeddings have "
+                f"rows 0 to {last}; ask for these"
             )
-        return {name: tensor[rows].to(labels.device) for name, tensor in self.tensors.items()}
+        return {name: tensor[labels] for name, tensor in self.tensors.items()}
 
     def save(self, path: Path) -> None:
         """Write the file.
