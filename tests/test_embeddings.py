@@ -45,8 +45,9 @@ def _tensors(prompts: int, tokens: int, channels: int, *, seed: int = 0) -> Tens
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, tokens + 1, (prompts + 1,), generator=random)
     mask = (torch.arange(tokens) < lengths[:, None]).long()
+    states = torch.randn(prompts + 1, tokens, channels, generator=random)
     rows = {
-        STATES: torch.randn(prompts + 1, tokens, channels, generator=random),
+        STATES: states * mask[..., None],
         MASK: mask,
         SIZE: torch.rand(prompts + 1, 2, generator=random) * 1024,
     }
@@ -155,6 +156,22 @@ def test_the_identity_is_of_every_value(name: str, tmp_path: Path) -> None:
         changed[1] = 1
     after = _load(tmp_path / "after", {**tensors, name: changed.reshape(tensors[name].shape)})
     assert after.identity != before
+
+
+@pytest.mark.parametrize("garbage", [1.0, 1e30, torch.inf, torch.nan])
+def test_what_stands_in_padding_changes_no_bit(garbage: float, tmp_path: Path) -> None:
+    tensors = _tensors(3, 5, 4)
+    filled = {
+        name: t.masked_fill((tensors[name.replace(STATES, MASK)] == 0)[..., None], garbage)
+        if name.endswith(STATES)
+        else t
+        for name, t in tensors.items()
+    }
+    assert not torch.equal(filled[STATES], tensors[STATES])
+    plain, loaded = _load(tmp_path / "plain", tensors), _load(tmp_path / "filled", filled)
+    assert loaded.identity == plain.identity
+    for name, tensor in plain.inputs(torch.arange(4)).items():
+        assert torch.equal(loaded.inputs(torch.arange(4))[name], tensor)
 
 
 def _without(*names: str) -> Callable[[Tensors], Tensors]:

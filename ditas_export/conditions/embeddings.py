@@ -37,6 +37,9 @@ NULL = "null."
 MASK = "attention_mask"
 """How names of masks end."""
 
+STATES = "hidden_states"
+"""How the names of token vectors end, of which a mask with the same beginning says the padding."""
+
 MOST_BYTES = 16 * 2**30
 """Bytes of all tensors in float32: some 3000 prompts of 300 tokens of 4096 channels."""
 
@@ -68,7 +71,10 @@ class ConditionInput(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptEmbeddings:
-    """Prompts as a model is fed them; label i is prompt i, and the label `count` no prompt."""
+    """Prompts as a model is fed them; label i is prompt i, and the label `count` no prompt.
+
+    Token vectors are zero where padding is, whatever stood there.
+    """
 
     tensors: Mapping[str, Tensor]  # by input: (P, …), and the null row after them if there is one
     has_null: bool
@@ -77,7 +83,7 @@ class PromptEmbeddings:
     """Hex SHA-256 of the tensors as the model is fed them, names and types included."""
 
     def __post_init__(self) -> None:
-        """Refuse what no model can be asked.
+        """Clear the padding, and refuse what no model can be asked.
 
         Raises:
             UnfitError: no rows or not as many of each, texts of other prompts, NaN or infinity, or
@@ -91,8 +97,11 @@ class PromptEmbeddings:
                 f"{len(self.prompts)} texts of {self.count} prompts; expected one a prompt"
             )
         for name, tensor in self.tensors.items():
-            require = _require_mask if name.endswith(MASK) else _require_finite
-            require(name, tensor, count=self.count)
+            if name.endswith(MASK):
+                _require_mask(name, tensor, count=self.count)
+        object.__setattr__(self, "tensors", _without_padding(self.tensors))
+        for name, tensor in self.tensors.items():
+            _require_finite(name, tensor, count=self.count)
         object.__setattr__(self, "identity", sha256_of_tensors(self._by_name()))
 
     @property
@@ -251,6 +260,16 @@ def _fed(each: ConditionInput, tensors: Mapping[str, Tensor], *, has_null: bool)
                 f"{_row(each.name, 0, count)} is {_plain(part.dtype)}, expected one of {kinds}"
             )
     return torch.cat([part.to(each.dtype) for part, _ in parts])
+
+
+def _without_padding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with zeros for the token vectors that their mask hides."""
+    cleared = dict(tensors)
+    for name, mask in tensors.items():
+        states = name.removesuffix(MASK) + STATES
+        if name.endswith(MASK) and states in tensors:
+            cleared[states] = tensors[states].masked_fill((mask == 0)[..., None], 0)
+    return cleared
 
 
 def _require_mask(name: str, mask: Tensor, *, count: int) -> None:
