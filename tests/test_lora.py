@@ -128,7 +128,10 @@ def test_alpha_is_read_of_the_metadata(tmp_path: Path) -> None:
 
 
 def test_patterns_are_of_the_ends_of_names(tmp_path: Path) -> None:
-    config = {"alpha_pattern": {"qkv": 12, "1.mlp.fc1": 3, "fc1": 100}, "rank_pattern": {"fc1": 3}}
+    config = {
+        "alpha_pattern": {"kv": 100, "qkv": 12, "1.mlp.fc1": 3, "fc1": 100},
+        "rank_pattern": {"fc1": 3},
+    }
     lora = read_lora(_folder(tmp_path / "lora", r=RANK, **config))
     assert {module: update.scale for module, update in lora.updates.items()} == {
         "blocks.0.attn.qkv": 4.0,
