@@ -20,7 +20,7 @@ from ditas_export.conditions.embeddings import PromptEmbeddings
 from ditas_export.conditions.prompts import read_prompts, shipped_prompts
 from ditas_export.conditions.text_encoder import embed_prompts
 from ditas_export.errors import ArtifactError, CheckpointError, RunnerError
-from ditas_export.families.base import Input
+from ditas_export.family_model import Input
 
 CHANNELS = 32
 STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"

@@ -6,7 +6,6 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,24 +18,18 @@ from torch import Tensor
 from ditas_export.conditions import embeddings
 from ditas_export.conditions.embeddings import PromptEmbeddings
 from ditas_export.errors import ArtifactError, RunnerError
+from ditas_export.family_model import Conditions, Input
 
 Tensors = dict[str, Tensor]
 
 STATES, MASK, SIZE = "encoder_hidden_states", "encoder_attention_mask", "resolution"
 
 
-@dataclass(frozen=True)
-class _Input:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int | str, ...]
-
-
-def _inputs(channels: int) -> tuple[_Input, ...]:
+def _inputs(channels: int) -> tuple[Input, ...]:
     return (
-        _Input(STATES, torch.float32, ("tokens", channels)),
-        _Input(MASK, torch.int64, ("tokens",)),
-        _Input(SIZE, torch.float32, (2,)),
+        Input(name=STATES, dtype=torch.float32, shape=("tokens", channels)),
+        Input(name=MASK, dtype=torch.int64, shape=("tokens",)),
+        Input(name=SIZE, dtype=torch.float32, shape=(2,)),
     )
 
 
@@ -118,7 +111,9 @@ def test_a_label_without_a_row_is_refused(label: int, tmp_path: Path) -> None:
 
 def test_without_null_rows_nothing_can_be_guided(tmp_path: Path) -> None:
     rows = {name: t for name, t in _tensors(3, 5, 4).items() if not name.startswith("null.")}
-    loaded = _load(tmp_path / "file", rows)
+    loaded: Conditions = _load(tmp_path / "file", rows)
+    assert (loaded.what, loaded.lack) == ("prompt", "row of no prompt")
+    assert loaded.source == str(tmp_path / "file")
     assert loaded.null is None
     with pytest.raises(RunnerError, match="rows 0 to 2"):
         loaded.inputs(torch.tensor([3]))

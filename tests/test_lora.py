@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from ditas_export.cli import export, sample
 from ditas_export.dit.lora import Lora, Update
 from ditas_export.dit.lora_files import read_lora
 from ditas_export.errors import CheckpointError
+from ditas_export.families.load import load_model
+from ditas_export.options import CheckpointHints
 
 RANK = 3
 SHAPES = {"blocks.0.attn.qkv": (24, 8), "blocks.1.mlp.fc1": (32, 8)}
@@ -333,3 +338,79 @@ def test_an_earlier_file_of_diffusers_says_no_alpha(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say alpha"):
         read_lora(tmp_path)
     _assert_near(read_lora(tmp_path, alpha=6).merged(base), _fused(model))
+
+
+# --- Loaded with a model ------------------------------------------------------------------------
+
+QKV = "blocks.1.attn.qkv"
+
+
+def _of_qkv(folder: Path, width: int) -> tuple[Path, Tensor]:
+    """Write a LoRA of a DiT's qkv; return it and what it adds."""
+    random = torch.Generator().manual_seed(2)
+    down = torch.randn(2, width, generator=random)
+    up = torch.randn(3 * width, 2, generator=random)
+    names = [name.format(QKV) for name in STYLES["peft"]]
+    tensors = dict(zip(names, (down, up), strict=True))
+    return _folder(folder / "lora", tensors, r=2, lora_alpha=4), 2 * (up @ down)
+
+
+def test_a_checkpoint_is_loaded_as_its_merged_self(tmp_path: Path) -> None:
+    model = random_dit()
+    heads = model.config.num_heads
+    lora, added = _of_qkv(tmp_path, model.config.hidden_size)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "dit.safetensors")
+    state[f"{QKV}.weight"] += added
+    save_file(state, tmp_path / "merged.safetensors")
+    hints = CheckpointHints(num_heads=heads, lora=lora)
+    found = load_model(tmp_path / "dit.safetensors", hints)
+    merged = load_model(tmp_path / "merged.safetensors", num_heads=heads)
+    assert found.identity == merged.identity
+    assert found.identity != load_model(tmp_path / "dit.safetensors", num_heads=heads).identity
+    assert f"merged {lora} into 1 linears: rank 2, scale 2" in found.notes
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_folder_of_diffusers_is_merged_under_its_own_names(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Its to_q, to_k and to_v become one linear; the LoRA is of to_q alone."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=10,
+    ).to(dtype)  # fmt: skip
+    model.save_pretrained(tmp_path / "dit")
+    module = "transformer_blocks.0.attn1.to_q"
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    names = [name.format(module) for name in STYLES["diffusers"]]
+    save_file(dict(zip(names, (down, up), strict=True)), tmp_path / "lora.safetensors")
+    hints = CheckpointHints(lora=tmp_path / "lora.safetensors", lora_alpha=1)
+    found = load_model(tmp_path / "dit", hints)
+    plain = load_model(tmp_path / "dit").model.state_dict()
+    qkv = "blocks.0.attn.qkv.weight"
+    expected = plain[qkv].clone()
+    expected[:16] += 0.5 * (up @ down)
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, expected if name == qkv else plain[name]), name
+    assert found.dtype == dtype
+
+
+def test_an_alpha_of_no_lora_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="--lora-alpha 2 without --lora; leave it out"):
+        load_model("digits", CheckpointHints(lora_alpha=2))
+
+
+@pytest.mark.parametrize("app", [export.app, sample.app], ids=["export", "sample"])
+def test_commands_take_a_lora(app: Any, tmp_path: Path) -> None:
+    lora = _folder(tmp_path / "lora")
+    output = ["out.onnx", "--model", "digits"] if app is export.app else ["digits", "-o", "images"]
+    result = CliRunner().invoke(app, [*output, "--lora", str(lora), "--lora-alpha", "3"])
+    assert result.exit_code == 2
+    assert "--lora-alpha 3, but" in " ".join(result.output.split())
+    assert "says 6 itself; leave the option out" in " ".join(result.output.split())

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ditas_export.artifact_files import load_tensors, save_tensors, sha256_of_tensors
 from ditas_export.errors import ArtifactError, RunnerError
+from ditas_export.family_model import Input
 from ditas_export.file_signs import why_unreadable
 from ditas_export.saved_records import shown
 
@@ -50,25 +51,6 @@ _SHOWN = 6
 """Names in a message."""
 
 
-class ConditionInput(Protocol):
-    """An input of the exported file that a prompt decides; `families.base.Input` is one."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the file."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the file is fed."""
-        ...
-
-    @property
-    def shape(self) -> Sequence[int | str]:
-        """Its dimensions without the batch; one that may vary has a name."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptEmbeddings:
     """Prompts as a model is fed them; label i is prompt i, and the label `count` no prompt.
@@ -79,6 +61,7 @@ class PromptEmbeddings:
     tensors: Mapping[str, Tensor]  # by input: (P, …), and the null row after them if there is one
     has_null: bool
     prompts: tuple[str, ...] = ()  # their texts, or none where the file has none
+    source: str = "these embeddings"  # the file, for messages
     identity: str = field(init=False)
     """Hex SHA-256 of the tensors as the model is fed them, names and types included."""
 
@@ -112,7 +95,7 @@ class PromptEmbeddings:
     @property
     def lack(self) -> str:
         """What there is none of where `null` is None, for messages."""
-        return "row of no prompt in its embeddings"
+        return "row of no prompt"
 
     @property
     def count(self) -> int:
@@ -133,7 +116,7 @@ class PromptEmbeddings:
         last = self.count - 1 + self.has_null
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
             raise RunnerError(
-                f"labels from {int(labels.min())} to {int(labels.max())}, but the embeddings have "
+                f"labels from {int(labels.min())} to {int(labels.max())}, but {self.source} has "
                 f"rows 0 to {last}; ask for these"
             )
         return {name: tensor[labels] for name, tensor in self.tensors.items()}
@@ -148,7 +131,7 @@ class PromptEmbeddings:
         save_tensors(path, self._by_name(), file_format=EMBEDDINGS_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: Path, *, inputs: Sequence[ConditionInput]) -> PromptEmbeddings:
+    def load(cls, path: Path, *, inputs: Sequence[Input]) -> PromptEmbeddings:
         """Read a file, whoever wrote it.
 
         Floats become float32, and masks what the model is fed.
@@ -165,7 +148,7 @@ class PromptEmbeddings:
             tensors, prompts = _read(path, inputs)
             has_null = any(name.startswith(NULL) for name in tensors)
             fed = {each.name: _fed(each, tensors, has_null=has_null) for each in inputs}
-            return cls(tensors=fed, has_null=has_null, prompts=prompts)
+            return cls(tensors=fed, has_null=has_null, prompts=prompts, source=str(path))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"{path} is no readable file of embeddings: {why_unreadable(path, error)}"
@@ -184,9 +167,7 @@ class UnfitError(ArtifactError):
     """What is wrong with embeddings; whoever knows their file names it."""
 
 
-def _read(
-    path: Path, inputs: Sequence[ConditionInput]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _read(path: Path, inputs: Sequence[Input]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return a file's tensors, of names and shapes that fit, and the texts of its prompts."""
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
@@ -207,7 +188,7 @@ def _texts(header: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _require_names(names: Sequence[str], inputs: Sequence[ConditionInput]) -> None:
+def _require_names(names: Sequence[str], inputs: Sequence[Input]) -> None:
     """Refuse other tensors than the inputs', and null rows of some of them alone."""
     rows = {each.name for each in inputs}
     nulls = {f"{NULL}{name}" for name in rows}
@@ -219,7 +200,7 @@ def _require_names(names: Sequence[str], inputs: Sequence[ConditionInput]) -> No
     )
 
 
-def _require_shapes(shapes: Mapping[str, Sequence[int]], inputs: Sequence[ConditionInput]) -> None:
+def _require_shapes(shapes: Mapping[str, Sequence[int]], inputs: Sequence[Input]) -> None:
     """Refuse other shapes than the inputs', dimensions of one name that differ, and too much."""
     prompts = {shape[0] for name, shape in shapes.items() if shape and not name.startswith(NULL)}
     rows: int | str = prompts.pop() if len(prompts) == 1 else "prompts"
@@ -245,7 +226,7 @@ def _require_shapes(shapes: Mapping[str, Sequence[int]], inputs: Sequence[Condit
         )
 
 
-def _fed(each: ConditionInput, tensors: Mapping[str, Tensor], *, has_null: bool) -> Tensor:
+def _fed(each: Input, tensors: Mapping[str, Tensor], *, has_null: bool) -> Tensor:
     """Return an input's rows, then its null row, in the type that the model is fed."""
     rows = tensors[each.name]
     parts = [(rows, len(rows))]

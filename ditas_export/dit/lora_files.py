@@ -19,6 +19,7 @@ from torch import Tensor
 from ditas_export.dit.lora import Lora, Update
 from ditas_export.dit.tensor_files import abbreviated, read_json, read_tensor_file
 from ditas_export.errors import CheckpointError
+from ditas_export.options import CheckpointHints
 from ditas_export.saved_records import shown
 from ditas_export.text_files import TextError, parse_json
 
@@ -75,6 +76,28 @@ class _Settings:
 
 
 _NOTHING_SAID = _Settings(where="", ranks={}, alphas={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapted:
+    """A checkpoint's tensors, a LoRA merged into them if one is asked for."""
+
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def with_lora(tensors: Mapping[str, Tensor], hints: CheckpointHints) -> Adapted:
+    """Return a checkpoint's tensors with the LoRA that the hints name, under the same names.
+
+    Raises:
+        CheckpointError: see `read_lora` and `Lora.merged`; an alpha of no LoRA.
+    """
+    if hints.lora is None:
+        if hints.lora_alpha is not None:
+            raise CheckpointError(f"--lora-alpha {hints.lora_alpha:g} without --lora; leave it out")
+        return Adapted(tensors=tensors)
+    lora = read_lora(hints.lora, alpha=hints.lora_alpha)
+    return Adapted(tensors=lora.merged(tensors), notes=(lora.note,))
 
 
 def read_lora(path: Path, *, alpha: float | None = None) -> Lora:
