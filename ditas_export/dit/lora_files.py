@@ -239,7 +239,7 @@ def _followed(written: Mapping[str, Any], where: str) -> _Settings:
 
 def _by_module(written: Mapping[str, Any], key: str, pattern: str, where: str) -> dict[str, Any]:
     """Return a setting by the ends of modules' names, under "" that of all others."""
-    by_end = written.get(pattern) or {}
+    by_end = {} if written.get(pattern) is None else written[pattern]
     if not isinstance(by_end, dict):
         raise CheckpointError(f"{where} has {pattern}={shown(by_end)}; expected values by module")
     if odd := [end for end in by_end if not _PLAIN_NAME.fullmatch(end)]:
