@@ -6,7 +6,11 @@ class DitasExportError(Exception):
 
 
 class CheckpointError(DitasExportError):
-    """A model file is missing, damaged, unsafe, or not a DiT."""
+    """A model file is missing, damaged, unsafe, or of no known family."""
+
+
+class ConditionsError(DitasExportError):
+    """Embeddings of prompts are missing, damaged, or do not fit the model."""
 
 
 class CalibrationError(DitasExportError):

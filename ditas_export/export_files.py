@@ -107,6 +107,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
             if is_rewritten(options.target, options.float_side)
             else None,
             weight_only=quantized.adaln_bits != 16 or quantized.activation_bits == 16,
+            conditions=job.conditions,
             device=device_of(options),
             floats=proofs.floats,
             kept=kept,

@@ -13,8 +13,9 @@ import torch
 from ditas_export.calibration.noise_check import NoiseCheck
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.distributed import Ranks
-from ditas_export.dit.checkpoint import LoadedDiT
 from ditas_export.errors import CalibrationError
+from ditas_export.families.base import Conditions
+from ditas_export.families.load import LoadedModel
 from ditas_export.job_files import WorkFolder
 from ditas_export.options import ExportOptions
 from ditas_export.timings import Timings
@@ -28,7 +29,8 @@ class ExportJob:
     """What every step of an export needs."""
 
     options: ExportOptions
-    loaded: LoadedDiT
+    loaded: LoadedModel
+    conditions: Conditions
     noise: NoiseCheck
     ranks: Ranks
     work: WorkFolder

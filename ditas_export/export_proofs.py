@@ -13,11 +13,11 @@ from typing import Any
 
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.diffusion.classes import parse_classes
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.held_out import VerificationSettings, sample_held_out
 from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import versions
+from ditas_export.families.base import Conditions
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.options import ExportOptions
 from ditas_export.quantization.ranges import Ranges
@@ -32,19 +32,21 @@ VERIFICATION_SEED_OFFSET = 1000
 """Verification samples noise that calibration did not see."""
 
 
-def held_out_settings(*, seed: int, cfg_scale: float, config: DiTConfig) -> VerificationSettings:
+def held_out_settings(
+    *, seed: int, cfg_scale: float, conditions: Conditions
+) -> VerificationSettings:
     """Return what is sampled to verify: noise that calibration did not see, guided as it was.
 
     Args:
         seed: of the calibration.
         cfg_scale: of the calibration.
-        config: of the model.
+        conditions: what the model is asked for.
     """
     first = seed + VERIFICATION_SEED_OFFSET
     return VerificationSettings(
         seeds=tuple(range(first, first + VERIFICATION_SEEDS)),
         classes=parse_classes(
-            "random", num_labels=config.num_labels, count=VERIFICATION_IMAGES, seed=first
+            "random", conditions=conditions, count=VERIFICATION_IMAGES, seed=first
         ),
         cfg_scale=cfg_scale,
     )
@@ -53,12 +55,13 @@ def held_out_settings(*, seed: int, cfg_scale: float, config: DiTConfig) -> Veri
 def sample_beforehand(job: ExportJob, *, seed: int, cfg_scale: float) -> None:
     """Let the float model sample what its files will be held against, unless it has."""
     model = job.loaded.model
-    settings = held_out_settings(seed=seed, cfg_scale=cfg_scale, config=model.config)
-    key = _float_key(job.loaded.identity, settings)
+    settings = held_out_settings(seed=seed, cfg_scale=cfg_scale, conditions=job.conditions)
+    key = _float_key(job.loaded.identity, job.conditions, settings)
     sample_held_out(
         model,
         settings,
         KeptParts(folder=job.work.part("heldout", key)),
+        conditions=job.conditions,
         device=device_of(job.options),
         on_step=lambda done, total: job.on_progress("held out", done, total),
     )
@@ -81,9 +84,11 @@ class Proofs:
         quantized = solved.quantized
         calibration = quantized.settings["calibration"]
         settings = held_out_settings(
-            seed=calibration["seed"], cfg_scale=calibration["cfg_scale"], config=quantized.config
+            seed=calibration["seed"],
+            cfg_scale=calibration["cfg_scale"],
+            conditions=job.conditions,
         )
-        float_key = _float_key(quantized.identity, settings)
+        float_key = _float_key(quantized.identity, job.conditions, settings)
         numbers_key = _numbers_key(job.options, quantized, ranges, float_key)
         floats = _under(float_key, solved.artifact.proofs)
         return cls(
@@ -121,9 +126,12 @@ def _is_sampled(name: str) -> bool:
     return backend in ("file", "bare") and seed.isdigit()
 
 
-def _float_key(identity: ModelIdentity, settings: VerificationSettings) -> str:
+def _float_key(
+    identity: ModelIdentity, conditions: Conditions, settings: VerificationSettings
+) -> str:
     """Return a hash of all that the float model's trajectories depend on."""
-    facts: dict[str, Any] = {
+    named = {} if conditions.identity is None else {"embeddings": conditions.identity}
+    facts: dict[str, Any] = named | {
         "fingerprint": identity.fingerprint,
         "settings": asdict(settings),
         "torch": versions()["torch"],

@@ -1,4 +1,4 @@
-"""The main job as one call: a DiT checkpoint in, a verified ONNX file and its manifest out.
+"""The main job as one call: a checkpoint in, a verified ONNX file and its manifest out.
 
 Everything that takes long is kept in OUT.onnx.work until the manifest is written, so that the same
 command goes on wherever it was stopped: sampled batches, solved blocks, the modulation, the file
@@ -36,13 +36,15 @@ from ditas_export.calibration.states import (
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.guidance import resolved_cfg_scale
 from ditas_export.distributed import SINGLE, Ranks
-from ditas_export.dit.checkpoint import LoadedDiT, load_dit
-from ditas_export.dit.identity import ModelIdentity
 from ditas_export.errors import ArtifactError, CheckpointError
 from ditas_export.evaluation.verify import Verification
 from ditas_export.export_files import write_or_keep
 from ditas_export.export_job import ExportJob, OnProgress, Solved, device_of, digest_of
 from ditas_export.export_proofs import sample_beforehand
+from ditas_export.families.base import Conditions
+from ditas_export.families.identity import ModelIdentity
+from ditas_export.families.load import LoadedModel, load_model
+from ditas_export.families.registry import conditions_of, linear_names
 from ditas_export.onnx_export.file_facts import FLOAT_TYPES
 from ditas_export.options import (
     CFG_SCALE,
@@ -68,6 +70,7 @@ class ExportResult:
     """What an export gave."""
 
     quantized: QuantizedModel
+    conditions: Conditions
     verification: Verification
     manifest: dict[str, Any]
     file: Path  # as asked for, or beside it where it does not compute what was calibrated
@@ -98,7 +101,9 @@ def export(
     say(f"model: {loaded.source}")
     for note in loaded.notes:
         say(f"  {note}")
-    noise = ranks.first(lambda: _check_noise(options, loaded))
+    config = loaded.model.config
+    conditions = ranks.together(lambda: conditions_of(config, options.embeddings))
+    noise = ranks.first(lambda: _check_noise(options, loaded, conditions))
     if noise.warning is not None:
         say(f"warning: {noise.warning}")
     with ExitStack() as stack:
@@ -106,6 +111,7 @@ def export(
         job = ExportJob(
             options=options,
             loaded=loaded,
+            conditions=conditions,
             noise=noise,
             ranks=ranks,
             work=work,
@@ -119,24 +125,25 @@ def export(
             ranks.together(work.finish)
     return ExportResult(
         quantized=solved.quantized,
+        conditions=conditions,
         verification=verification,
         manifest=manifest,
         file=options.rejected if verification.matches is False else options.output,
     )
 
 
-def _load(options: ExportOptions, ranks: Ranks) -> LoadedDiT:
+def _load(options: ExportOptions, ranks: Ranks) -> LoadedModel:
     """Return the model, the same on every rank."""
-    loaded = ranks.together(lambda: load_dit(options.model, options.hints))
+    loaded = ranks.together(lambda: load_model(options.model, options.hints))
     if len(set(ranks.gather(loaded.identity.fingerprint))) > 1:
         raise CheckpointError(f"{options.model} is not the same checkpoint on every rank")
     return loaded
 
 
-def _check_noise(options: ExportOptions, loaded: LoadedDiT) -> NoiseCheck:
+def _check_noise(options: ExportOptions, loaded: LoadedModel, conditions: Conditions) -> NoiseCheck:
     """Measure whether the model predicts noise, before any work is put into it."""
     try:
-        return check_noise(loaded.model, device=device_of(options))
+        return check_noise(loaded.model, conditions=conditions, device=device_of(options))
     finally:
         loaded.model.to("cpu")
 
@@ -162,7 +169,7 @@ def _solved(job: ExportJob) -> Solved:
     artifact = options.artifact
     if artifact is not None:
         quantized = ranks.together(lambda: QuantizedModel.load(artifact, model=loaded.identity))
-        check_artifact(artifact, options, quantized)
+        check_artifact(artifact, options, quantized, job.conditions)
         ranks.first(lambda: quantized.require_parameters_of(loaded.model))
         return Solved(quantized=quantized, artifact=quantized, key=sha256_of_file(artifact))
     settings = quantization_settings(options)
@@ -209,7 +216,7 @@ def _quantized(
         f"calibration on {device_of(job.options)}: the walk sees {walked} of {steps * samples} "
         f"states, about {peak / 2**20:,.0f} MiB beside the model"
     )
-    total = 4 * config.depth
+    total = len(linear_names(config))
     job.on_progress("quantize", 0, total)
     done = 0
 
@@ -222,6 +229,7 @@ def _quantized(
         job.loaded.model,
         states,
         settings,
+        conditions=job.conditions,
         progress=folder,
         ranks=ranks,
         on_linear=count,
@@ -260,8 +268,12 @@ def _states(job: ExportJob, settings: QuantizationSettings) -> CalibrationStates
     options, loaded, ranks = job.options, job.loaded, job.ranks
     config, path = loaded.model.config, options.calibration
     if path is not None:
-        states = ranks.first(lambda: CalibrationStates.load(path, identity=loaded.identity))
-        check_states(path, options, states.settings, config)
+        states = ranks.first(
+            lambda: CalibrationStates.load(
+                path, identity=loaded.identity, conditions=job.conditions
+            )
+        )
+        check_states(path, options, states.settings, job.conditions)
         if options.fast and states.settings.precision == "fp32":
             job.say(f"--fast: {path} was sampled in float32, and is taken as it is")
         check_calibration(states.settings, settings, config, ranks)
@@ -281,15 +293,18 @@ def _calibration_settings(job: ExportJob) -> CalibrationSettings:
     require_states_fit(options.or_default("steps"), options.or_default("samples"), config)
     return CalibrationSettings(
         steps=options.or_default("steps"),
-        cfg_scale=resolved_cfg_scale(options.cfg_scale, default=CFG_SCALE, config=config),
+        cfg_scale=resolved_cfg_scale(
+            options.cfg_scale, default=CFG_SCALE, conditions=job.conditions
+        ),
         classes=parse_classes(
             options.or_default("classes"),
-            num_labels=config.num_labels,
+            conditions=job.conditions,
             count=options.or_default("samples"),
             seed=options.or_default("seed"),
         ),
         seed=options.or_default("seed"),
-        precision=sampling_precision(options, job.loaded.model.pos_embed.device, job.ranks),
+        precision=sampling_precision(options, job.loaded.model.device, job.ranks),
+        embeddings=job.conditions.identity,
     )
 
 
@@ -307,6 +322,7 @@ def _sampled_states(job: ExportJob, settings: CalibrationSettings) -> Calibratio
         job.loaded.model,
         settings,
         identity=identity,
+        conditions=job.conditions,
         ranks=ranks,
         progress=folder,
         on_step=lambda done, total: job.on_progress("sample", done, total),

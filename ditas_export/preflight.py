@@ -23,8 +23,8 @@ from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.schedules import make_schedule
 from ditas_export.distributed import Ranks
 from ditas_export.dit.diffusers_folder import HUB_ID
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import ArtifactError, CalibrationError
+from ditas_export.families.base import Conditions, FamilyModel, ModelConfig
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
 from ditas_export.onnx_export.file_facts import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
@@ -55,6 +55,8 @@ def job_files(options: ExportOptions) -> JobFiles:
             calibration=options.calibration,
             artifact=options.artifact,
             vae=options.vae,
+            embeddings=options.embeddings,
+            lora=options.lora,
         ),
         outputs=tuple(
             Output(path=path, what=what, is_ours=kind)
@@ -95,7 +97,7 @@ def check_files(options: ExportOptions) -> None:
         raise ArtifactError("--artifact keeps no calibration states; leave out --save-calibration")
 
 
-def check_model(options: ExportOptions, model: DiT, dtype: torch.dtype) -> None:
+def check_model(options: ExportOptions, model: FamilyModel, dtype: torch.dtype) -> None:
     """Refuse a VAE, bits of the modulation or a float type that do not fit the model.
 
     Raises:
@@ -118,7 +120,7 @@ def check_model(options: ExportOptions, model: DiT, dtype: torch.dtype) -> None:
 def check_calibration(
     calibration: CalibrationSettings,
     settings: QuantizationSettings,
-    config: DiTConfig,
+    config: ModelConfig,
     ranks: Ranks,
 ) -> None:
     """Refuse what would be found while sampling or walking.
@@ -133,7 +135,7 @@ def check_calibration(
     peak_bytes(config, calibration, settings, ranks)
 
 
-def require_states_fit(steps: int, samples: int, config: DiTConfig) -> None:
+def require_states_fit(steps: int, samples: int, config: ModelConfig) -> None:
     """Refuse calibration states that the memory of this machine cannot hold.
 
     Raises:
@@ -149,22 +151,24 @@ def require_states_fit(steps: int, samples: int, config: DiTConfig) -> None:
 
 
 def check_states(
-    path: Path, options: ExportOptions, found: CalibrationSettings, config: DiTConfig
+    path: Path, options: ExportOptions, found: CalibrationSettings, conditions: Conditions
 ) -> None:
     """Refuse options that contradict the calibration states that are taken.
 
     Raises:
         ArtifactError: names every such option, with both values.
     """
-    _require_agreement(path, options, _calibration_facts(options, found.to_dict(), config))
+    _require_agreement(path, options, _calibration_facts(options, found.to_dict(), conditions))
 
 
-def check_artifact(path: Path, options: ExportOptions, quantized: QuantizedModel) -> None:
+def check_artifact(
+    path: Path, options: ExportOptions, quantized: QuantizedModel, conditions: Conditions
+) -> None:
     """Refuse options that contradict the quantized model that is taken.
 
     Raises:
-        ArtifactError: names every such option, with both values; or an artefact that does not say
-            how it was calibrated.
+        ArtifactError: names every such option, with both values; other embeddings; or an artefact
+            that does not say how it was calibrated.
     """
     settings, linears = quantized.settings, quantized.linears.values()
     if not isinstance(settings.get("calibration"), dict):
@@ -179,12 +183,16 @@ def check_artifact(path: Path, options: ExportOptions, quantized: QuantizedModel
         "rank": _common({linear.low_rank.rank if linear.low_rank else 0 for linear in linears}),
         "block_size": _common({linear.weight.block_size for linear in linears}),
     }
-    facts |= _calibration_facts(options, settings["calibration"], quantized.config)
+    try:
+        CalibrationSettings.from_dict(settings["calibration"]).require_conditions(conditions)
+    except CalibrationError as error:
+        raise ArtifactError(f"{path}: {error}; pass its own, or calibrate again") from error
+    facts |= _calibration_facts(options, settings["calibration"], conditions)
     _require_agreement(path, options, facts)
 
 
 def _calibration_facts(
-    options: ExportOptions, found: Mapping[str, Any], config: DiTConfig
+    options: ExportOptions, found: Mapping[str, Any], conditions: Conditions
 ) -> dict[str, Any]:
     """Return what states were made with, by option; classes in the words that were asked with."""
     made_of = list(found["classes"])
@@ -193,7 +201,7 @@ def _calibration_facts(
     if options.classes is not None:
         asked = parse_classes(
             options.classes,
-            num_labels=config.num_labels,
+            conditions=conditions,
             count=len(made_of),
             seed=found["seed"],
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,6 +52,16 @@ class Above:
     def __str__(self) -> str:
         """Return both."""
         return f"more than {_plain(self.low)}, and {_plain(self.high)} at most"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBy:
+    """Who reads a value whose class the record itself names: from what was recorded to the value.
+
+    What is a value already is returned as it is.
+    """
+
+    read: Callable[[object], Any]
 
 
 Bounds = Within | Above | None
@@ -140,6 +150,8 @@ def fitted(hint: Any, value: object, bounds: Bounds = None) -> Any:
         UnfitError: another type, or beyond the bounds.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated and isinstance(args[1], ReadBy):
+        return args[1].read(value)
     if origin is Annotated:
         return fitted(args[0], value, args[1])
     if origin in (Union, UnionType):

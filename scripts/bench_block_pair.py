@@ -24,6 +24,7 @@ import torch
 from random_quantized import RANK, randomly_quantized
 
 from ditas_export.calibration.fold import fold_smoothing
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.onnx_export.export import export_onnx, export_reference
@@ -48,11 +49,11 @@ def median_seconds(runner: Runner, batch: int, runs: int) -> float:
         torch.arange(batch),
     )
     for _ in range(2):
-        runner(*inputs)
+        runner(labelled_inputs(*inputs))
     times = []
     for _ in range(runs):
         start = time.perf_counter()
-        runner(*inputs)
+        runner(labelled_inputs(*inputs))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

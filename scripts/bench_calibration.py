@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
-from ditas_export.dit.checkpoint import LoadedDiT, load_dit
 from ditas_export.dit.model import DiT, randomize
 from ditas_export.dit.presets import preset_config
+from ditas_export.families.load import LoadedModel, load_model
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import quantization_settings, sampling_precision
@@ -86,7 +86,7 @@ def forward_flops(model: DiT) -> float:
 
 
 def walk_flops(
-    loaded: LoadedDiT, states: CalibrationStates, settings: QuantizationSettings
+    loaded: LoadedModel, states: CalibrationStates, settings: QuantizationSettings
 ) -> float:
     """Return the floating-point operations of the first block's walk, solving included."""
     first = replace(loaded.model.config, depth=1)
@@ -123,7 +123,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             other.submit(write_checkpoint, path, args.size, args.blocks).result()
         with timings.part("reading the checkpoint"):
-            loaded = load_dit(path)
+            loaded = load_model(path)
             loaded.model.to(device)
         make_scheduler("ddpm", 2)  # imports diffusers, which is no part of sampling
         asked = CalibrationSettings(

@@ -40,6 +40,7 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.runner import Runner
 from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.families.base import ModelInputs
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.options import DEFAULTS
@@ -72,8 +73,9 @@ class OpenVINOModelRunner:
             )
         )
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
         """Return ε and the learned variance."""
+        latents, timesteps, class_labels = inputs.values()
         feed = [latents.numpy(), timesteps.numpy(), class_labels.numpy()]
         return torch.from_numpy(np.array(next(iter(self._model(feed).values()))))
 

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # a process that is measured imports torch while it is
     from torch import Tensor
 
+    from ditas_export.families.base import ModelInputs
+
 NAMES = ("first time", "prepared")
 
 
@@ -154,10 +156,10 @@ class Timed:
         """Return the runner's own."""
         return getattr(self._runner, name)
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
         """Run the model and count the time."""
         start = time.perf_counter()
-        out: Tensor = self._runner(latents, timesteps, class_labels)
+        out: Tensor = self._runner(inputs)
         self.seconds += time.perf_counter() - start
         return out
 

@@ -33,9 +33,8 @@ from random_quantized import randomly_quantized
 
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedModel
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.diffusion.runner import Runner
-from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.dit.presets import preset_config
 from ditas_export.engine.build import build_engine
@@ -46,6 +45,8 @@ from ditas_export.engine.products import Product, choose_product
 from ditas_export.engine.report import LayerReport, layer_report, with_known_of
 from ditas_export.errors import DitasExportError, EngineError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -106,7 +107,7 @@ def main() -> None:
 
 def models(*, quick: bool) -> Iterator[tuple[str, DiT, int]]:
     """Yield name, model and rank of the low-rank branch."""
-    yield "bundled model", load_dit("digits").model, 5
+    yield "bundled model", load_model("digits").model, 5
     if not quick:
         model = DiT(preset_config("DiT-XL/2"))
         randomize(model, seed=0)
@@ -167,9 +168,9 @@ def run_once(form: Form, onnx: Path, config: DiTConfig, written: FileForm) -> No
         if onnxruntime_takes(onnx)
         else OpenVINORunner(onnx) as runner
     ):
-        expected = runner(*inputs)
+        expected = runner(labelled_inputs(*inputs))
     with TensorRTRunner(form.plan) as runner:
-        form.snr_db = snr_db(expected, runner(*inputs))
+        form.snr_db = snr_db(expected, runner(labelled_inputs(*inputs)))
         text = runner.layer_information()
     try:
         inspected = layer_report(layers_from_inspector(text), config, written)
@@ -231,12 +232,12 @@ def milliseconds(runner: Runner, batch: int, runs: int) -> float:
     """Return the time of one forward pass, inputs and output on the GPU, by CUDA events."""
     inputs = [tensor.cuda() for tensor in example_inputs(runner.config, batch=batch)]
     for _ in range(3):
-        runner(*inputs)
+        runner(labelled_inputs(*inputs))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     for _ in range(runs):
-        runner(*inputs)
+        runner(labelled_inputs(*inputs))
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / runs

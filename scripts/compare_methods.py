@@ -48,11 +48,11 @@ from ditas_export.calibration.states import (
 from ditas_export.cli.console import clean_errors
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import sample
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.errors import CalibrationError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import BUNDLED_MODEL, LoadedModel, load_model
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import quantization_settings, sampling_precision
@@ -282,7 +282,7 @@ def pick_rows(rows: Sequence[Row], wanted: str) -> tuple[Row, ...]:
     return tuple(row for row in rows if row.key in keys)
 
 
-def pick_models(loaded: LoadedDiT, wanted: str) -> dict[str, DiT]:
+def pick_models(loaded: LoadedModel, wanted: str) -> dict[str, DiT]:
     """Return the models named in a comma-separated list of `plain` and `twin`."""
     makers: dict[str, Callable[[], DiT]] = {
         "plain": lambda: loaded.model,
@@ -407,7 +407,7 @@ def table(rows: Sequence[Row], subjects: Iterable[str], scores: Sequence[Score])
     return "\n".join(lines)
 
 
-def facts(loaded: LoadedDiT, protocol: Protocol, *packages: str) -> str:
+def facts(loaded: LoadedModel, protocol: Protocol, *packages: str) -> str:
     """Return what a reader needs to get the same figures: model, protocol, versions, machine."""
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", *packages)]
     return (
@@ -475,7 +475,7 @@ def run(args: argparse.Namespace, rows: Sequence[Row], *packages: str) -> None:
     torch.set_num_threads(args.threads)
     protocol = parse_protocol(args)
     chosen = pick_rows(rows, args.rows)
-    loaded = load_dit(args.model, num_heads=args.num_heads)
+    loaded = load_model(args.model, num_heads=args.num_heads)
     models = pick_models(loaded, args.models)
     scores = compare(chosen, models, protocol, Console(stderr=True))
     about = facts(loaded, protocol, *packages)

@@ -24,12 +24,13 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.cli.console import clean_errors
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.families.base import ModelInputs
+from ditas_export.families.load import load_model
 from ditas_export.figures import confidence_interval
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import BARE_SESSION, OnnxRuntimeRunner
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="digits")
     parser.add_argument("--seeds", type=int, default=8)
     args = parser.parse_args()
-    loaded = load_dit(args.model)
+    loaded = load_model(args.model)
     quantized = QuantizedModel.load(args.artifact, model=loaded.identity)
     classes = [index % loaded.model.config.num_labels for index in range(IMAGES_PER_SEED)]
     seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
@@ -107,7 +108,12 @@ def _sampled(
 
 def _answers(runner: Runner, inputs: list[ModelInputs]) -> Tensor:
     """Return what a model answers to the inputs, one after the other."""
-    return torch.cat([runner(each.latents, each.timesteps, each.class_labels) for each in inputs])
+    return torch.cat(
+        [
+            runner(labelled_inputs(each.latents, each.timesteps, each.class_labels))
+            for each in inputs
+        ]
+    )
 
 
 if __name__ == "__main__":

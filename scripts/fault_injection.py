@@ -539,12 +539,12 @@ def warm_up(model: str) -> None:
     from ditas_export.calibration.fold import fold_smoothing
     from ditas_export.calibration.modules import fake_quantized_model
     from ditas_export.calibration.states import CalibrationSettings, collect_states
-    from ditas_export.dit.checkpoint import load_dit
+    from ditas_export.families.load import load_model
     from ditas_export.onnx_export.skeleton import export_skeleton
 
     for name in ("onnxruntime", "torch.distributed.nn", "ditas_export.pipeline"):
         __import__(name)
-    loaded = load_dit(model)
+    loaded = load_model(model)
     settings = CalibrationSettings(steps=2, classes=(0,))
     states = collect_states(loaded.model, settings, identity=loaded.identity)
     quantized = quantize_model(loaded.model, states, QuantizationSettings(alpha_grid=(0.5,)))

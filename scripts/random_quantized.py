@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import linear_names
 from ditas_export.quantization.integer import LowRank, quantize_rows, round_to_blocks
 

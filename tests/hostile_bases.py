@@ -25,10 +25,10 @@ from ditas_export.artifact_files import load_tensors, sha256_of_file
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.quantized_model import ARTIFACT_FORMAT
 from ditas_export.calibration.states import STATES_FORMAT, CalibrationStates
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.layouts import DIFFUSERS
 from ditas_export.engine.metadata import EngineMetadata, Gpu
 from ditas_export.engine.options import BuildOptions
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import linear_shapes
 from ditas_export.onnx_export.form import FileForm
 
@@ -151,7 +151,7 @@ def plan(folder: Path) -> tuple[Path, dict[str, Any]]:
         plan_bytes=6,
         onnx_name="out.onnx",
         onnx_sha256="0" * 64,
-        dit=TINY,
+        model=TINY,
         form=FileForm(float_type="fp16"),
         options=BuildOptions(),
         gpu=Gpu(name="a GPU", compute_capability="8.9"),

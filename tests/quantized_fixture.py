@@ -17,8 +17,9 @@ from torch import Tensor
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import FoldedLinear, FoldedModel, fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.dit.identity import identity_of
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.form import Layout
@@ -193,6 +194,10 @@ def example_inputs(
     labels = torch.randint(0, config.num_classes + 1, (batch,), generator=generator)
     labels[-1] = config.null_class
     return latents, timesteps, labels
+
+
+fed = labelled_inputs
+"""What a runner of a DiT is called with."""
 
 
 def snr_db(reference: Tensor, other: Tensor) -> float:

@@ -97,7 +97,7 @@ def made_plan(folder: Path, product: str = "tensorrt", **changes: Any) -> Path:
         "plan_bytes": 6,
         "onnx_name": "out.onnx",
         "onnx_sha256": "0" * 64,
-        "dit": TINY,
+        "model": TINY,
         "form": FileForm(float_type="fp32"),
         "options": BuildOptions(),
         "gpu": ADA,

@@ -22,6 +22,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     folded_linear,
     quantized_tiny_dit,
     snr_db,
@@ -71,7 +72,7 @@ def test_openvino_computes_the_fake_quantized_forward(form: dict[str, Any]) -> N
     latents, *rest = example_inputs(batch=3)
     model = fake_quantized_model(folded, ranges=form.get("ranges", "token"))
     with OpenVINORunner(exported(dtype=BF16, **form), threads=1) as runner:
-        out = runner(latents, *rest)
+        out = runner(fed(latents, *rest))
     # Every float operation of both sides rounds to 2⁻⁹: 42.8 to 43.6 dB were seen.
     assert snr_db(model(latents.to(BF16), *rest), out) > 38
 
@@ -129,7 +130,7 @@ def test_the_patch_embedding_keeps_what_bfloat16_holds() -> None:
 def test_the_reference_is_the_float_model() -> None:
     inputs = example_inputs(batch=3)
     with OpenVINORunner(exported_reference(BF16), threads=1) as runner:
-        assert snr_db(tiny_dit()(*inputs), runner(*inputs)) > 38  # 2⁻⁹ at every operation
+        assert snr_db(tiny_dit()(*inputs), runner(fed(*inputs))) > 38  # 2⁻⁹ at every operation
 
 
 def test_the_grid_of_int8_is_bfloat16s_too() -> None:

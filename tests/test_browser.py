@@ -25,6 +25,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     quantized_tiny_dit,
     snr_db,
 )
@@ -33,12 +34,13 @@ from torch import Tensor
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.diffusion.sampling import image_generator, sample
-from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import DitasExportError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.export import export_onnx, export_reference
+from ditas_export.process import FlowProcess, Process
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "browser"
@@ -101,7 +103,8 @@ class Simple:
     def __init__(self, config: DiTConfig) -> None:
         self.config = config
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        latents, timesteps, class_labels = inputs.values()
         offset = timesteps / 2000 + class_labels / 100
         epsilon = 0.3 * latents + offset[:, None, None, None]
         if not self.config.learn_sigma:
@@ -244,7 +247,7 @@ def test_every_form_computes_the_same_in_onnxruntime_web() -> None:
     )
     for (name, path), output in zip(paths.items(), found, strict=True):
         with OnnxRuntimeRunner(path, as_is=True) as runner:
-            expected = runner(latents, timesteps, labels)
+            expected = runner(fed(latents, timesteps, labels))
         # Rounding ties; float16 kernels round where they like.
         least = 30 if FORMS[name].get("dtype") else 40
         assert snr_db(expected, torch.tensor(output).view_as(expected)) > least, name
@@ -283,7 +286,7 @@ serve = load_serve()
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The bundled model quantized by plain rounding, and in float."""
     folder = tmp_path_factory.mktemp("browser")
-    model = load_dit("digits").model
+    model = load_model("digits").model
     export_onnx(fold_smoothing(quantized_tiny_dit(model)), folder / "out.onnx")
     export_reference(model, folder / "fp32.onnx", identity=identity_of(model))
     return folder / "out.onnx", folder / "fp32.onnx"

@@ -108,7 +108,7 @@ def test_a_build_leaves_plan_and_metadata(tmp_path: Path) -> None:
 
 
 def expected_kernels_of(known: EngineMetadata) -> dict[str, Any]:
-    return dict(expected_kernels(known.dit, known.form))
+    return dict(expected_kernels(known.model, known.form))
 
 
 @needs_rtx

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from quantized_fixture import tiny_dit
+from quantized_fixture import fed, tiny_dit
 from torch import Tensor, nn
 
 from ditas_export.artifact_files import load_tensors, save_tensors
@@ -33,7 +33,6 @@ from ditas_export.calibration.states import (
     has_bfloat16_products,
 )
 from ditas_export.diffusion.sampling import image_generator, initial_noise
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.presets import preset_config
 from ditas_export.errors import (
@@ -42,6 +41,7 @@ from ditas_export.errors import (
     OtherModelError,
     QuantizationError,
 )
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import linear_names
 from ditas_export.runtime.torch_runner import TorchRunner
 
@@ -342,7 +342,7 @@ def test_bfloat16_sampling_is_the_trajectory_of_the_bfloat16_model(model: DiT) -
     labels = torch.tensor([3, 7, model.config.null_class, model.config.null_class])
     for index, timestep in enumerate(scheduler.timesteps):
         assert torch.equal(found.latents[index], latents)
-        output = runner(torch.cat([latents, latents]), timestep.repeat(4), labels)
+        output = runner(fed(torch.cat([latents, latents]), timestep.repeat(4), labels))
         for name in names:
             largest = inputs[name].float().abs().flatten(0, 1).amax(dim=0)
             assert torch.equal(found.input_maxima[name][index], largest), name
@@ -476,7 +476,7 @@ from pathlib import Path
 from dataclasses import replace
 from ditas_export.calibration.calibrate import QuantizationSettings, peak_bytes, quantize_model
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates
-from ditas_export.dit.identity import identity_of
+from ditas_export.families.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.families.registry import linear_shapes
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditas_export.artifact_files import sha256_of_tensors
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, LoadedDiT, load_dit
-from ditas_export.dit.identity import ModelIdentity
 from ditas_export.dit.model import DiT, DiTConfig, position_embedding
 from ditas_export.dit.tensor_files import TensorFile, read_tensor_file
 from ditas_export.errors import CheckpointError
+from ditas_export.families.identity import ModelIdentity
+from ditas_export.families.load import BUNDLED_MODEL, LoadedModel, load_model
 
 State = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ def state() -> State:
     return dict(random_dit().state_dict())
 
 
-def assert_holds(loaded: LoadedDiT, state: State, config: DiTConfig = TINY) -> None:
+def assert_holds(loaded: LoadedModel, state: State, config: DiTConfig = TINY) -> None:
     """Every tensor bit for bit, in a float32 model that is ready to run."""
     assert loaded.model.config == config
     assert not loaded.model.training
@@ -58,7 +58,7 @@ def assert_holds(loaded: LoadedDiT, state: State, config: DiTConfig = TINY) -> N
 def refusal(source: str | Path, **options: Any) -> str:
     """Return the message, which is one line."""
     with pytest.raises(CheckpointError) as caught:
-        load_dit(source, **options)
+        load_model(source, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -69,7 +69,7 @@ def refusal(source: str | Path, **options: Any) -> str:
 
 def test_bare_pickle(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "dit.pt")
-    loaded = load_dit(tmp_path / "dit.pt", num_heads=HEADS)
+    loaded = load_model(tmp_path / "dit.pt", num_heads=HEADS)
     assert_holds(loaded, state)
     assert loaded.source == str(tmp_path / "dit.pt")
     assert loaded.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_bare_pickle(tmp_path: Path, state: State) -> None:
 
 def test_legacy_pickle(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "dit.pt", _use_new_zipfile_serialization=False)
-    assert_holds(load_dit(tmp_path / "dit.pt", num_heads=HEADS), state)
+    assert_holds(load_model(tmp_path / "dit.pt", num_heads=HEADS), state)
 
 
 @pytest.mark.parametrize("parts", [("ema", "model"), ("model",), ("ema",)], ids="+".join)
@@ -88,7 +88,7 @@ def test_training_checkpoint_prefers_the_average(
     weights = {part: state if part == parts[0] else other for part in parts}
     options = argparse.Namespace(epochs=1400, num_heads=HEADS)
     torch.save({**weights, "opt": {"step": 3}, "args": options}, tmp_path / "train.pt")
-    loaded = load_dit(tmp_path / "train.pt")
+    loaded = load_model(tmp_path / "train.pt")
     assert_holds(loaded, state)
     assert loaded.source.endswith(f"train.pt, part '{parts[0]}'")
     assert "not used: opt" in loaded.notes
@@ -99,16 +99,16 @@ def test_training_checkpoint_prefers_the_average(
 def test_safetensors_with_and_without_recorded_heads(tmp_path: Path, state: State) -> None:
     save_file(state, tmp_path / "plain.safetensors")
     save_file(state, tmp_path / "told.safetensors", metadata={"num_heads": str(HEADS)})
-    assert_holds(load_dit(tmp_path / "plain.safetensors", num_heads=HEADS), state)
-    assert_holds(load_dit(str(tmp_path / "told.safetensors")), state)
-    assert_holds(load_dit(tmp_path / "told.safetensors", num_heads=HEADS), state)
+    assert_holds(load_model(tmp_path / "plain.safetensors", num_heads=HEADS), state)
+    assert_holds(load_model(str(tmp_path / "told.safetensors")), state)
+    assert_holds(load_model(tmp_path / "told.safetensors", num_heads=HEADS), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_types_become_float32(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
     cast = {name: tensor.to(dtype) for name, tensor in state.items()}
     save_file(cast, tmp_path / "dit.safetensors")
-    loaded = load_dit(tmp_path / "dit.safetensors", num_heads=HEADS)
+    loaded = load_model(tmp_path / "dit.safetensors", num_heads=HEADS)
     assert_holds(loaded, cast)
     assert loaded.dtype == dtype
 
@@ -126,7 +126,7 @@ def test_the_shape_is_read_off_the_tensors(tmp_path: Path, change: dict[str, Any
     config = replace(TINY, **change)
     model = random_dit(config)
     torch.save(model.state_dict(), tmp_path / "dit.pt")
-    assert_holds(load_dit(tmp_path / "dit.pt", num_heads=HEADS), model.state_dict(), config)
+    assert_holds(load_model(tmp_path / "dit.pt", num_heads=HEADS), model.state_dict(), config)
 
 
 def test_a_published_size_knows_its_heads(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_a_published_size_knows_its_heads(tmp_path: Path) -> None:
         num_classes=1,
     )  # fmt: skip
     torch.save(DiT(config).state_dict(), tmp_path / "dit.pt")
-    assert load_dit(tmp_path / "dit.pt").model.config == config
-    assert load_dit(tmp_path / "dit.pt", num_heads=12).model.config.num_heads == 12
+    assert load_model(tmp_path / "dit.pt").model.config == config
+    assert load_model(tmp_path / "dit.pt", num_heads=12).model.config.num_heads == 12
 
 
 def test_float32_tensors_are_not_copied(
@@ -153,7 +153,7 @@ def test_float32_tensors_are_not_copied(
 
     monkeypatch.setattr("ditas_export.dit.checkpoint.read_tensor_file", read_and_keep)
     torch.save(state, tmp_path / "dit.pt")
-    model = load_dit(tmp_path / "dit.pt", num_heads=HEADS).model
+    model = load_model(tmp_path / "dit.pt", num_heads=HEADS).model
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == read[name].data_ptr(), name
 
@@ -193,7 +193,7 @@ def assert_matches_diffusers(folder: Path, model: Any) -> None:
     latents, timesteps, labels = INPUTS
     with torch.no_grad():
         expected = model(latents, timestep=timesteps, class_labels=labels).sample
-    out = load_dit(folder).model(*INPUTS)
+    out = load_model(folder).model(*INPUTS)
     # The same operations in the same order but for q, k and v in one product: float32 rounding.
     assert float((out - expected).norm() / expected.norm()) < 1e-6
 
@@ -204,7 +204,7 @@ def test_diffusers_folder(tmp_path: Path, place: str, safe: bool) -> None:
     model = diffusers_model()
     model.save_pretrained(tmp_path / place, safe_serialization=safe)
     assert_matches_diffusers(tmp_path, model)
-    loaded = load_dit(tmp_path)
+    loaded = load_model(tmp_path)
     assert loaded.source == f"{tmp_path} (diffusers)"
     assert loaded.model.config.num_heads == 4
 
@@ -225,12 +225,12 @@ def test_diffusers_settings_count(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path)
     assert_matches_diffusers(tmp_path, model)
-    assert load_dit(tmp_path).model.config.mlp_norm_eps == 1e-3
+    assert load_model(tmp_path).model.config.mlp_norm_eps == 1e-3
 
 
 def test_diffusers_half_precision(tmp_path: Path) -> None:
     diffusers_model().half().save_pretrained(tmp_path, variant="fp16")
-    loaded = load_dit(tmp_path)
+    loaded = load_model(tmp_path)
     assert loaded.dtype == torch.float16
     assert loaded.model.pos_embed.dtype == torch.float32
     assert torch.equal(loaded.model.pos_embed[0], position_embedding(48, 4))
@@ -240,7 +240,7 @@ def test_diffusers_time_features_are_not_the_published_ones(tmp_path: Path) -> N
     """Frequencies over 127 instead of 128: the reason for `frequency_shift`."""
     model = diffusers_model()
     model.save_pretrained(tmp_path)
-    loaded = load_dit(tmp_path).model
+    loaded = load_model(tmp_path).model
     published = DiT(replace(loaded.config, frequency_shift=0))
     published.load_state_dict(loaded.state_dict())
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_hub_id_fetches_the_transformer_only(
     (repository / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"large")
     (repository / "vae" / "config.json").write_text("{}")
     asked = fake_hub(monkeypatch, repository, tmp_path / "cache")
-    loaded = load_dit("someone/DiT-tiny")
+    loaded = load_model("someone/DiT-tiny")
     assert loaded.source == "someone/DiT-tiny (diffusers)"
     assert len(asked) == downloads
     assert not list((tmp_path / "cache" / "vae").glob("*.safetensors"))
@@ -378,7 +378,7 @@ def test_an_average_on_the_hub_is_fetched_in_the_older_format(
     )
     asked = fake_hub(monkeypatch, repository, tmp_path / "cache")
     said = "took the averaged weights, transformer_ema/ (transformer/ is not used)"
-    assert said in load_dit("someone/DiT-tiny").notes
+    assert said in load_model("someone/DiT-tiny").notes
     assert len(asked) == 2
 
 
@@ -396,7 +396,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not BUNDLED.is_file(), reason="the bundled model is not in this checkout")
 def test_bundled_model() -> None:
-    loaded = load_dit(BUNDLED_MODEL)
+    loaded = load_model(BUNDLED_MODEL)
     config = loaded.model.config
     assert (config.hidden_size, config.num_heads, config.num_classes) == (192, 6, 10)
     assert (config.input_size, config.in_channels, config.patch_size) == (16, 1, 2)
@@ -453,7 +453,7 @@ def test_pickled_code_is_never_run(tmp_path: Path, state: State, form: str, prot
     content, path = {**state, "extra": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt"
     is_zip = form == "zip"
     torch.save(content, path, _use_new_zipfile_serialization=is_zip, pickle_protocol=protocol)
-    loaded = load_dit(path, num_heads=HEADS)
+    loaded = load_model(path, num_heads=HEADS)
     assert_holds(loaded, state)
     assert not (tmp_path / "ran").exists()
     assert any(note.endswith("not run and left out: posix.mkdir") for note in loaded.notes)
@@ -506,7 +506,7 @@ def test_scrambled_pickles_fail_as_one_line_or_load_finite(
         content[place] ^= 1 + place % 255
     path.write_bytes(content)
     try:
-        loaded = load_dit(path, num_heads=HEADS)
+        loaded = load_model(path, num_heads=HEADS)
     except CheckpointError as error:
         assert "\n" not in str(error)  # noqa: PT017 - both outcomes are right
     else:

@@ -1,11 +1,13 @@
 import pytest
+from quantized_fixture import TINY
 
+from ditas_export.conditions.labels import ClassLabels
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.errors import RunnerError
 
 
 def parsed(text: str, count: int | None = None, seed: int = 0) -> tuple[int, ...]:
-    return parse_classes(text, num_labels=10, count=count, seed=seed)
+    return parse_classes(text, conditions=ClassLabels(TINY), count=count, seed=seed)
 
 
 def test_lists_and_ranges_start_over_when_they_are_short() -> None:
@@ -48,4 +50,4 @@ def test_what_names_no_class_is_refused(text: str, count: int | None, message: s
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_that_no_generator_takes(seed: int) -> None:
     with pytest.raises(RunnerError, match=f"seed={seed}; for random classes pick 0 to"):
-        parse_classes("random", num_labels=10, seed=seed)
+        parse_classes("random", conditions=ClassLabels(TINY), seed=seed)

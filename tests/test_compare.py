@@ -387,7 +387,7 @@ def write_plan(
         plan_bytes=len(content),
         onnx_name="out.onnx",
         onnx_sha256="",
-        dit=config,
+        model=config,
         form=FileForm(float_type="fp32"),
         options=BuildOptions(),
         gpu=None,

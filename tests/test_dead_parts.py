@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
+from quantized_fixture import TINY, example_inputs, fed, snr_db, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration.adaln import quantize_adaln
@@ -20,9 +20,9 @@ from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.solve import JointMoments
 from ditas_export.calibration.states import CalibrationSettings, collect_states
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, initialize_adaln_zero
 from ditas_export.evaluation.metrics import Difference
+from ditas_export.families.identity import identity_of
 from ditas_export.figures import decibels
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -114,7 +114,7 @@ def test_models_with_dead_parts_export_like_any_other(
         return
     export_onnx(fold_smoothing(again), tmp_path / "out.onnx")
     with OnnxRuntimeRunner(tmp_path / "out.onnx", threads=1) as runner:
-        found = runner(latents, timesteps, labels)
+        found = runner(fed(latents, timesteps, labels))
     assert snr_db(expected, found) > 45 or torch.equal(expected, found)
 
 

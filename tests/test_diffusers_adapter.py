@@ -28,9 +28,9 @@ from ditas_export.calibration.fold import FoldedModel, fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.diffusion.sampling import image_generator, sample
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError, RunnerError
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT
@@ -74,7 +74,7 @@ def transformer(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def dit(transformer: Any, folder: Path) -> DiT:
-    return load_dit(folder / "transformer").model
+    return load_model(folder / "transformer").model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from quantized_fixture import TINY, example_inputs, exported, snr_db, tiny_folded
+from quantized_fixture import TINY, example_inputs, exported, fed, snr_db, tiny_folded
 
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.families.registry import family_of
@@ -85,7 +85,7 @@ def test_a_session_that_is_told_nothing_reads_floats_too(path: Path) -> None:
     inputs = example_inputs(batch=3)
     fake = fake_quantized_model(tiny_folded(adaln_bits=8), ranges="token", target="onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, feed_of(TINY, *inputs))
+    (found,) = session.run(None, feed_of(TINY, fed(*inputs)))
     assert snr_db(fake(*inputs), torch.from_numpy(found)) > 64  # a tie of the block linears
 
 

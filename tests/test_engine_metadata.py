@@ -51,7 +51,7 @@ def metadata(plan: Path, **changes: Any) -> EngineMetadata:
         plan_bytes=6,
         onnx_name="out.onnx",
         onnx_sha256="0" * 64,
-        dit=TINY,
+        model=TINY,
         form=FORM,
         options=OPTIONS,
         gpu=ADA,

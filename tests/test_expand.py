@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from quantized_fixture import example_inputs, exported
+from quantized_fixture import example_inputs, exported, fed
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.onnx_export.expand import expand
@@ -49,7 +49,7 @@ def test_the_expanded_file_runs_to_the_same_bits(tmp_path: Path) -> None:
     outputs = []
     for path in (source, target):
         with OnnxRuntimeRunner(path, threads=2) as runner:
-            outputs.append(runner(*example_inputs()))
+            outputs.append(runner(fed(*example_inputs())))
     assert torch.equal(*outputs)
     assert read_config(target) == read_config(source)
     assert read_form(target) == dataclasses.replace(read_form(source), layout="int8")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import typer
 from onnx import TensorProto, helper, numpy_helper
-from quantized_fixture import example_inputs, exported, exported_reference, snr_db
+from quantized_fixture import example_inputs, exported, exported_reference, fed, snr_db
 from typer.testing import CliRunner
 
 from ditas_export.artifact_files import sha256_of_file
@@ -324,14 +324,14 @@ def test_every_reader_follows_a_link_to_data_elsewhere(large: Path, tmp_path: Pa
     path, inputs = linked(large, tmp_path / "snapshot"), example_inputs()
     assert sha256_of_onnx(path) == sha256_of_onnx(large)
     with OnnxRuntimeRunner(large, threads=1) as runner:
-        expected = runner(*inputs)
+        expected = runner(fed(*inputs))
     for cache in (None, tmp_path / "cache"):
         with OnnxRuntimeRunner(path, threads=1, cache=cache) as runner:
-            assert torch.equal(runner(*inputs), expected)
+            assert torch.equal(runner(fed(*inputs)), expected)
     if importlib.util.find_spec("openvino") is not None:
         for cache in (None, tmp_path / "cache"):
             with OpenVINORunner(path, threads=1, cache=cache) as runner:
-                assert snr_db(expected, runner(*inputs)) > 100  # float32 sums in another order
+                assert snr_db(expected, runner(fed(*inputs))) > 100  # float32 sums in another order
     assert matmul_kernels(path) == matmul_kernels(large)
 
 

@@ -16,11 +16,11 @@ from flows import State, euler, flow_config, turned
 from safetensors.torch import save_file
 from test_checkpoint import refusal
 
-from ditas_export.dit.checkpoint import BUNDLED_FLOW, BUNDLED_MODEL, LoadedDiT, load_dit
 from ditas_export.dit.flows import FLOWS
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import DIT_PROCESS
+from ditas_export.families.load import BUNDLED_FLOW, BUNDLED_MODEL, LoadedModel, load_model
 from ditas_export.options import CheckpointHints
+from ditas_export.process import DIT_PROCESS
 
 SIT_ARGS = {
     "model": "SiT-S/2", "path_type": "Linear", "prediction": "velocity", "loss_weight": None,
@@ -59,8 +59,8 @@ def trained(path: Path, state: Mapping[str, Any], args: Mapping[str, Any]) -> Pa
     return path
 
 
-def load(path: Path, **hints: Any) -> LoadedDiT:
-    return load_dit(path, CheckpointHints(**{"num_heads": 4, **hints}))
+def load(path: Path, **hints: Any) -> LoadedModel:
+    return load_model(path, CheckpointHints(**{"num_heads": 4, **hints}))
 
 
 # --- Whose it is --------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_bare_file_is_what_is_told(tmp_path: Path, state: State, family: str) 
 def test_metadata_say_the_family(tmp_path: Path, state: State) -> None:
     metadata = {"num_heads": "4", "family": "repa"}
     save_file(state, tmp_path / "flow.safetensors", metadata=metadata)
-    assert load_dit(tmp_path / "flow.safetensors").model.config == flow_config(TINY, "repa")
+    assert load_model(tmp_path / "flow.safetensors").model.config == flow_config(TINY, "repa")
 
 
 def test_sizes_have_their_heads(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_sizes_have_their_heads(tmp_path: Path) -> None:
     args = SIT_ARGS | {"model": "SiT-S/4"}
     del args["num_heads"]
     path = trained(tmp_path / "flow.pt", random_dit(config).state_dict(), args)
-    assert load_dit(path).model.config == config
+    assert load_model(path).model.config == config
     args["model"] = "SiT-B/4"
     message = refusal(trained(path, random_dit(config).state_dict(), args))
     assert "hidden_size 768 (args.model), but 384 by shape" in message
@@ -227,10 +227,10 @@ def test_the_bundled_dit_is_no_flow() -> None:
 
 
 def test_the_bundled_flow_is_a_sit() -> None:
-    loaded = load_dit(BUNDLED_FLOW)
+    loaded = load_model(BUNDLED_FLOW)
     assert loaded.source == "digits-sit (bundled)"
     assert loaded.notes == ()
-    assert loaded.model.config == flow_config(load_dit(BUNDLED_MODEL).model.config)
+    assert loaded.model.config == flow_config(load_model(BUNDLED_MODEL).model.config)
     folder = importlib.resources.files("ditas_export.dit") / "bundled"
     assert len((folder / f"{BUNDLED_FLOW}.safetensors").read_bytes()) < 7 * 2**20
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -282,12 +282,12 @@ def test_projectors_are_left_out_and_said(tmp_path: Path, state: State) -> None:
 
 def test_a_flow_turned_is_its_twin_of_the_other_family(tmp_path: Path) -> None:
     """v'(x, t) = -v(x, 1 - t) of the bundled flow, and the same digits."""
-    sit = load_dit(BUNDLED_FLOW).model
+    sit = load_model(BUNDLED_FLOW).model
     state, size = dict(sit.state_dict()), {"num_heads": sit.config.num_heads, "num_classes": 10}
     path = trained(tmp_path / "sit.pt", state, SIT_ARGS | NO_SIZE | size)
-    assert load_dit(path).identity == load_dit(BUNDLED_FLOW).identity
+    assert load_model(path).identity == load_model(BUNDLED_FLOW).identity
     repa_state = {**turned(state), **PROJECTORS}
-    repa = load_dit(trained(tmp_path / "repa.pt", repa_state, REPA_ARGS | size)).model
+    repa = load_model(trained(tmp_path / "repa.pt", repa_state, REPA_ARGS | size)).model
     assert repa.config == flow_config(sit.config, "repa")
     noise = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     times, labels = torch.linspace(0, 1, 10), torch.tensor([*range(9), 10])

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from quantized_fixture import TINY, exported, exported_reference, quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, exported, exported_reference, fed, quantized_tiny_dit, tiny_dit
 from tensorrt_fixture import made_plan, stand_ins
 from torch import Tensor
 from typer.testing import CliRunner
@@ -24,13 +24,12 @@ from ditas_export.cli.compare import app as compare_app
 from ditas_export.cli.sample import app
 from ditas_export.diffusion.options import FlowSampler
 from ditas_export.diffusion.sampling import sample, trajectory
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import ArtifactError, OnnxExportError, RunnerError
 from ditas_export.evaluation.held_out import VerificationSettings, sample_held_out
 from ditas_export.evaluation.inputs import trajectory_inputs
 from ditas_export.evaluation.options import CompareOptions
+from ditas_export.families.identity import identity_of
 from ditas_export.generation import job
 from ditas_export.generation.sampler import Sampler, SamplingSettings
 from ditas_export.kept_parts import KeptParts
@@ -38,6 +37,7 @@ from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.file_facts import CONFIG_KEY
 from ditas_export.onnx_export.interface import why_unlike
+from ditas_export.process import FlowProcess
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.inputs import feed_of
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -60,7 +60,7 @@ def model() -> DiT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_a_runner_takes_floats(model: DiT, dtype: torch.dtype) -> None:
     with TorchRunner(model) as runner:
-        found = runner(LATENTS, TIMES.to(dtype), LABELS)
+        found = runner(fed(LATENTS, TIMES.to(dtype), LABELS))
     torch.testing.assert_close(found, model(LATENTS, TIMES, LABELS), rtol=1e-4, atol=1e-5)
     assert tuple(found.shape) == (2, 3, 8, 8)
 
@@ -78,21 +78,21 @@ def test_a_runner_takes_floats(model: DiT, dtype: torch.dtype) -> None:
 )
 def test_times_that_are_none_of_a_flow(model: DiT, timesteps: Tensor, message: str) -> None:
     with TorchRunner(model) as runner, pytest.raises(RunnerError, match=message):
-        runner(LATENTS, timesteps, LABELS)
+        runner(fed(LATENTS, timesteps, LABELS))
 
 
 def test_a_file_is_fed_floats() -> None:
-    feed = feed_of(SIT, LATENTS, TIMES.double(), LABELS)
+    feed = feed_of(SIT, fed(LATENTS, TIMES.double(), LABELS))
     assert [feed[name].dtype for name in feed] == [np.float32, np.float32, np.int64]
-    assert feed_of(TINY, LATENTS, torch.tensor([5, 7]), LABELS)["timesteps"].dtype == np.int64
+    assert feed_of(TINY, fed(LATENTS, torch.tensor([5, 7]), LABELS))["timesteps"].dtype == np.int64
 
 
 def test_an_engine_is_fed_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins(tmp_path, monkeypatch)("flow")
-    with TensorRTRunner(made_plan(tmp_path, dit=SIT)) as runner:
+    with TensorRTRunner(made_plan(tmp_path, model=SIT)) as runner:
         for times in (TIMES, TIMES / 2):
             expected = LATENTS + times[:, None, None, None] / 1000
-            torch.testing.assert_close(runner(LATENTS, times, LABELS), expected)
+            torch.testing.assert_close(runner(fed(LATENTS, times, LABELS)), expected)
 
 
 def test_a_graph_is_held_against_its_process() -> None:
@@ -145,7 +145,7 @@ def test_states_are_what_euler_steps_feed(tmp_path: Path, config: Any, times: li
     assert torch.equal(again.timesteps, states.timesteps)
     fed = walk_states(states, count=4)
     assert fed.timesteps.dtype == torch.float32
-    tiny_dit(config)(fed.latents, fed.timesteps, fed.class_labels)
+    tiny_dit(config)(*fed.values())
 
 
 @pytest.mark.parametrize(("config", "word"), [(SIT, "ascend"), (REPA, "descend")])
@@ -269,7 +269,7 @@ def test_a_file_samples_as_the_model(
 def test_openvino_is_fed_floats(model: DiT, files: tuple[Path, Path]) -> None:
     pytest.importorskip("openvino")
     with OpenVINORunner(files[0], threads=1) as runner:
-        found = runner(LATENTS, TIMES, LABELS)
+        found = runner(fed(LATENTS, TIMES, LABELS))
     torch.testing.assert_close(found, model(LATENTS, TIMES, LABELS), rtol=1e-3, atol=1e-4)
 
 

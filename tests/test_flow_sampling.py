@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, random_dit
+from quantized_fixture import fed
 from torch import Tensor
 
 from ditas_export.diffusion.options import FlowSampler
@@ -21,8 +22,9 @@ from ditas_export.diffusion.sampling import (
 )
 from ditas_export.diffusion.schedules import make_schedule, time_words
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.families.base import ModelInputs
+from ditas_export.process import FlowProcess
 from ditas_export.runtime.torch_runner import TorchRunner
 
 SIT = FlowProcess(time_ends_at="data", velocity_towards="data")
@@ -171,12 +173,13 @@ class Resigned:
         self.runner, self.device, self.description = runner, runner.device, "the other way round"
         self.own, self.config = runner.config.process, replace(runner.config, process=process)
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        latents, timesteps, class_labels = inputs.values()
         assert isinstance(self.own, FlowProcess)
         assert isinstance(self.config.process, FlowProcess)
         other = self.config.process
         turned = other.time_ends_at != self.own.time_ends_at
-        output = self.runner(latents, 1 - timesteps if turned else timesteps, class_labels)
+        output = self.runner(fed(latents, 1 - timesteps if turned else timesteps, class_labels))
         return output if other.velocity_towards == self.own.velocity_towards else -output
 
 
@@ -202,7 +205,8 @@ class Recording:
         self.config = config_of(process)
         self.fed: list[tuple[int, float]] = []
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        latents, timesteps, class_labels = inputs.values()
         assert timesteps.dtype == torch.float32
         assert class_labels.dtype == torch.int64
         (time,) = set(timesteps.tolist())
@@ -318,8 +322,9 @@ def test_bad_settings_are_refused_before_the_first_step(
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
 def test_what_is_not_finite_names_its_time(sampler: FlowSampler) -> None:
     class Overflowing(Recording):
-        def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-            output = super().__call__(latents, timesteps, class_labels).clone()
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            _, timesteps, _ = inputs.values()
+            output = super().__call__(inputs).clone()
             output[1] *= float("inf") if timesteps[0] > 0.2 else 1
             return output
 
@@ -347,7 +352,8 @@ def test_diffusions_have_an_interval_of_time_steps() -> None:
             super().__init__()
             self.config = TINY
 
-        def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            latents, timesteps, _ = inputs.values()
             self.fed.append((len(latents), int(timesteps[0])))
             return torch.cat([latents, torch.zeros_like(latents)], dim=1)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantized_fixture import TINY
 
+from ditas_export.conditions.labels import ClassLabels
 from ditas_export.diffusion.guidance import (
     guide,
     guided_channel_count,
-    guided_inputs,
+    model_inputs,
     plain_inputs,
 )
 from ditas_export.errors import RunnerError
@@ -16,17 +18,20 @@ from ditas_export.errors import RunnerError
 
 def test_plain_batch_repeats_the_time_step() -> None:
     latents, labels = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3])
-    inputs = plain_inputs(latents, 999, labels)
+    inputs = plain_inputs(latents, 999, labels, config=TINY, conditions=ClassLabels(TINY))
+    assert list(inputs) == ["latents", "timesteps", "class_labels"]
     assert inputs.latents is latents
-    assert inputs.class_labels is labels
+    assert inputs["class_labels"] is labels
     assert torch.equal(inputs.timesteps, torch.tensor([999, 999, 999]))
 
 
 def test_guided_batch_has_class_rows_first_and_null_rows_second() -> None:
     latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([7, 0])
-    inputs = guided_inputs(latents, 20, labels, null_class=10)
+    inputs = model_inputs(
+        latents, 20, labels, cfg_scale=4.0, config=TINY, conditions=ClassLabels(TINY)
+    )
     assert torch.equal(inputs.latents, torch.cat([latents, latents]))
-    assert torch.equal(inputs.class_labels, torch.tensor([7, 0, 10, 10]))
+    assert torch.equal(inputs["class_labels"], torch.tensor([7, 0, 10, 10]))
     assert torch.equal(inputs.timesteps, torch.tensor([20, 20, 20, 20]))
     assert inputs.timesteps.dtype == torch.int64
 

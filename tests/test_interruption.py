@@ -19,7 +19,6 @@ from quantized_fixture import save_checkpoint, tiny_dit
 from ditas_export import export_files, pipeline
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.calibration.states import CalibrationStates
-from ditas_export.dit.identity import identity_of
 from ditas_export.engine.build import BuiltEngine
 from ditas_export.engine.make import make_engine
 from ditas_export.engine.metadata import metadata_of
@@ -27,6 +26,7 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.errors import ArtifactError, QuantizationError
 from ditas_export.evaluation import held_out, ties
+from ditas_export.families.identity import identity_of
 from ditas_export.onnx_export import export as onnx_export
 from ditas_export.onnx_export.external_data import external_files, sha256_of_onnx
 from ditas_export.onnx_export.manifest import require_own_manifest

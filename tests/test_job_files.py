@@ -257,7 +257,7 @@ def test_requests_that_exclude_each_other(tmp_path: Path) -> None:
 def metadata(plan: Path, **changes: Any) -> None:
     EngineMetadata(
         product="rtx", version="1.7.1.116", plan_bytes=6, onnx_name="m.onnx",
-        onnx_sha256="0" * 64, dit=TINY, form=FileForm(float_type="fp32"), options=BuildOptions(),
+        onnx_sha256="0" * 64, model=TINY, form=FileForm(float_type="fp32"), options=BuildOptions(),
         gpu=None, layers=None, **changes,
     ).save(metadata_path(plan))  # fmt: skip
 

@@ -15,10 +15,10 @@ from ditas_export.calibration.literal import (
     literal_preset_named,
 )
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.evaluation.metrics import snr_db
+from ditas_export.families.identity import identity_of
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.families.registry import linear_names
 from ditas_export.quantization.literal import (

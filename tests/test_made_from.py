@@ -13,7 +13,7 @@ from unittest import mock
 import onnx
 import pytest
 import torch
-from quantized_fixture import example_inputs, exported, exported_reference, tiny_dit
+from quantized_fixture import example_inputs, exported, exported_reference, fed, tiny_dit
 from safetensors.torch import save_file
 from test_checkpoint import diffusers_model
 from typer.testing import CliRunner
@@ -32,9 +32,9 @@ from ditas_export.calibration.states import (
     collect_states,
 )
 from ditas_export.cli import build, compare, sample
-from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
 from ditas_export.errors import ArtifactError, DitasExportError, OnnxExportError, OtherModelError
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.file_facts import CONFIG_KEY, IDENTITY_KEY
 from ditas_export.onnx_export.manifest import MANIFEST_FORMAT, require_own_manifest
@@ -99,11 +99,11 @@ def test_corrected_heads_take_nothing_of_the_interrupted_run(tmp_path: Path) -> 
 def test_an_artifact_of_a_diffusers_folder_is_not_of_the_official_file(tmp_path: Path) -> None:
     """The same weights: diffusers' model has another eps and other frequencies."""
     diffusers_model().save_pretrained(tmp_path / "folder")
-    loaded = load_dit(tmp_path / "folder")
+    loaded = load_model(tmp_path / "folder")
     official = tmp_path / "official.safetensors"
     tensors = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
     save_file(tensors, official, metadata={"num_heads": "4"})
-    assert load_dit(official).identity.tensors_sha256 == loaded.identity.tensors_sha256
+    assert load_model(official).identity.tensors_sha256 == loaded.identity.tensors_sha256
     kept = tmp_path / "kept"
     (tmp_path / "out").mkdir()
     with mock.patch.object(pipeline, "write_or_keep", side_effect=KeyboardInterrupt):
@@ -118,7 +118,7 @@ def test_an_artifact_of_a_diffusers_folder_is_not_of_the_official_file(tmp_path:
                        samples=None, walk_tokens=None, method=None))  # fmt: skip
     states = next((tmp_path / "out").glob("*/sampled-*/states.safetensors"))
     with pytest.raises(OtherModelError, match=r"frequency_shift 1, now 0"):
-        CalibrationStates.load(states, identity=load_dit(official).identity)
+        CalibrationStates.load(states, identity=load_model(official).identity)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_former_file_opens_samples_compares_and_builds(tmp_path: Path) -> None
         open_runner(str(exported()), runtime="onnxruntime").runner as new,
     ):
         assert old.config == new.config
-        assert torch.equal(old(*example_inputs()), new(*example_inputs()))
+        assert torch.equal(old(fed(*example_inputs())), new(fed(*example_inputs())))
     quick = ["--classes", "1", "--steps", "2"]
     for app, words in (
         (sample.app, [str(former), "-o", str(tmp_path / "out"), *quick]),

@@ -13,13 +13,13 @@ from conftest import TINY, random_dit
 from torch import Tensor
 
 from ditas_export.calibration.noise_check import LEAST_DB, check_noise
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, load_dit
 from ditas_export.dit.model import DiT
+from ditas_export.families.load import BUNDLED_MODEL, load_model
 
 
 @pytest.fixture(scope="module")
 def trained() -> DiT:
-    return load_dit(BUNDLED_MODEL).model
+    return load_model(BUNDLED_MODEL).model
 
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -47,8 +47,9 @@ def predicting(model: DiT, formula: Formula, *, clip: bool = False) -> DiT:
     changed = copy.deepcopy(model)
     predict = changed.forward
 
-    def forward(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        out: Tensor = predict(x, timesteps, labels).clone()
+    def forward(latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        x = latents
+        out: Tensor = predict(x, timesteps, class_labels).clone()
         alpha = ALPHAS_CUMPROD[timesteps.long()].float()[:, None, None, None]
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         eps = out[:, : x.shape[1]]
@@ -120,7 +121,9 @@ def test_another_time_scale_is_told(trained: DiT) -> None:
     """Trained on t from 0 to 1: our whole steps are far beyond it."""
     changed = copy.deepcopy(trained)
     predict = changed.forward
-    changed.forward = lambda x, t, y: predict(x, (1000.0 * t) % 1e5, y)  # type: ignore[method-assign]
+    changed.forward = lambda latents, timesteps, class_labels: predict(  # type: ignore[method-assign]
+        latents, (1000.0 * timesteps) % 1e5, class_labels
+    )
     check = check_noise(changed)
     assert not check.passes
     assert "it does so where time steps run from 0 to 1" in check.finding

@@ -19,6 +19,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     quantized_tiny_dit,
     snr_db,
     tiny_dit,
@@ -35,7 +36,7 @@ from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import external_files
 from ditas_export.onnx_export.file_facts import read_config, read_form
 from ditas_export.onnx_export.form import FileForm
-from ditas_export.onnx_export.interface import INPUT_NAMES, OUTPUT_NAME
+from ditas_export.onnx_export.interface import OUTPUT_NAME
 from ditas_export.onnx_export.manifest import bytes_by_part
 from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import export_skeleton
@@ -58,7 +59,7 @@ def int4_file() -> Path:
 def test_the_file_computes_the_fake_quantized_forward(int4_file: Path, batch: int) -> None:
     inputs = example_inputs(batch=batch)
     with OnnxRuntimeRunner(int4_file, threads=2) as runner:
-        out = runner(*inputs)
+        out = runner(fed(*inputs))
     reference = fake_quantized_model(FOLDED, ranges="token")(*inputs)
     assert out.shape == (batch, TINY.out_channels, TINY.input_size, TINY.input_size)
     # A code that flips at a rounding tie shows as some 60 dB; anything wrong as less than 30.
@@ -88,7 +89,7 @@ def test_static_ranges_in_half_precision() -> None:
     path = exported(dtype=torch.float16, layout="int4", ranges="static", rank=4)
     latents, timesteps, labels = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        out = runner(latents, timesteps, labels)
+        out = runner(fed(latents, timesteps, labels))
     module = fake_quantized_model(folded, ranges="static")
     reference = module(latents.half(), timesteps, labels)
     assert out.dtype == torch.float32
@@ -126,7 +127,7 @@ def test_forms_for_a_target_give_the_same_numbers(target: str, ranges: str) -> N
         assert operators.count("Attention") == (TINY.depth if target == "onnxruntime" else 0)
         assert operators.count("Softmax") == (0 if target == "onnxruntime" else TINY.depth)
         with OnnxRuntimeRunner(path, threads=2) as runner:
-            outputs.append(runner(*inputs))
+            outputs.append(runner(fed(*inputs)))
     assert torch.equal(*outputs)
     assert snr_db(reference, outputs[0]) > 50  # but for ties, as above
 
@@ -144,7 +145,7 @@ def test_fc1_is_cut_where_its_width_is_a_multiple_of_the_hidden_size(
     assert len([name for name in fc1 if name.endswith("/MatMul")]) == products
     inputs = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        out = runner(*inputs)
+        out = runner(fed(*inputs))
     fake = fake_quantized_model(folded, ranges="token", target="onnxruntime")
     assert snr_db(fake(*inputs), out) > 50  # but for ties, as above
 
@@ -167,9 +168,9 @@ def test_integer_modulation(adaln_bits: int) -> None:
     inputs = example_inputs()
     reference = fake_quantized_model(tiny_folded(adaln_bits=adaln_bits), ranges="token")
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
-        accurate = runner(*inputs)
+        accurate = runner(fed(*inputs))
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        by_default = runner(*inputs)
+        by_default = runner(fed(*inputs))
     assert snr_db(reference(*inputs), accurate) > 50  # but for ties, as above
     # By default the modulation's inputs are 8-bit: its error passes through every block.
     assert snr_db(reference(*inputs), by_default) > 30
@@ -206,9 +207,9 @@ def test_weight_only_linears() -> None:
     inputs = example_inputs()
     reference = fake_quantized_model(folded, ranges="token")(*inputs)
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
-        assert snr_db(reference, runner(*inputs)) > 70
+        assert snr_db(reference, runner(fed(*inputs))) > 70
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        assert snr_db(reference, runner(*inputs)) > 30
+        assert snr_db(reference, runner(fed(*inputs))) > 30
     assert read_form(path).ranges is None
 
 
@@ -217,13 +218,13 @@ def test_the_reference_is_the_float_model(dtype: torch.dtype, bound: float) -> N
     path = exported_reference(dtype)
     inputs = example_inputs(batch=3)
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        assert snr_db(MODEL(*inputs), runner(*inputs)) > bound
+        assert snr_db(MODEL(*inputs), runner(fed(*inputs))) > bound
     assert read_form(path) == FileForm(float_type="fp32" if bound == 100 else "fp16")
 
 
 def test_the_interface_and_the_description(int4_file: Path) -> None:
     model = onnx.load(str(int4_file))
-    assert [value.name for value in model.graph.input] == list(INPUT_NAMES)
+    assert [value.name for value in model.graph.input] == ["latents", "timesteps", "class_labels"]
     assert [value.name for value in model.graph.output] == [OUTPUT_NAME]
     assert read_config(int4_file) == TINY
     assert read_form(int4_file) == FileForm(
@@ -319,7 +320,7 @@ def test_big_models_keep_their_tensors_beside_them(
     outputs = []
     for file in (path, int4_file):
         with OnnxRuntimeRunner(file, threads=2) as runner:
-            outputs.append(runner(*example_inputs()))
+            outputs.append(runner(fed(*example_inputs())))
     assert torch.equal(*outputs)
 
 
@@ -424,4 +425,4 @@ def test_the_scale_of_attention_is_exported(
     expected = model(*inputs)
     assert snr_db(plain, expected) < 60
     with OnnxRuntimeRunner(path) as runner:
-        assert snr_db(expected, runner(*inputs)) > 100  # float32
+        assert snr_db(expected, runner(fed(*inputs))) > 100  # float32

@@ -14,6 +14,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     snr_db,
     tiny_folded,
 )
@@ -80,7 +81,7 @@ def test_a_fixed_batch_neither_fails_nor_leaves_the_integer_kernel(
         )
     )
     with OnnxRuntimeRunner(form_file(form), threads=2) as runner:
-        dynamic = runner(*example_inputs(batch=2))
+        dynamic = runner(fed(*example_inputs(batch=2)))
     fixed = torch.from_numpy(session.run(None, feed)[0])
     # The same kernels but for the last linear's; a rounding tie may flip where sums differ.
     assert snr_db(dynamic, fixed) > 50
@@ -97,8 +98,8 @@ def test_plain_sessions_at_default_options_open_the_files() -> None:
 def test_an_image_does_not_depend_on_its_batch_mates(token_file: Path) -> None:
     inputs = example_inputs(batch=8)
     with OnnxRuntimeRunner(token_file, threads=2) as runner:
-        together = runner(*inputs)
-        alone = torch.cat([runner(*(part[i : i + 1] for part in inputs)) for i in range(8)])
+        together = runner(fed(*inputs))
+        alone = torch.cat([runner(fed(*(part[i : i + 1] for part in inputs))) for i in range(8)])
     assert snr_db(together, alone) > 60
 
 
@@ -119,18 +120,18 @@ def test_a_closed_runner_is_refused(token_file: Path) -> None:
     with OnnxRuntimeRunner(token_file) as runner:
         pass
     with pytest.raises(RunnerError, match="closed"):
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
 
 
 def test_inputs_that_do_not_fit_are_named(token_file: Path) -> None:
     latents, timesteps, labels = example_inputs()
     with OnnxRuntimeRunner(token_file, threads=1) as runner:
         with pytest.raises(RunnerError, match=r"latents are \(2, 3, 8, 4\).*\(N, 3, 8, 8\)"):
-            runner(latents[..., :4], timesteps, labels)
+            runner(fed(latents[..., :4], timesteps, labels))
         with pytest.raises(RunnerError, match=r"timesteps are \(1,\); with 2 latents"):
-            runner(latents, timesteps[:1], labels)
+            runner(fed(latents, timesteps[:1], labels))
         with pytest.raises(RunnerError, match=r"labels run from 0 to 11.*knows 0 to 10"):
-            runner(latents, timesteps, torch.tensor([0, 11]))
+            runner(fed(latents, timesteps, torch.tensor([0, 11])))
 
 
 def test_a_provider_that_is_not_there(token_file: Path) -> None:
@@ -181,17 +182,17 @@ def test_weight_only_linears_read_floats_in_every_runner(settings: dict[str, Any
     own = fake_quantized_model(folded, ranges="token")(*inputs)
     expected = fake_quantized_model(folded, ranges="token", target="onnxruntime")(*inputs)
     with OnnxRuntimeRunner(path, threads=1) as runner:
-        found = runner(*inputs)
+        found = runner(fed(*inputs))
     with OnnxRuntimeRunner(path, threads=1, as_is=True) as runner:
-        as_is = runner(*inputs)
+        as_is = runner(fed(*inputs))
     with OnnxRuntimeRunner(path, threads=1, as_is=True, session_entries=BARE_SESSION) as runner:
-        bare = runner(*inputs)
+        bare = runner(fed(*inputs))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    told_nothing = session.run(None, feed_of(runner.config, *inputs))[0]
+    told_nothing = session.run(None, feed_of(runner.config, fed(*inputs)))[0]
     assert snr_db(expected, found) > 64  # a rounding tie of the block linears; 57 to 60 below
     assert snr_db(own, as_is) > 64
     assert snr_db(own, bare) < 62
     assert snr_db(bare, torch.from_numpy(told_nothing)) > 100  # threads sum in another order
     if importlib.util.find_spec("openvino"):
         with OpenVINORunner(path, threads=1) as runner:
-            assert snr_db(expected, runner(*inputs)) > 64
+            assert snr_db(expected, runner(fed(*inputs))) > 64

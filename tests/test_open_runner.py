@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import example_inputs, exported, quantized_tiny_dit, snr_db, tiny_dit
+from quantized_fixture import example_inputs, exported, fed, quantized_tiny_dit, snr_db, tiny_dit
 
 from ditas_export.artifact_files import load_tensors, save_tensors, sha256_of_file
 from ditas_export.calibration.adaln import quantize_adaln
@@ -32,7 +32,7 @@ def test_a_checkpoint_runs_in_pytorch(checkpoint: Path) -> None:
     opened = open_runner(str(checkpoint))
     assert isinstance(opened.runner, TorchRunner)
     inputs = example_inputs()
-    assert torch.equal(opened.runner(*inputs), TorchRunner(tiny_dit())(*inputs))
+    assert torch.equal(opened.runner(fed(*inputs)), TorchRunner(tiny_dit())(fed(*inputs)))
 
 
 def save_quantized(path: Path, *, adaln_bits: int = 16, **settings: Any) -> QuantizedModel:
@@ -48,7 +48,7 @@ def test_a_quantized_model_runs_by_int8_products_whatever_its_name(tmp_path: Pat
     inputs = example_inputs()
     expected = Int8Runner(fold_smoothing(quantized), ranges="static")
     assert isinstance(opened.runner, Int8Runner)
-    assert torch.equal(opened.runner(*inputs), expected(*inputs))
+    assert torch.equal(opened.runner(fed(*inputs)), expected(fed(*inputs)))
     assert opened.sha256 == sha256_of_file(tmp_path / "kept")
 
 
@@ -61,10 +61,10 @@ def test_a_quantized_model_of_integer_modulation_runs(
     quantized = save_quantized(path, adaln_bits=adaln_bits, activation_bits=activation_bits)
     opened = open_runner(str(path))
     inputs = example_inputs()
-    got = opened.runner(*inputs)
+    got = opened.runner(fed(*inputs))
     reference = TorchRunner(fake_quantized_model(fold_smoothing(quantized), ranges="static"))
     # But for rounding ties where INT8 products replace the fake-quantized ones.
-    assert snr_db(reference(*inputs), got) > 50
+    assert snr_db(reference(fed(*inputs)), got) > 50
     assert ("INT8" in opened.runner.description) == (activation_bits == 8)
 
 
@@ -73,7 +73,7 @@ def test_a_quantized_model_of_float_activations_runs_fake_quantized(tmp_path: Pa
     opened = open_runner(str(tmp_path / "kept.safetensors"))
     inputs = example_inputs()
     expected = TorchRunner(fake_quantized_model(fold_smoothing(quantized), ranges="static"))
-    assert torch.equal(opened.runner(*inputs), expected(*inputs))
+    assert torch.equal(opened.runner(fed(*inputs)), expected(fed(*inputs)))
     assert "INT8" not in opened.runner.description
 
 
@@ -127,18 +127,18 @@ def test_a_quantized_model_runs_in_half_precision_on_a_gpu(
     opened = open_runner(str(path), device="cuda")
     assert "float16" in opened.runner.description
     # Single steps in float16 on a CPU: 55 to 57 dB with 8-bit activations.
-    assert snr_db(open_runner(str(path)).runner(*inputs), opened.runner(*inputs)) > 35
+    assert snr_db(open_runner(str(path)).runner(fed(*inputs)), opened.runner(fed(*inputs))) > 35
 
 
 def test_auto_takes_openvino_where_it_is_installed(hide_openvino: Callable[[], None]) -> None:
     pytest.importorskip("openvino", reason="extra [openvino]")
     with open_runner(str(exported()), threads=2).runner as runner:
         assert isinstance(runner, OpenVINORunner)
-        openvino = runner(*example_inputs())
+        openvino = runner(fed(*example_inputs()))
     hide_openvino()
     with open_runner(str(exported()), threads=2).runner as runner:
         assert isinstance(runner, OnnxRuntimeRunner)
-        assert snr_db(openvino, runner(*example_inputs())) > 45  # rounding ties
+        assert snr_db(openvino, runner(fed(*example_inputs()))) > 45  # rounding ties
 
 
 def test_onnxruntime_keeps_what_it_optimized(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from quantized_fixture import TINY, example_inputs, exported, exported_reference, snr_db
+from quantized_fixture import TINY, example_inputs, exported, exported_reference, fed, snr_db
 
 from ditas_export.errors import RunnerError
 from ditas_export.runtime.onnxruntime_runner import ACCURATE_WEIGHT_ONLY, OnnxRuntimeRunner
@@ -35,11 +35,11 @@ def both(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what ONNX Runtime and OpenVINO make of a file."""
     inputs = example_inputs(batch=3)
     with OnnxRuntimeRunner(path, threads=2, session_entries=ACCURATE_WEIGHT_ONLY) as runner:
-        expected = runner(*inputs)
+        expected = runner(fed(*inputs))
     with OpenVINORunner(path, threads=2) as runner:
         assert runner.config == TINY
         assert "openvino" in runner.description
-        return expected, runner(*inputs)
+        return expected, runner(fed(*inputs))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ from ditas_export.runtime.openvino_runner import OpenVINORunner
 inputs = example_inputs(batch=3)
 expected = tiny_dit().to(torch.bfloat16).float()(*inputs)
 with OpenVINORunner(Path(sys.argv[1]), threads=1) as runner:
-    print(snr_db(expected, runner(*inputs)), runner.description)
+    print(snr_db(expected, runner(fed(*inputs))), runner.description)
 """
 
 
@@ -108,14 +108,14 @@ def test_what_was_compiled_is_kept(tmp_path: Path) -> None:
     """For every number of threads, and wherever the file lies."""
     inputs, cache = example_inputs(batch=3), tmp_path / "cache"
     with OpenVINORunner(exported(), threads=1, cache=cache) as runner:
-        expected, description = runner(*inputs), runner.description
+        expected, description = runner(fed(*inputs)), runner.description
     (blob,) = cache.rglob("*.blob")
     made = blob.stat().st_mtime_ns
     copy = tmp_path / "copy.onnx"
     shutil.copy(exported(), copy)
     for path, threads in ((exported(), 1), (copy, 2)):
         with OpenVINORunner(path, threads=threads, cache=cache) as runner:
-            assert torch.equal(runner(*inputs), expected)
+            assert torch.equal(runner(fed(*inputs)), expected)
             assert runner.description == description
             assert runner._backend.model.get_property("INFERENCE_NUM_THREADS") == threads
     assert list(cache.rglob("*.blob")) == [blob]
@@ -123,7 +123,7 @@ def test_what_was_compiled_is_kept(tmp_path: Path) -> None:
     # Cut short by whatever: it is compiled again.
     blob.write_bytes(blob.read_bytes()[:-1000])
     with OpenVINORunner(exported(), threads=1, cache=cache) as runner:
-        assert torch.equal(runner(*inputs), expected)
+        assert torch.equal(runner(fed(*inputs)), expected)
     # What is kept is of one precision.
     with OpenVINORunner(exported(), threads=1, precision="bf16", cache=cache):
         assert len(list(cache.rglob("*.blob"))) == 2
@@ -133,10 +133,10 @@ def test_a_kept_model_outlives_its_entry(tmp_path: Path) -> None:
     """It is mapped from a file that may be deleted while it is used."""
     inputs, cache = example_inputs(batch=3), tmp_path / "cache"
     with OpenVINORunner(exported(), threads=1, cache=cache) as runner:
-        expected = runner(*inputs)
+        expected = runner(fed(*inputs))
         shutil.rmtree(cache)
         gc.collect()
-        assert torch.equal(runner(*inputs), expected)
+        assert torch.equal(runner(fed(*inputs)), expected)
 
 
 def test_what_was_compiled_of_another_file_is_not_taken(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_what_was_compiled_of_another_file_is_not_taken(tmp_path: Path) -> None:
     path, inputs = tmp_path / "model.onnx", example_inputs(batch=3)
     path.write_bytes(exported().read_bytes())
     with OpenVINORunner(path, threads=1, cache=tmp_path / "cache") as runner:
-        before = runner(*inputs)
+        before = runner(fed(*inputs))
     status = path.stat()
     model = onnx.load(str(path))
     bias = next(part for part in model.graph.initializer if part.name == FINAL_BIAS)
@@ -153,7 +153,7 @@ def test_what_was_compiled_of_another_file_is_not_taken(tmp_path: Path) -> None:
     assert path.stat().st_size == status.st_size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with OpenVINORunner(path, threads=1, cache=tmp_path / "cache") as runner:
-        assert torch.allclose(runner(*inputs), before + 1, atol=1e-5)
+        assert torch.allclose(runner(fed(*inputs)), before + 1, atol=1e-5)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
@@ -162,14 +162,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         pytest.warns(RuntimeWarning, match="cannot be written .* set DITAS_EXPORT_CACHE to a"),
         OpenVINORunner(exported(), threads=1, cache=tmp_path / "file") as runner,
     ):
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
 
 
 def test_a_closed_runner_is_refused(reference_file: Path) -> None:
     with OpenVINORunner(reference_file) as runner:
         pass
     with pytest.raises(RunnerError, match="closed"):
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
 
 
 def test_a_file_that_openvino_refuses(reference_file: Path, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from ditas_export.calibration.states import (
     walk_states,
 )
 from ditas_export.distributed import SINGLE
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT
 from ditas_export.families.base import ModelInputs
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import family_of
 
 WIDTH = TINY.hidden_size
@@ -82,7 +82,7 @@ def weights(model: DiT, states: CalibrationStates) -> dict[str, Tensor]:
 
 def moved(model: DiT, inputs: ModelInputs, kind: str, channel: int) -> float:
     """How far the first block's output moves when one output channel of a linear is disturbed."""
-    hidden, conditioning = model.embed(inputs.latents, inputs.timesteps, inputs.class_labels)
+    hidden, conditioning = model.embed(*inputs.values())
     block: Any = model.blocks[0]
     noise = torch.randn(hidden.shape[:2], generator=torch.Generator().manual_seed(channel))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, snr_db, tiny_dit
+from quantized_fixture import TINY, example_inputs, fed, snr_db, tiny_dit
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,19 +26,18 @@ from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.row_shares import Share
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
 from ditas_export.distributed import SINGLE
-from ditas_export.dit.identity import identity_of
 from ditas_export.dit.model import DiT, DiTBlock, DiTConfig, modulate, modulate_by_factor
 from ditas_export.errors import ArtifactError
 from ditas_export.families import registry
-from ditas_export.families.base import Block, FusedAttention, Group, ModelInputs, Rows, Stage, State
+from ditas_export.families.base import Block, FusedAttention, Group, Rows, Stage, State
 from ditas_export.families.dit import DiTFamily
+from ditas_export.families.identity import identity_of
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner, matmul_kernels
 
 CONFIG = DiTConfig(**{**TINY.to_dict(), "process": TINY.process, "layer_norm_eps": 2e-6})
 APART = ("attn.to_q", "attn.to_k", "attn.to_v")
-NAMES = ("latents", "timesteps", "class_labels")
 
 
 class Attention(nn.Module):
@@ -157,10 +156,7 @@ def test_linears_apart_count_as_those_that_are_stacked() -> None:
     whole = tiny_dit()
     found = []
     for model in (whole, apart(whole)):
-        family, inputs = (
-            registry.family_of(model.config),
-            ModelInputs(**dict(zip(NAMES, example_inputs(batch=4), strict=True))),
-        )
+        family, inputs = registry.family_of(model.config), fed(*example_inputs(batch=4))
         block = family.blocks(model.config)[0]
         share = Share.of(4, model.config.num_tokens, SINGLE)
         module = model.get_submodule(block.path)
@@ -182,7 +178,7 @@ def test_its_file_computes_what_was_calibrated(quantized: QuantizedModel, tmp_pa
     inputs = example_inputs(batch=4)
     expected = fake_quantized_model(folded, ranges="token")(*inputs)
     with OnnxRuntimeRunner(path, threads=2, as_is=True) as runner:
-        assert snr_db(expected, runner(*inputs)) > 50  # rounding ties
+        assert snr_db(expected, runner(fed(*inputs))) > 50  # rounding ties
     kernels = matmul_kernels(path)
     assert {kernels[f"blocks.0.{name}/MatMul"] for name in APART} == {"MatMulIntegerToFloat"}
     model = apart(tiny_dit())

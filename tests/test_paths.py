@@ -16,6 +16,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     quantized_tiny_dit,
     tiny_dit,
     tiny_folded,
@@ -27,12 +28,12 @@ from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationStates, collect_states
-from ditas_export.dit.checkpoint import load_dit
-from ditas_export.dit.identity import identity_of
 from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_of, metadata_path
 from ditas_export.engine.options import BuildOptions
 from ditas_export.evaluation.options import CompareOptions
 from ditas_export.evaluation.verify import VerificationSettings, verify_file
+from ditas_export.families.identity import identity_of
+from ditas_export.families.load import load_model
 from ditas_export.generation import pixels
 from ditas_export.generation.options import SampleOptions
 from ditas_export.onnx_export import export as exports
@@ -95,7 +96,7 @@ def test_runners_and_their_cache(runner: Any, tmp_path: Path) -> None:
     if runner is OpenVINORunner:
         pytest.importorskip("openvino")
     with runner(str(exported()), cache=str(tmp_path)) as opened:
-        assert opened(*example_inputs()).shape == (2, 6, 8, 8)
+        assert opened(fed(*example_inputs())).shape == (2, 6, 8, 8)
     assert Cache.at(str(tmp_path)).entries()
 
 
@@ -117,7 +118,7 @@ def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata.save(str(tmp_path / "again.json"))
     assert (tmp_path / "again.json").read_bytes() == beside.read_bytes()
     with TensorRTRunner(str(plan), cache=str(tmp_path / "cache")) as runner:
-        assert runner(*example_inputs()).shape == (2, 6, 8, 8)
+        assert runner(fed(*example_inputs())).shape == (2, 6, 8, 8)
 
 
 def test_exported_files(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_exported_files(tmp_path: Path) -> None:
 def test_states_and_artefacts(tmp_path: Path, checkpoint: Path) -> None:
     path, progress = str(tmp_path / "kept.safetensors"), str(tmp_path / "progress")
     Path(progress).mkdir()
-    model = load_dit(str(checkpoint)).model
+    model = load_model(str(checkpoint)).model
     identity = identity_of(model)
     settings = CalibrationSettings(steps=2, classes=(3, 7))
     states = collect_states(model, settings, identity=identity, progress=progress)

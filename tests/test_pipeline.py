@@ -23,7 +23,6 @@ from ditas_export.diffusion import sampling
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import Step
 from ditas_export.distributed import Ranks
-from ditas_export.dit.identity import identity_of
 from ditas_export.errors import (
     ArtifactError,
     CalibrationError,
@@ -34,6 +33,7 @@ from ditas_export.errors import (
     RunnerError,
 )
 from ditas_export.evaluation import held_out
+from ditas_export.families.identity import identity_of
 from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported, exported_reference
+from quantized_fixture import TINY, example_inputs, exported, exported_reference, fed
 from typer.testing import CliRunner
 
 from ditas_export.cli.compare import app
@@ -90,7 +90,7 @@ def test_a_sanitized_file_gives_the_same(layout: str, tmp_path: Path) -> None:
     outputs = []
     for path in (original, clean):
         with OnnxRuntimeRunner(path, threads=1) as runner:
-            outputs.append(runner(*example_inputs()))
+            outputs.append(runner(fed(*example_inputs())))
     assert torch.equal(*outputs)
 
 

@@ -15,9 +15,10 @@ from ditas_export import pipeline
 from ditas_export.calibration.calibrate import QuantizationSettings
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
+from ditas_export.conditions.labels import ClassLabels
 from ditas_export.distributed import Ranks
-from ditas_export.dit.identity import identity_of
 from ditas_export.errors import DitasExportError, OnnxExportError
+from ditas_export.families.identity import identity_of
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import export
 from ditas_export.preflight import check_artifact, check_calibration, check_states
@@ -119,10 +120,12 @@ def test_options_that_contradict_states_name_both_values(
     states: CalibrationStates, name: str, value: Any, message: str
 ) -> None:
     path, output = Path("kept"), Path("out.onnx")
-    check_states(path, ExportOptions(output=output), states.settings, TINY)
-    check_states(path, ExportOptions(output=output, **SAME), states.settings, TINY)
+    check_states(path, ExportOptions(output=output), states.settings, ClassLabels(TINY))
+    check_states(path, ExportOptions(output=output, **SAME), states.settings, ClassLabels(TINY))
     with pytest.raises(DitasExportError, match=message):
-        check_states(path, ExportOptions(output=output, **{name: value}), states.settings, TINY)
+        check_states(
+            path, ExportOptions(output=output, **{name: value}), states.settings, ClassLabels(TINY)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +157,13 @@ def test_options_that_contradict_an_artifact_name_both_values(
     artifact: QuantizedModel, name: str, value: Any, message: str
 ) -> None:
     path, output = Path("kept"), Path("out.onnx")
-    check_artifact(path, ExportOptions(output=output), artifact)
+    check_artifact(path, ExportOptions(output=output), artifact, ClassLabels(TINY))
     same = {"w": 4, "a": 8, "rank": 4, "method": "ditas", "block_size": 48, "walk_tokens": 100}
-    check_artifact(path, ExportOptions(output=output, **same, **SAME), artifact)
+    check_artifact(path, ExportOptions(output=output, **same, **SAME), artifact, ClassLabels(TINY))
     with pytest.raises(DitasExportError, match=message):
-        check_artifact(path, ExportOptions(output=output, **{name: value}), artifact)
+        check_artifact(
+            path, ExportOptions(output=output, **{name: value}), artifact, ClassLabels(TINY)
+        )
 
 
 @pytest.mark.parametrize("kept", ["artifact", "calibration"])
@@ -182,7 +187,9 @@ def test_a_contradiction_is_refused_by_the_command(
 def test_an_artifact_that_does_not_say_how_it_was_calibrated(artifact: QuantizedModel) -> None:
     silent = replace(artifact, settings={"ranges": "token"})
     with pytest.raises(DitasExportError, match="does not say how it was calibrated"):
-        check_artifact(Path("kept"), ExportOptions(output=Path("out.onnx")), silent)
+        check_artifact(
+            Path("kept"), ExportOptions(output=Path("out.onnx")), silent, ClassLabels(TINY)
+        )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64 - 1])

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported
+from quantized_fixture import TINY, example_inputs, exported, fed
 
 from ditas_export.errors import OnnxExportError, RunnerError
 from ditas_export.onnx_export.external_data import sha256_of_onnx
@@ -34,10 +34,10 @@ def test_the_kept_model_gives_the_same_bytes_with_the_same_kernels(
     path = exported(adaln_bits=adaln_bits)
     inputs = example_inputs()
     with OnnxRuntimeRunner(path, threads=2) as runner:
-        fresh = runner(*inputs)
+        fresh = runner(fed(*inputs))
     for _ in range(2):  # made, then found
         with OnnxRuntimeRunner(path, threads=2, cache=tmp_path) as runner:
-            assert torch.equal(runner(*inputs), fresh)
+            assert torch.equal(runner(fed(*inputs)), fresh)
             assert f"{PRODUCTS} MatMulIntegerToFloat" in runner.description
     assert len(entries(tmp_path)) == 1
 
@@ -213,10 +213,10 @@ def test_a_file_that_is_replaced_meanwhile_is_not_kept_as_the_other(
     assert not entries(cache)
     inputs = example_inputs()
     with OnnxRuntimeRunner(one, threads=1) as fresh:
-        expected = fresh(*inputs)
+        expected = fresh(fed(*inputs))
     shutil.copy(one, path)
     with OnnxRuntimeRunner(path, threads=1, cache=cache) as runner:
-        assert torch.equal(runner(*inputs), expected)
+        assert torch.equal(runner(fed(*inputs)), expected)
 
 
 def test_a_disk_that_fills_up_is_no_fault_of_the_file(
@@ -238,7 +238,7 @@ def test_a_disk_that_fills_up_is_no_fault_of_the_file(
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         runner = OnnxRuntimeRunner(exported(), threads=1, cache=tmp_path)
     with runner, OnnxRuntimeRunner(exported(), threads=1) as fresh:
-        assert torch.equal(runner(*inputs), fresh(*inputs))
+        assert torch.equal(runner(fed(*inputs)), fresh(fed(*inputs)))
 
 
 def test_the_versions_and_settings_are_in_the_key(
@@ -281,7 +281,7 @@ def test_a_link_is_opened_as_its_file(tmp_path: Path) -> None:
     outputs = []
     for path in (exported(), link):
         with OnnxRuntimeRunner(path, threads=2, cache=tmp_path / path.parent.name) as runner:
-            outputs.append(runner(*inputs))
+            outputs.append(runner(fed(*inputs)))
     assert torch.equal(*outputs)
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ditas_export.diffusion.diffusion_schedules import make_scheduler
 from ditas_export.diffusion.sampling import image_generator, initial_noise, sample, trajectory
-from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import DIT_PROCESS, Process, VaeFactors
 from ditas_export.errors import CheckpointError, OtherModelError, RunnerError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.identity import ModelIdentity, identity_of
+from ditas_export.process import DIT_PROCESS, Process, VaeFactors
 
 PROCESS = Process(
     beta_schedule="scaled_linear",
@@ -39,8 +40,8 @@ PROCESS = Process(
 class OtherOutput(FakeRunner):
     """As the fake runner, ε alone where the variance is not learned."""
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        return super().__call__(latents, timesteps, class_labels)[:, : self.config.out_channels]
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        return super().__call__(inputs)[:, : self.config.out_channels]
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False], ids=["2C", "C"])

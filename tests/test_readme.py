@@ -22,9 +22,9 @@ import yaml
 from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, compare, sample
+from ditas_export.cli import build, compare, embed, sample
 from ditas_export.cli.export import app
-from ditas_export.dit.checkpoint import load_dit
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.expand import expand
 from ditas_export.onnx_export.export import export_reference
 from ditas_export.options import ExportOptions
@@ -40,6 +40,7 @@ PROGRAMS = {
     "ditas-sample": sample.app,
     "ditas-build": build.app,
     "ditas-compare": compare.app,
+    "ditas-embed": embed.app,
 }
 MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in PROGRAMS}
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
@@ -196,7 +197,7 @@ def test_the_sampling_commands_make_images(
 def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On ONNX Runtime's side: the engine needs a GPU."""
     monkeypatch.chdir(first_command)
-    export_reference(load_dit("digits").model, Path("fp32.onnx"))
+    export_reference(load_model("digits").model, Path("fp32.onnx"))
     of_files = [words for words in commands("ditas-compare") if "out.plan" not in words]
     for arguments in of_files:
         result = CliRunner().invoke(compare.app, arguments)

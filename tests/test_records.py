@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from test_checkpoint import INPUTS, diffusers_model, edit_json, refusal
 from torch import Tensor
 
-from ditas_export.dit.checkpoint import BUNDLED_MODEL, load_dit
 from ditas_export.dit.model import DiT, DiTConfig, sincos_table
-from ditas_export.dit.process import DIT_PROCESS, Process, VaeFactors
+from ditas_export.families.load import BUNDLED_MODEL, load_model
 from ditas_export.options import CheckpointHints
+from ditas_export.process import DIT_PROCESS, Process, VaeFactors
 
 State = dict[str, Tensor]
 
@@ -48,7 +48,7 @@ def written(path: Path, state: Mapping[str, Tensor], **args: Any) -> Path:
 
 
 def config_of(path: Path, **hints: Any) -> DiTConfig:
-    return load_dit(path, CheckpointHints(**hints)).model.config
+    return load_model(path, CheckpointHints(**hints)).model.config
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_parts_that_say_nothing_are_said(
     tmp_path: Path, state: State, form: dict[str, Any], said: str
 ) -> None:
     torch.save({"ema": state, **form}, tmp_path / "dit.pt")
-    assert said in load_dit(tmp_path / "dit.pt", num_heads=4).notes
+    assert said in load_model(tmp_path / "dit.pt", num_heads=4).notes
 
 
 def test_records_of_two_parts_that_differ_are_named(tmp_path: Path, state: State) -> None:
@@ -276,7 +276,7 @@ def test_what_training_says_is_loaded(train: Callable[..., Path]) -> None:
         predict_xstart=False, prediction_type="eps", model="mine", betas=[0.9, 0.95],
     )  # fmt: skip
     process = Process(beta_schedule="squaredcos_cap_v2", train_timesteps=4000)
-    loaded = load_dit(path)
+    loaded = load_model(path)
     assert loaded.model.config == replace(TINY, process=process)
     assert loaded.notes == ()
 
@@ -303,7 +303,7 @@ def test_metadata_say_every_field_that_tensors_leave_open(tmp_path: Path, state:
     del values["process"]
     metadata = {name: json.dumps(value) for name, value in values.items()} | {"format": "pt"}
     save_file(state, tmp_path / "dit.safetensors", metadata=metadata)
-    assert load_dit(tmp_path / "dit.safetensors").model.config == config
+    assert load_model(tmp_path / "dit.safetensors").model.config == config
 
 
 # --- What is not followed -----------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_a_table_of_the_schedule_is_a_record(
     path = tmp_path / "dit.ckpt"
     torch.save({**content(state, betas), "args": {"num_heads": 4}}, path)
     if expected is not None:
-        loaded = load_dit(path)
+        loaded = load_model(path)
         assert loaded.model.config.process == expected
         assert f"not used: {name}" not in loaded.notes
         message = refusal(path, hints=CheckpointHints(betas="linear,0.001,0.01,50"))
@@ -521,7 +521,7 @@ def test_hints_say_what_nothing_records(tmp_path: Path, state: State) -> None:
     path = tmp_path / "dit.pt"
     torch.save(state, path)
     told = {"num_heads": 4}
-    assumed = load_dit(path, CheckpointHints(**told))
+    assumed = load_model(path, CheckpointHints(**told))
     assert (assumed.model.config.num_classes, assumed.model.config.null_row) == (10, True)
     assert "the last of the 11 rows of its label table is taken" in " ".join(assumed.notes)
     for hints, classes, null_row in (
@@ -530,7 +530,7 @@ def test_hints_say_what_nothing_records(tmp_path: Path, state: State) -> None:
         ({"no_null_class": True}, 11, False),
         ({"no_null_class": True, "num_classes": 11}, 11, False),
     ):
-        loaded = load_dit(path, CheckpointHints(**told, **hints))
+        loaded = load_model(path, CheckpointHints(**told, **hints))
         assert (loaded.model.config.num_classes, loaded.model.config.null_row) == (
             classes,
             null_row,
@@ -592,7 +592,7 @@ def test_hints_against_a_record_name_both(
 
 
 def test_the_bundled_model_says_its_classes() -> None:
-    assert load_dit(BUNDLED_MODEL).notes == ()
+    assert load_model(BUNDLED_MODEL).notes == ()
     message = refusal(BUNDLED_MODEL, hints=CheckpointHints(no_null_class=True))
     assert (
         "10 classes (the package) and no null row (--no-null-class), but a label table" in message
@@ -618,7 +618,7 @@ def test_states_of_the_label_table(
     tmp_path: Path, config: DiTConfig, args: dict[str, Any], said: str
 ) -> None:
     state = random_dit(config).state_dict()
-    loaded = load_dit(written(tmp_path / "dit.pt", state, num_heads=4, **args))
+    loaded = load_model(written(tmp_path / "dit.pt", state, num_heads=4, **args))
     assert loaded.model.config == config
     assert said in " ".join(loaded.notes)
     assert bool(said) == bool(loaded.notes)
@@ -631,7 +631,7 @@ def test_a_model_without_label_table_is_one_of_a_row_of_zeros(tmp_path: Path) ->
         model.y_embedder.embedding_table.weight.zero_()
     state = model.state_dict()
     del state["y_embedder.embedding_table.weight"]
-    loaded = load_dit(written(tmp_path / "dit.pt", state, num_heads=4))
+    loaded = load_model(written(tmp_path / "dit.pt", state, num_heads=4))
     assert loaded.model.config == config
     assert any("it has no label table: a model without classes" in note for note in loaded.notes)
     latents, timesteps, _ = INPUTS
@@ -656,7 +656,7 @@ def test_outputs_without_variance(tmp_path: Path, args: dict[str, Any], variance
     config = replace(TINY, learn_sigma=False, process=process)
     state = random_dit(config).state_dict()
     path = written(tmp_path / "dit.pt", state, num_heads=4, num_classes=10, **args)
-    assert load_dit(path).model.config == config
+    assert load_model(path).model.config == config
     path = written(tmp_path / "dit.pt", state, num_heads=4, variance_type="learned_range")
     assert "variance learned_range (args.variance_type), but the output has 4" in refusal(path)
 
@@ -694,7 +694,7 @@ def test_a_table_of_another_grid_is_refused_by_name(
 def test_a_learned_table_is_taken_for_square_and_said(tmp_path: Path, state: State) -> None:
     for table in (torch.randn(1, 16, 48), sincos_table(48, 4, 4)[None].float() + 0.5):
         torch.save({**state, "pos_embed": table}, tmp_path / "dit.pt")
-        loaded = load_dit(tmp_path / "dit.pt", num_heads=4)
+        loaded = load_model(tmp_path / "dit.pt", num_heads=4)
         assert loaded.model.config.input_size == 8
         assert torch.equal(loaded.model.pos_embed, table)
         said = "its pos_embed is a learned one: taken for a square of 4 x 4 patches"
@@ -706,7 +706,7 @@ def test_a_rounded_table_is_still_the_sin_cos_one(
     tmp_path: Path, state: State, dtype: torch.dtype
 ) -> None:
     torch.save({**state, "pos_embed": state["pos_embed"].to(dtype)}, tmp_path / "dit.pt")
-    loaded = load_dit(tmp_path / "dit.pt", CheckpointHints(num_heads=4, num_classes=10))
+    loaded = load_model(tmp_path / "dit.pt", CheckpointHints(num_heads=4, num_classes=10))
     assert loaded.notes == ()
 
 
@@ -728,7 +728,7 @@ def test_a_table_that_is_not_there_is_computed(
     tmp_path: Path, state: State, args: dict[str, Any]
 ) -> None:
     rest = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
-    loaded = load_dit(written(tmp_path / "dit.pt", rest, num_heads=4, **args))
+    loaded = load_model(written(tmp_path / "dit.pt", rest, num_heads=4, **args))
     assert torch.equal(loaded.model.pos_embed, state["pos_embed"])
     assert "it has no pos_embed: the sin-cos table is computed" in loaded.notes
 
@@ -849,7 +849,7 @@ def test_a_scheduler_of_another_process_is_refused(
 def test_clipping_is_said(pipeline: Path) -> None:
     diffusers.DDIMScheduler(clip_sample=True).save_pretrained(pipeline / "scheduler")
     said = "scheduler_config.json has clip_sample=true, which is not followed: x0 is not clipped"
-    assert said in load_dit(pipeline).notes
+    assert said in load_model(pipeline).notes
 
 
 def test_options_against_a_pipeline_name_both(pipeline: Path) -> None:
@@ -877,7 +877,7 @@ def test_diffusers_without_variance(
     model.save_pretrained(tmp_path / "transformer")
     if scheduler is not None:
         scheduler.save_pretrained(tmp_path / "scheduler")
-    loaded = load_dit(tmp_path).model
+    loaded = load_model(tmp_path).model
     assert (loaded.config.learn_sigma, loaded.config.process.variance) == (False, variance)
     latents, timesteps, labels = INPUTS
     with torch.no_grad():
@@ -911,10 +911,10 @@ def test_the_factors_of_a_pipeline_s_vae(
     (pipeline / "vae").mkdir()
     content = {"_class_name": "AutoencoderKL", **written}
     (pipeline / "vae" / "config.json").write_text(json.dumps(content))
-    loaded = load_dit(pipeline)
+    loaded = load_model(pipeline)
     assert loaded.model.config.process.vae == factors
     assert loaded.vae == str(pipeline)
-    alone = load_dit(pipeline / "transformer")
+    alone = load_model(pipeline / "transformer")
     assert alone.model.config.process.vae == factors
     assert alone.vae == str(pipeline)
     edit_json(pipeline / "vae" / "config.json", scaling_factor="x")
@@ -928,7 +928,7 @@ def test_statistics_of_a_vae_are_said(pipeline: Path) -> None:
     content = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5}
     statistics = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
     (pipeline / "vae" / "config.json").write_text(json.dumps({**content, **statistics}))
-    loaded = load_dit(pipeline)
+    loaded = load_model(pipeline)
     assert loaded.model.config.process.vae == VaeFactors(scaling_factor=0.5)
     said = "vae/config.json has latents_mean and latents_std: the VAE's decoder applies them"
     assert any(note.startswith(said) for note in loaded.notes)

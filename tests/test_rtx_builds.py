@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from quantized_fixture import TINY, exported, exported_reference, quantized_tiny_dit
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.engine import child
 from ditas_export.engine.build import build_engine
 from ditas_export.engine.layers import (
@@ -30,6 +29,7 @@ from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import RTX
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import EngineError
+from ditas_export.families.load import load_model
 from ditas_export.families.registry import linear_names
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.onnx_export.file_facts import read_config, read_form
@@ -99,7 +99,7 @@ def test_every_form_of_the_bundled_model_is_all_integer_products(
     tmp_path: Path, form: tuple[str, str, str, str, int]
 ) -> None:
     target, precision, ranges, layout, rank = form
-    model = load_dit("digits").model
+    model = load_model("digits").model
     quantized = quantized_tiny_dit(model, block_size=48, rank=rank)
     folded = fold_smoothing(quantized, dtype=FLOAT_TYPES[precision])
     path = tmp_path / "digits.onnx"
@@ -118,7 +118,7 @@ def test_every_form_of_the_bundled_model_is_all_integer_products(
 )
 def test_bfloat16_takes_the_kernels_of_float16(tmp_path: Path, form: tuple[str, str, int]) -> None:
     ranges, layout, rank = form
-    quantized = quantized_tiny_dit(load_dit("digits").model, rank=rank)
+    quantized = quantized_tiny_dit(load_model("digits").model, rank=rank)
     path = tmp_path / "digits.onnx"
     reports = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -154,7 +154,7 @@ def test_a_block_takes_no_more_kernels_than_recorded(
     tmp_path: Path, form: tuple[str, str, str, int]
 ) -> None:
     target, ranges, layout, rank = form
-    model = load_dit("digits").model
+    model = load_model("digits").model
     folded = fold_smoothing(quantized_tiny_dit(model, rank=rank), dtype=torch.float16)
     path = tmp_path / "digits.onnx"
     export_onnx(folded, path, layout=layout, ranges=ranges, target=target)

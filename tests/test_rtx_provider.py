@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from quantized_fixture import example_inputs, exported
+from quantized_fixture import example_inputs, exported, fed
 
 from ditas_export.errors import RunnerError
 from ditas_export.runtime import onnxruntime_runner
@@ -83,10 +83,10 @@ def test_a_device_is_handed_to_the_session(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(onnxruntime_runner, "RTX_PROVIDER", "CPUExecutionProvider")
     inputs = example_inputs()
     with OnnxRuntimeRunner(exported()) as runner:
-        found = runner(*inputs)
+        found = runner(fed(*inputs))
     monkeypatch.undo()
     with OnnxRuntimeRunner(exported()) as runner:
-        assert torch.equal(found, runner(*inputs))
+        assert torch.equal(found, runner(fed(*inputs)))
 
 
 def test_a_provider_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from quantized_fixture import (
     example_inputs,
     exported,
     exported_reference,
+    fed,
     tiny_dit,
     tiny_folded,
 )
@@ -24,6 +25,7 @@ from torch import Tensor
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.dit.model import DiT
 from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.families.base import ModelInputs
 from ditas_export.runtime.checked_runner import CheckedRunner
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import OpenVINORunner
@@ -69,10 +71,10 @@ def runner(
 def test_threads_get_what_they_would_get_alone(runner: CheckedRunner, threads: int) -> None:
     """Requests of several sizes at once, twelve each: byte for byte what one thread gets."""
     requests = [example_inputs(batch=1 + seed % 3, seed=seed) for seed in range(threads)]
-    alone = [runner(*inputs) for inputs in requests]
+    alone = [runner(fed(*inputs)) for inputs in requests]
 
     def ask(index: int) -> list[Tensor]:
-        return [runner(*requests[index]) for _ in range(12)]
+        return [runner(fed(*requests[index])) for _ in range(12)]
 
     with ThreadPoolExecutor(threads) as pool:
         for expected, answers in zip(alone, pool.map(ask, range(threads)), strict=True):
@@ -80,9 +82,9 @@ def test_threads_get_what_they_would_get_alone(runner: CheckedRunner, threads: i
 
 
 def test_an_answer_is_not_written_to_by_the_next(runner: CheckedRunner) -> None:
-    first = runner(*example_inputs(seed=0))
+    first = runner(fed(*example_inputs(seed=0)))
     kept = first.clone()
-    runner(*example_inputs(seed=1))
+    runner(fed(*example_inputs(seed=1)))
     assert torch.equal(first, kept)
     assert first.dtype == torch.float32
     assert not first.requires_grad
@@ -120,22 +122,22 @@ def test_inputs_that_do_not_fit(
 ) -> None:
     given = {"latents": LATENTS, "timesteps": TIMESTEPS, "class_labels": LABELS} | changes
     with pytest.raises(RunnerError, match=message):
-        runner(**given)
+        runner(fed(**given))
 
 
 def test_an_output_that_is_not_finite_is_an_error(runner: CheckedRunner) -> None:
     latents = LATENTS.clone()
     latents[1, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinity in rows 1 of a batch") as caught:
-        runner(latents, TIMESTEPS, LABELS)
+        runner(fed(latents, TIMESTEPS, LABELS))
     assert caught.value.rows == (1,)
-    runner(LATENTS, TIMESTEPS, LABELS)  # the next one is answered
+    runner(fed(LATENTS, TIMESTEPS, LABELS))  # the next one is answered
 
 
 def test_nothing_is_answered_after_the_end(runner: CheckedRunner) -> None:
     runner.close()
     with pytest.raises(RunnerError, match="closed; open the model again"):
-        runner(LATENTS, TIMESTEPS, LABELS)
+        runner(fed(LATENTS, TIMESTEPS, LABELS))
     runner.close()  # twice is once
 
 
@@ -149,17 +151,17 @@ class Failing(CheckedRunner):
         super().__init__(TINY, one_at_a_time=True)
         self._backend = error
 
-    def _infer(self, backend: Any, *_: Tensor) -> Tensor:
+    def _infer(self, backend: Any, _inputs: ModelInputs) -> Tensor:
         raise backend
 
 
 def test_a_fault_of_a_backend_is_one_line() -> None:
     with pytest.raises(RunnerError, match=r"^a backend failed: two lines$"):
-        Failing(ValueError("two\nlines"))(LATENTS, TIMESTEPS, LABELS)
+        Failing(ValueError("two\nlines"))(fed(LATENTS, TIMESTEPS, LABELS))
     with pytest.raises(RunnerError, match=r"^a backend failed: MemoryError$"):
-        Failing(MemoryError())(LATENTS, TIMESTEPS, LABELS)
+        Failing(MemoryError())(fed(LATENTS, TIMESTEPS, LABELS))
     with pytest.raises(KeyboardInterrupt):
-        Failing(KeyboardInterrupt())(LATENTS, TIMESTEPS, LABELS)
+        Failing(KeyboardInterrupt())(fed(LATENTS, TIMESTEPS, LABELS))
 
 
 class Shared(CheckedRunner):
@@ -173,10 +175,10 @@ class Shared(CheckedRunner):
         self._backend = model
         self.inside = 0
 
-    def _infer(self, backend: DiT, *inputs: Tensor) -> Tensor:
+    def _infer(self, backend: DiT, inputs: ModelInputs) -> Tensor:
         self.inside += 1
         assert self.inside == 1
-        output: Tensor = backend(*inputs)
+        output: Tensor = backend(**inputs)
         assert self.inside == 1
         self.inside -= 1
         return output
@@ -185,12 +187,12 @@ class Shared(CheckedRunner):
 def test_calls_take_turns_where_they_would_share_memory() -> None:
     runner = Shared(tiny_dit())
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: runner(LATENTS, TIMESTEPS, LABELS), range(16)))
+        answers = list(pool.map(lambda _: runner(fed(LATENTS, TIMESTEPS, LABELS)), range(16)))
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16, torch.uint64])
 def test_whole_numbers_of_any_type_are_taken(runner: CheckedRunner, dtype: torch.dtype) -> None:
     steps = torch.tensor([3, 200])
-    expected = runner(LATENTS, steps, LABELS)
-    assert torch.equal(runner(LATENTS, steps.to(dtype), LABELS.to(dtype)), expected)
+    expected = runner(fed(LATENTS, steps, LABELS))
+    assert torch.equal(runner(fed(LATENTS, steps.to(dtype), LABELS.to(dtype))), expected)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.cli.sample import app
 from ditas_export.distributed import cores_of_rank
-from ditas_export.dit.checkpoint import load_dit
+from ditas_export.families.load import load_model
 from ditas_export.generation import job
 from ditas_export.generation.job import SampleReport
 from ditas_export.generation.options import SampleOptions
@@ -63,7 +63,7 @@ def test_the_folder_holds_images_grid_npz_and_facts(six: Path) -> None:
 
 
 def test_a_quantized_model_makes_the_images_of_its_exported_file(tmp_path: Path) -> None:
-    quantized = quantized_tiny_dit(load_dit("digits").model, weight_bits=8, rank=0)
+    quantized = quantized_tiny_dit(load_model("digits").model, weight_bits=8, rank=0)
     quantized.settings["ranges"] = "token"
     quantized.save(tmp_path / "kept.safetensors")
     export_onnx(fold_smoothing(quantized), tmp_path / "kept.onnx", layout="int8", ranges="token")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ditas_export.diffusion.sampling import image_generator, initial_noise, sample
 from ditas_export.dit.model import DiT
 from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
+from ditas_export.families.base import ModelInputs
 from ditas_export.generation.pixels import to_pixels
 from ditas_export.generation.sampler import Sampler, SamplingSettings
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
@@ -108,7 +109,8 @@ class Spoiled:
         self.model, self.noise, self.odd = TorchRunner(model), noise, torch.zeros(0)
         self.config, self.device, self.description = model.config, torch.device("cpu"), "spoiled"
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        latents, timesteps, class_labels = inputs.values()
         output = self.model(latents, timesteps, class_labels)
         if int(timesteps[0]) == FIRST_TIMESTEP:
             self.odd = (latents - self.noise).flatten(1).abs().amax(dim=1) == 0

@@ -13,6 +13,7 @@ import torch
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from quantized_fixture import fed
 from reference.published_ddpm import PublishedDDPM, guided, respaced_timesteps
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from ditas_export.diffusion.sampling import (
     trajectory,
 )
 from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import Process
 from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.families.base import ModelInputs
+from ditas_export.process import Process
 from ditas_export.runtime.torch_runner import TorchRunner
 
 
@@ -39,7 +41,8 @@ class FakeRunner:
         self.config = config
         self.batch_sizes: list[int] = []
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        latents, timesteps, class_labels = inputs.values()
         self.batch_sizes.append(len(latents))
         return torch.from_numpy(
             fake_output(latents.numpy(), timesteps.numpy(), class_labels.numpy())
@@ -209,7 +212,8 @@ def test_deterministic_samplers_recover_the_image_of_an_ideal_model(
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
     class Ideal(FakeRunner):
-        def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            latents, timesteps, _ = inputs.values()
             alpha_bar = alphas_cumprod[timesteps].float()[:, None, None, None]
             eps = (latents - alpha_bar.sqrt() * target) / (1 - alpha_bar).sqrt()
             return torch.cat([eps, torch.full_like(eps, torch.nan)], dim=1)  # variance unused
@@ -253,8 +257,8 @@ def test_steps_chain_and_record_what_the_model_saw() -> None:
     for step, following in pairwise(steps):
         assert step.next_latents is following.latents
     for step in steps:
-        assert torch.equal(step.class_labels, torch.tensor([1, 2]))
-        output = FakeRunner()(step.latents, torch.full((2,), step.timestep), step.class_labels)
+        assert torch.equal(step.labels, torch.tensor([1, 2]))
+        output = FakeRunner()(fed(step.latents, torch.full((2,), step.timestep), step.labels))
         assert torch.equal(step.model_output, output)
 
 
@@ -299,8 +303,8 @@ class Overflowing(FakeRunner):
         super().__init__()
         self.row, self.calls, self.checked = row, calls, checked
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        output = super().__call__(latents, timesteps, class_labels)
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        output = super().__call__(inputs)
         if len(self.batch_sizes) > self.calls:
             output[self.row, 0, 2, 3] = float("inf")
             if self.checked:  # as our own runners do

@@ -22,8 +22,9 @@ from quantized_fixture import quantized_tiny_dit, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.load import load_model
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -53,11 +54,11 @@ class Slow(TorchRunner):
         self.gate, self.entered = threading.Event(), threading.Event()
         self.steps = 0
 
-    def _infer(self, backend: Any, *inputs: Tensor) -> Tensor:
+    def _infer(self, backend: Any, inputs: ModelInputs) -> Tensor:
         self.entered.set()
         assert self.gate.wait(60)
         self.steps += 1
-        return super()._infer(backend, *inputs)
+        return super()._infer(backend, inputs)
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def health(address: str) -> dict[str, Any]:
 
 def test_strangers_share_batches_and_get_what_they_would_get_alone(tmp_path: Path) -> None:
     path = tmp_path / "digits.onnx"
-    export_onnx(fold_smoothing(quantized_tiny_dit(load_dit("digits").model)), path)
+    export_onnx(fold_smoothing(quantized_tiny_dit(load_model("digits").model)), path)
     seeds = range(8)
     with (
         OnnxRuntimeRunner(path, threads=1) as runner,
@@ -167,10 +168,10 @@ def test_a_fault_of_one_batch_is_an_answer_and_the_next_is_made() -> None:
     class Broken(TorchRunner):
         broken = True
 
-        def _infer(self, backend: Any, *inputs: Tensor) -> Tensor:
+        def _infer(self, backend: Any, inputs: ModelInputs) -> Tensor:
             if self.broken:
                 raise torch.OutOfMemoryError("no memory")
-            return super()._infer(backend, *inputs)
+            return super()._infer(backend, inputs)
 
     runner = Broken(tiny_dit())
     batcher = service.Batcher(runner, batch=1)
@@ -198,11 +199,11 @@ def test_clients_that_left_keep_no_place() -> None:
     release = threading.Event()
 
     class Slow(TorchRunner):
-        def __call__(self, *inputs: Any, **named: Any) -> Any:
+        def __call__(self, inputs: ModelInputs) -> Any:
             release.wait(30)
-            return super().__call__(*inputs, **named)
+            return super().__call__(inputs)
 
-    batcher = service.Batcher(Slow(load_dit("digits").model), batch=1, places=1)
+    batcher = service.Batcher(Slow(load_model("digits").model), batch=1, places=1)
     wanted = service.Wanted(label=3, seed=0, steps=2)
     try:
         batcher.submit(wanted)

@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported, snr_db
+from quantized_fixture import TINY, example_inputs, exported, fed, snr_db
 
 from ditas_export.errors import RunnerError
 from ditas_export.runtime import onnxruntime_runner, tensorrt_providers
@@ -78,7 +78,7 @@ def test_an_engine_has_a_folder_of_its_own_in_the_cache(
 ) -> None:
     def folder_of(path: Path) -> str:
         with OnnxRuntimeRunner(path, providers=TENSORRT, device_id=2, cache=tmp_path) as runner:
-            runner(*example_inputs())
+            runner(fed(*example_inputs()))
         first, second, third = opened[-1]
         assert (first[0], second, third) == (TENSORRT[0], (CUDA[0], {"device_id": 2}), CPU[0])
         assert first[1].items() >= {"device_id": 2, "trt_profile_max_shapes": SHAPES[2]}.items()
@@ -96,9 +96,9 @@ def test_an_engine_has_a_folder_of_its_own_in_the_cache(
 
 def test_a_batch_that_was_not_built_for_is_refused(opened: list[Any]) -> None:
     with OnnxRuntimeRunner(exported(target="tensorrt"), providers=TENSORRT) as runner:
-        runner(*example_inputs(batch=64))
+        runner(fed(*example_inputs(batch=64)))
         with pytest.raises(RunnerError, match=r"a batch of 65 rows; .* is built for 1 to 64"):
-            runner(*example_inputs(batch=65))
+            runner(fed(*example_inputs(batch=65)))
     assert "trt_engine_cache_path" not in opened[-1][0][1]
 
 
@@ -123,12 +123,12 @@ def test_a_real_provider_keeps_what_it_built(tmp_path: Path, runtime: Any) -> No
     with OnnxRuntimeRunner(exported(target="tensorrt")) as reference, opened.runner as runner:
         for rows in (2, 8):
             inputs = example_inputs(batch=rows)
-            assert snr_db(reference(*inputs), runner(*inputs)) > 40  # rounding ties
+            assert snr_db(reference(fed(*inputs)), runner(fed(*inputs))) > 40  # rounding ties
     kept = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert kept
     again = open_runner(
         str(exported(target="tensorrt")), runtime=runtime, device="cuda", cache=tmp_path
     )
     with again.runner as runner:
-        runner(*example_inputs(batch=4))
+        runner(fed(*example_inputs(batch=4)))
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept

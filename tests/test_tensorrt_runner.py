@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_fixture import TINY, example_inputs, exported, snr_db
+from quantized_fixture import TINY, example_inputs, exported, fed, snr_db
 from tensorrt_fixture import ADA, VERSIONS, Behave, HostStream, made_plan, stand_ins
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,7 @@ from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, Product
 from ditas_export.engine.report import layer_report
 from ditas_export.errors import DitasExportError, EngineError, RunnerError
+from ditas_export.families.base import ModelInputs
 from ditas_export.onnx_export.file_facts import read_form
 from ditas_export.runtime import tensorrt_runner
 from ditas_export.runtime.cuda_stream import CudaStream
@@ -60,7 +61,7 @@ def test_a_plan_is_run(tmp_path: Path, product: str) -> None:
         assert ADA.name in runner.description
         for seed in range(3):
             latents, timesteps, labels = example_inputs(seed=seed)
-            found = runner(latents, timesteps, labels)
+            found = runner(fed(latents, timesteps, labels))
             assert torch.equal(found, formula(latents, timesteps))
             assert found.device == latents.device
 
@@ -69,8 +70,8 @@ def test_a_plan_is_run(tmp_path: Path, product: str) -> None:
 def test_an_output_is_not_written_to_again(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         latents, timesteps, labels = example_inputs()
-        first = runner(latents, timesteps, labels)
-        runner(latents + 1, timesteps, labels)
+        first = runner(fed(latents, timesteps, labels))
+        runner(fed(latents + 1, timesteps, labels))
         assert torch.equal(first, formula(latents, timesteps))
 
 
@@ -80,7 +81,7 @@ def test_a_batch_size_is_set_up_once(tmp_path: Path, product: str, captures: int
     """TensorRT for RTX captures inside; from outside, both would be nested."""
     with TensorRTRunner(made_plan(tmp_path, product)) as runner:
         for rows in (1, 3, 1, 3, 3):
-            runner(torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows))
+            runner(fed(torch.randn(rows, 3, 8, 8), torch.arange(rows), torch.arange(rows)))
         stream: Any = runner._stream
     assert len(calls(tmp_path, "context")) == 2
     assert Counter(shape[0] for _, name, shape in calls(tmp_path, "shape")) == {1: 3, 3: 3}
@@ -106,17 +107,17 @@ def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
     plan, cache = made_plan(tmp_path, "rtx"), tmp_path / "new" / "cache"
     with TensorRTRunner(plan, cache=cache) as runner:
         assert not list(cache.rglob("kernels"))
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
         (kept,) = cache.rglob("kernels")
         assert kept.read_bytes() == b"+compiled"
     with TensorRTRunner(plan, cache=cache) as runner:
         assert calls(tmp_path, "deserialize kernels") == [["deserialize kernels", "+compiled"]]
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
     assert list(cache.rglob("kernels")) == [kept]
     assert kept.read_bytes() == b"+compiled+compiled"
     kept.write_bytes(b"-compiled+compiled")  # of the same size, written to: they are not trusted
     with TensorRTRunner(plan, cache=cache) as runner:
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
     assert kept.read_bytes() == b"+compiled"
 
 
@@ -126,7 +127,7 @@ def test_kernels_are_of_one_gpu_and_version(
 ) -> None:
     def kept() -> int:
         with TensorRTRunner(made_plan(tmp_path, "rtx", version=version), cache=tmp_path) as runner:
-            runner(*example_inputs())
+            runner(fed(*example_inputs()))
         return len(list(tmp_path.rglob("kernels")))
 
     version = VERSIONS["rtx"]
@@ -141,7 +142,7 @@ def test_kernels_are_of_one_gpu_and_version(
 @pytest.mark.usefixtures("behave")
 def test_tensorrt_has_no_kernels_to_keep(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path), cache=tmp_path / "cache") as runner:
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
     assert not list((tmp_path / "cache").glob("entry-*"))
 
 
@@ -152,7 +153,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "file") as runner,
         pytest.warns(RuntimeWarning, match="cannot be written .* set DITAS_EXPORT_CACHE to a"),
     ):
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
 
 
 @pytest.mark.usefixtures("behave")
@@ -160,7 +161,7 @@ def test_a_batch_outside_the_profile_is_refused(tmp_path: Path) -> None:
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         inputs = torch.randn(5, 3, 8, 8), torch.arange(5), torch.arange(5)
         with pytest.raises(RunnerError, match="a batch of 5 rows; the plan takes 1 to 4 "):
-            runner(*inputs)
+            runner(fed(*inputs))
 
 
 @pytest.mark.usefixtures("behave")
@@ -168,11 +169,11 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     latents, timesteps, labels = example_inputs()
     with TensorRTRunner(made_plan(tmp_path)) as runner:
         with pytest.raises(RunnerError, match=r"the model takes \(N, 3, 8, 8\)"):
-            runner(latents[:, :2], timesteps, labels)
+            runner(fed(latents[:, :2], timesteps, labels))
         with pytest.raises(RunnerError, match="class_labels run from"):
-            runner(latents, timesteps, labels + 100)
+            runner(fed(latents, timesteps, labels + 100))
     with pytest.raises(RunnerError, match="this runner is closed"):
-        runner(latents, timesteps, labels)
+        runner(fed(latents, timesteps, labels))
 
 
 @pytest.mark.parametrize("product", VERSIONS)
@@ -192,7 +193,7 @@ def test_what_the_product_reports_is_one_line(
     behave(behaviour)
     latents, timesteps, labels = (tensor[:2] for tensor in example_inputs())
     with pytest.raises(RunnerError, match=message) as caught:
-        TensorRTRunner(made_plan(tmp_path, product))(latents, timesteps, labels)
+        TensorRTRunner(made_plan(tmp_path, product))(fed(latents, timesteps, labels))
     assert "\n" not in str(caught.value)
     assert VERSIONS[product] in str(caught.value)
 
@@ -207,7 +208,7 @@ def test_what_is_reported_of_a_call_that_succeeded_is_a_warning(
         TensorRTRunner(made_plan(tmp_path, product)) as runner,
         pytest.warns(RuntimeWarning, match="and goes on: Error Code 3: an illegal memory"),
     ):
-        found = runner(latents, timesteps, labels)
+        found = runner(fed(latents, timesteps, labels))
     assert torch.equal(found, formula(latents, timesteps))
 
 
@@ -218,7 +219,7 @@ def test_a_fault_of_the_gpu_is_one_line(tmp_path: Path, behave: Behave) -> None:
         TensorRTRunner(made_plan(tmp_path)) as runner,
         pytest.raises(RunnerError, match=r"4090 .*: CUDA error: an illegal memory access$"),
     ):
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
 
 
 @pytest.mark.usefixtures("behave")
@@ -226,7 +227,7 @@ def test_a_fault_of_the_gpu_is_one_line(tmp_path: Path, behave: Behave) -> None:
 def test_batch_sizes_share_one_block_of_memory(tmp_path: Path, product: str) -> None:
     with TensorRTRunner(made_plan(tmp_path, product)) as runner:
         for rows in (1, 2, 4):
-            runner(*example_inputs(batch=rows))
+            runner(fed(*example_inputs(batch=rows)))
     given = {(address, size) for _, address, size in calls(tmp_path, "memory")}
     assert len(calls(tmp_path, "memory")) == 3
     assert [size for _, size in given] == [4096]
@@ -242,13 +243,13 @@ def test_batch_sizes_that_stay_set_up_are_bounded(
     with TensorRTRunner(made_plan(tmp_path, product)) as runner:
         stream: Any = runner._stream
         for rows in (1, 2, 1):
-            runner(*example_inputs(batch=rows))
+            runner(fed(*example_inputs(batch=rows)))
         assert stream.finished == 0
-        runner(*example_inputs(batch=3))  # 2 was used longest ago
+        runner(fed(*example_inputs(batch=3)))  # 2 was used longest ago
         assert stream.finished == 1  # before its memory is freed
         assert sorted(context.shapes["latents"][0] for context in alive) == [1, 3]
         latents, timesteps, labels = example_inputs(batch=2)
-        assert torch.equal(runner(latents, timesteps, labels), formula(latents, timesteps))
+        assert torch.equal(runner(fed(latents, timesteps, labels)), formula(latents, timesteps))
     assert stream.finished == 3
     assert not alive
 
@@ -258,7 +259,7 @@ def test_batch_sizes_that_stay_set_up_are_bounded(
 def test_threads_take_turns(tmp_path: Path, product: str) -> None:
     requests = [example_inputs(batch=1 + seed % 3, seed=seed) for seed in range(4)]
     with TensorRTRunner(made_plan(tmp_path, product)) as runner, ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda index: runner(*requests[index % 4]), range(60))
+        answers = pool.map(lambda index: runner(fed(*requests[index % 4])), range(60))
         for index, found in enumerate(answers):
             latents, timesteps, _ = requests[index % 4]
             assert torch.equal(found, formula(latents, timesteps))
@@ -269,7 +270,7 @@ def test_threads_take_turns(tmp_path: Path, product: str) -> None:
 def test_the_inspector_is_asked_under_shapes(tmp_path: Path, product: str) -> None:
     with TensorRTRunner(made_plan(tmp_path, product)) as runner:
         assert json.loads(runner.layer_information())["rows"] == 1
-        runner(*example_inputs(batch=3))
+        runner(fed(*example_inputs(batch=3)))
         assert json.loads(runner.layer_information()) == {"Layers": [], "format": "JSON", "rows": 3}
     with pytest.raises(RunnerError, match="this runner is closed"):
         runner.layer_information()
@@ -291,11 +292,11 @@ def test_code_in_a_plan_is_run_where_it_was_asked_for_alone(
 def test_kernels_of_another_driver_are_compiled_anew(tmp_path: Path, behave: Behave) -> None:
     plan, cache = made_plan(tmp_path, "rtx"), tmp_path / "cache"
     with TensorRTRunner(plan, cache=cache) as runner:
-        runner(*example_inputs())
+        runner(fed(*example_inputs()))
     behave("other driver")
     with pytest.warns(RuntimeWarning, match="leaves the kept kernels aside"):
         runner = TensorRTRunner(plan, cache=cache)
-    runner(*example_inputs())
+    runner(fed(*example_inputs()))
     (kept,) = cache.rglob("kernels")
     assert kept.read_bytes() == b"+compiled"
 
@@ -304,7 +305,7 @@ def test_a_product_that_keeps_no_kernels_says_so(tmp_path: Path, behave: Behave)
     behave("no cache")
     with pytest.warns(RuntimeWarning, match="compile them at every start"):
         runner = TensorRTRunner(made_plan(tmp_path, "rtx"), cache=tmp_path / "cache")
-    runner(*example_inputs())
+    runner(fed(*example_inputs()))
     assert not list((tmp_path / "cache").glob("entry-*"))
 
 
@@ -386,8 +387,8 @@ def test_the_sampling_loop_runs_a_plan(tmp_path: Path) -> None:
     class Formula:
         config = TINY
 
-        def __call__(self, latents: Tensor, timesteps: Tensor, _labels: Tensor) -> Tensor:
-            return formula(latents, timesteps)
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            return formula(inputs.latents, inputs.timesteps)
 
     reference: Any = Formula()
     settings: dict[str, Any] = {"classes": [3, 7], "steps": 4, "seed": 2}
@@ -404,7 +405,8 @@ def test_no_step_asks_for_latents_on_the_host(sampler: Any, cfg_scale: float) ->
     class Shapes:
         config: DiTConfig = TINY
 
-        def __call__(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        def __call__(self, inputs: ModelInputs) -> Tensor:
+            latents, timesteps, labels = inputs.values()
             assert latents.is_meta
             assert timesteps.is_cpu
             assert labels.is_cpu
@@ -441,15 +443,15 @@ def test_a_real_plan_gives_what_the_file_gives(tmp_path: Path, product: Product)
     assert built.exit_code == 0, built.stderr
     requests = [example_inputs(batch=rows, seed=rows) for rows in (2, 8, 1)]
     with OnnxRuntimeRunner(file) as runner:
-        expected = [runner(*inputs) for inputs in requests]
+        expected = [runner(fed(*inputs)) for inputs in requests]
     with TensorRTRunner(plan, cache=tmp_path / "cache") as runner:
         for inputs, reference in zip(requests, expected, strict=True):
-            found = runner(*(tensor.to(runner.device) for tensor in inputs))
+            found = runner(fed(*(tensor.to(runner.device) for tensor in inputs)))
             assert found.device == runner.device
             assert snr_db(reference, found.cpu()) > 40  # rounding ties
         for _ in range(3):  # captured by now
-            again = [runner(*inputs) for inputs in requests]
+            again = [runner(fed(*inputs)) for inputs in requests]
             for inputs, first in zip(requests, again, strict=True):
-                assert torch.equal(runner(*inputs), first)
+                assert torch.equal(runner(fed(*inputs)), first)
         layers = layers_from_inspector(runner.layer_information())
     assert not layer_report(layers, TINY, read_form(file)).lost

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from quantized_fixture import TINY, quantized_tiny_dit, tiny_dit
+from quantized_fixture import TINY, fed, quantized_tiny_dit, tiny_dit
 from torch import Tensor
 
 from ditas_export.calibration.adaln import quantize_adaln
@@ -47,7 +47,7 @@ def answers(runner: Runner) -> list[Tensor]:
     found = []
     for time in (900, 500, 100):
         latents = torch.randn(8, TINY.in_channels, side, side, generator=generator)
-        found.append(runner(latents, torch.full((8,), time), torch.arange(8)))
+        found.append(runner(fed(latents, torch.full((8,), time), torch.arange(8))))
     return found
 
 

@@ -13,6 +13,7 @@ from quantized_fixture import (
     TINY,
     example_inputs,
     exported,
+    fed,
     folded_linear,
     quantized_tiny_dit,
     snr_db,
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from ditas_export.calibration.fold import FoldedLinear, fold_smoothing
 from ditas_export.calibration.modules import FakeQuantLinear, fake_quantized_model
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.families.load import load_model
 from ditas_export.quantization.ranges import RANGE_FLOOR, Ranges
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.torch_int8 import (
@@ -254,7 +255,7 @@ def test_a_model_with_a_half_precision_side(dtype: torch.dtype) -> None:
     folded = tiny_folded(dtype=dtype)
     inputs = example_inputs()
     with Int8Runner(folded, ranges="token") as runner:
-        out = runner(*inputs)
+        out = runner(fed(*inputs))
     exact = TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))(*inputs)
     fake = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
     assert out.dtype == torch.float32
@@ -271,7 +272,7 @@ def test_a_model_is_the_exported_file(ranges: Ranges) -> None:
 
 
 def test_the_bundled_model_is_the_fake_quantized_one() -> None:
-    model = load_dit("digits").model
+    model = load_model("digits").model
     folded = fold_smoothing(quantized_tiny_dit(model, block_size=48, rank=4))
     inputs = example_inputs(model.config)
     expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
@@ -310,9 +311,9 @@ def test_an_output_is_not_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
     forward: Callable[..., Tensor] = runner.model.forward
     place = torch.empty_like(forward(*inputs))
     monkeypatch.setattr(runner.model, "forward", lambda *given: place.copy_(forward(*given)))
-    first = runner(*inputs)
+    first = runner(fed(*inputs))
     kept = first.clone()
-    runner(inputs[0] + 1, *inputs[1:])
+    runner(fed(inputs[0] + 1, *inputs[1:]))
     assert torch.equal(first, kept)
 
 
@@ -342,7 +343,7 @@ def test_compiled_on_a_gpu_it_is_the_same_model(dtype: torch.dtype, least_db: fl
     outputs, expected = [], []
     for seed in range(3):  # a CUDA graph replays from the second or third pass on
         inputs = [tensor.cuda() for tensor in example_inputs(seed=seed)]
-        outputs.append(runner(*inputs))
+        outputs.append(runner(fed(*inputs)))
         expected.append(exact(*inputs))
     for out, reference in zip(outputs, expected, strict=True):
         assert snr_db(reference.cpu(), out.cpu()) > least_db

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from quantized_fixture import fed
 
 from ditas_export.dit.model import DiT
 from ditas_export.errors import RunnerError
@@ -20,7 +21,7 @@ def test_it_is_the_model_without_gradients(tiny_dit: DiT) -> None:
         expected = tiny_dit(*INPUTS)
     model = copy.deepcopy(tiny_dit).train().requires_grad_(requires_grad=True)
     with TorchRunner(model) as runner:
-        out = runner(*INPUTS)
+        out = runner(fed(*INPUTS))
     assert torch.equal(out, expected)
     assert not out.requires_grad
     assert runner.config == tiny_dit.config

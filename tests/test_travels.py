@@ -29,12 +29,12 @@ from ditas_export.cli.compare import app as compare
 from ditas_export.cli.export import app as export
 from ditas_export.cli.sample import app as sample_app
 from ditas_export.diffusion.sampling import image_generator, initial_noise, sample
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.dit.model import DiT
-from ditas_export.dit.process import Process, VaeFactors
+from ditas_export.families.load import load_model
 from ditas_export.generation import job
 from ditas_export.onnx_export.export import export_reference
 from ditas_export.onnx_export.file_facts import IDENTITY_KEY, read_config
+from ditas_export.process import Process, VaeFactors
 from ditas_export.runtime.diffusers_adapter import OnnxDiTTransformer2DModel
 from ditas_export.runtime.open_runner import open_runner
 from ditas_export.vae.export import export_vae_decoder
@@ -129,7 +129,7 @@ def published_latents(model: DiT) -> Tensor:
 def test_a_file_moved_alone_makes_the_float_model_s_pictures(
     moved: dict[str, Path], exported: Path, tmp_path: Path
 ) -> None:
-    model = load_dit(exported / "cosine.pt").model
+    model = load_model(exported / "cosine.pt").model
     assert model.config == COSINE
     expected = published_latents(model)
     for name, least in (("fp32.onnx", 80), ("out.onnx", 25)):
@@ -269,7 +269,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(
         folder / "p" / "scheduler"
     )
-    loaded = load_dit(folder / "p")
+    loaded = load_model(folder / "p")
     export_reference(loaded.model, folder / "fp32.onnx", identity=loaded.identity)
     export_vae_decoder(str(folder / "p"), folder / "p.onnx")
     rewritten(folder / "p.onnx", folder / "other.onnx", OWN, PUBLISHED)

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from ditas_export.artifact_files import sha256_of_file
 from ditas_export.cli.export import app
 from ditas_export.dit.model import DiT, DiTConfig, randomize
-from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, OnnxExportError, RunnerError
+from ditas_export.process import VaeFactors
 from ditas_export.vae.decoder import OnnxVaeDecoder, VaeDecoder, open_decoder
 from ditas_export.vae.export import export_vae_decoder
 from ditas_export.vae.shape import VaeShape, read_vae_shape

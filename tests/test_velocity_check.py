@@ -13,20 +13,20 @@ from torch import Tensor
 
 from ditas_export.calibration.noise_check import check_noise
 from ditas_export.calibration.velocity_check import LEAST_VELOCITY_DB
-from ditas_export.dit.checkpoint import BUNDLED_FLOW, BUNDLED_MODEL, load_dit
 from ditas_export.dit.flow_tensors import velocity_alone
 from ditas_export.dit.model import DiT, DiTConfig, initialize_adaln_zero
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess
+from ditas_export.families.load import BUNDLED_FLOW, BUNDLED_MODEL, load_model
+from ditas_export.process import DIT_PROCESS, FlowProcess
 
 
 @pytest.fixture(scope="module")
 def sit() -> DiT:
-    return load_dit(BUNDLED_FLOW).model
+    return load_model(BUNDLED_FLOW).model
 
 
 @pytest.fixture(scope="module")
 def dit() -> DiT:
-    return load_dit(BUNDLED_MODEL).model
+    return load_model(BUNDLED_MODEL).model
 
 
 def model_of(state: State, config: DiTConfig) -> DiT:
@@ -105,7 +105,7 @@ Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def answering(config: DiTConfig, answer: Answer) -> DiT:
     model = random_dit(config)
-    model.forward = answer  # type: ignore[method-assign]
+    model.forward = lambda **inputs: answer(*inputs.values())  # type: ignore[method-assign]
     return model
 
 

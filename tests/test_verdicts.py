@@ -19,6 +19,7 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.cli import export as export_command
 from ditas_export.cli.summary import print_summary
+from ditas_export.conditions.labels import ClassLabels
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.held_out import FinalLatents, VerificationSettings
 from ditas_export.evaluation.ties import NO_MATCH, Match
@@ -63,7 +64,13 @@ def result(found: Verification, tmp_path: Path) -> ExportResult:
         "verification": found.to_dict(),
     }
     quantized: Any = type("Model", (), {"linears": {}, "config": TINY})
-    return ExportResult(quantized=quantized, verification=found, manifest=manifest, file=file)
+    return ExportResult(
+        quantized=quantized,
+        conditions=ClassLabels(TINY),
+        verification=found,
+        manifest=manifest,
+        file=file,
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ from ditas_export.calibration.states import (
 )
 from ditas_export.calibration.walk import SettingsOf, walk
 from ditas_export.diffusion.sampling import trajectory
-from ditas_export.dit.identity import ModelIdentity, identity_of
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError
 from ditas_export.families.base import ModelInputs
+from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.families.outliers import plant_outliers
 from ditas_export.families.registry import linear_names, linear_shapes
 from ditas_export.quantization.ranges import Ranges
@@ -181,7 +181,7 @@ def test_the_quantized_stream_is_the_exported_model(
     found: list[Tensor] = []
     fake.get_submodule(last).register_forward_hook(lambda _, inputs, y: found.append(y))
     inputs = walk_states(states, count=24)
-    fake(inputs.latents, inputs.timesteps, inputs.class_labels)
+    fake(*inputs.values())
     assert snr_db(torch.cat(walked), *found) > bound
 
 
@@ -199,8 +199,8 @@ def test_the_exported_model_shows_what_a_method_gains(
             model, states, QuantizationSettings(method=name, rank=2, alpha_grid=(0.4, 0.5))
         )
         fake = fake_quantized_model(fold_smoothing(quantized), ranges="token", target="onnxruntime")
-        outputs[name] = fake(inputs.latents, inputs.timesteps, inputs.class_labels)
-    wanted = model(inputs.latents, inputs.timesteps, inputs.class_labels)
+        outputs[name] = fake(*inputs.values())
+    wanted = model(*inputs.values())
     assert snr_db(wanted, outputs["ditas-plus"]) > snr_db(wanted, outputs["linear"]) + 3
 
 
@@ -254,8 +254,8 @@ def test_the_walks_share_is_even(states: CalibrationStates) -> None:
         inputs = walk_states(states, count=half)
         assert inputs.latents.shape[0] == 2 * half
         assert torch.equal(inputs.latents[:half], inputs.latents[half:])
-        assert (inputs.class_labels[half:] == 10).all()
-        counts = torch.bincount(inputs.class_labels[:half], minlength=10)
+        assert (inputs["class_labels"][half:] == 10).all()
+        counts = torch.bincount(inputs["class_labels"][:half], minlength=10)
         assert set(counts[[3, 7, 1, 4]].tolist()) <= {half // 4, half // 4 + 1}
     for count in (0, 25):
         with pytest.raises(CalibrationError, match=rf"a walk over {count} of 24 states"):
@@ -281,12 +281,15 @@ def test_the_walks_share_of_the_papers_setting_is_even(half: int) -> None:
     inputs = walk_states(states, count=half)
     assert len(inputs.timesteps) == 2 * half
     assert len(set(inputs.latents[:half].flatten().tolist())) == half
-    for labels, count in ((inputs.timesteps[:half], steps), (inputs.class_labels[:half], samples)):
+    for labels, count in (
+        (inputs.timesteps[:half], steps),
+        (inputs["class_labels"][:half], samples),
+    ):
         seen = torch.bincount(labels, minlength=count)
         assert seen.max() - seen.min() <= 1
     period = -(-steps // max(1, half // samples))
     for sample in range(samples) if half >= samples else ():
-        own = inputs.timesteps[:half][inputs.class_labels[:half] == sample]
+        own = inputs.timesteps[:half][inputs["class_labels"][:half] == sample]
         assert own.max() - own.min() >= steps - 2 * period  # all along the trajectory
 
 
@@ -348,7 +351,7 @@ def test_planted_outliers_change_next_to_nothing(model: DiT, states: Calibration
     twin = plant_outliers(model, seed=3)
     twin_states = collect_states(twin, states.settings, identity=identity_of(twin))
     inputs = walk_states(states, count=24)
-    arguments = (inputs.latents, inputs.timesteps, inputs.class_labels)
+    arguments = tuple(inputs.values())
     wanted = model(*arguments)
 
     def loss(method: str, subject: DiT, seen: CalibrationStates) -> float:

@@ -28,7 +28,7 @@ from ditas_export.quantization.weight_only import (
 def modulation_inputs(quantized: QuantizedModel) -> torch.Tensor:
     """What the model's modulation linears read, by its family."""
     config = quantized.config
-    return family_of(config).conditions(config, quantized.float_parameters)
+    return family_of(config).modulation_inputs(config, quantized.float_parameters)
 
 
 def random_weight(rows: int = 24, columns: int = 128, seed: int = 0) -> torch.Tensor:

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from test_checkpoint import RunsCode, diffusers_model, edit_json, refusal
 from torch import Tensor, nn
 
-from ditas_export.dit.checkpoint import LoadedDiT, load_dit
 from ditas_export.dit.model import DiT
+from ditas_export.families.load import LoadedModel, load_model
 
 State = dict[str, Tensor]
 
@@ -44,12 +44,12 @@ def prefixed(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def loaded_from(path: Path, content: object, **options: Any) -> LoadedDiT:
+def loaded_from(path: Path, content: object, **options: Any) -> LoadedModel:
     torch.save(content, path, **options)
-    return load_dit(path, num_heads=TINY.num_heads)
+    return load_model(path, num_heads=TINY.num_heads)
 
 
-def assert_is(loaded: LoadedDiT, state: State) -> None:
+def assert_is(loaded: LoadedModel, state: State) -> None:
     ours = loaded.model.state_dict()
     assert ours.keys() == state.keys()
     assert all(torch.equal(ours[name], state[name]) for name in state)
@@ -118,7 +118,7 @@ def test_what_is_left_must_be_complete(tmp_path: Path, average: State) -> None:
 def test_safetensors_have_wrappings_too(tmp_path: Path, average: State, raw: State) -> None:
     tensors = prefixed(average, "ema.") | prefixed(raw, "model.")
     save_file(tensors, tmp_path / "dit.sft")
-    loaded = load_dit(tmp_path / "dit.sft", num_heads=4)
+    loaded = load_model(tmp_path / "dit.sft", num_heads=4)
     assert_is(loaded, average)
     assert "stripped 'ema.' from every name" in loaded.notes
 
@@ -303,7 +303,7 @@ def test_objects_beside_sound_tensors_are_left_out_and_said(
         "code": RunsCode(tmp_path / "ran"),
     }
     torch.save(content, tmp_path / "train.pth.tar", pickle_protocol=protocol)
-    loaded = load_dit(tmp_path / "train.pth.tar")
+    loaded = load_model(tmp_path / "train.pth.tar")
     assert_is(loaded, average)
     assert loaded.model.config.num_heads == 4
     said = " ".join(loaded.notes)
@@ -344,7 +344,7 @@ def test_eight_bit_floats_become_float32(
         save_file(cast, tmp_path / "dit")
     else:
         torch.save(cast, tmp_path / "dit", _use_new_zipfile_serialization=kind == "pt")
-    loaded = load_dit(tmp_path / "dit", num_heads=4)
+    loaded = load_model(tmp_path / "dit", num_heads=4)
     assert_is(loaded, {name: tensor.float() for name, tensor in cast.items()})
     assert loaded.dtype == dtype
 
@@ -400,7 +400,7 @@ def test_content_counts_and_no_suffix(tmp_path: Path, average: State, kind: str,
         save_file(average, tmp_path / name)
     else:
         torch.save(average, tmp_path / name, _use_new_zipfile_serialization=kind == "zip")
-    assert_is(load_dit(tmp_path / name, num_heads=4), average)
+    assert_is(load_model(tmp_path / name, num_heads=4), average)
 
 
 def packed(state: State) -> bytes:
@@ -475,7 +475,7 @@ def qkv_of(model: Any) -> Tensor:
     return weight.float()
 
 
-def first_query(loaded: LoadedDiT) -> Tensor:
+def first_query(loaded: LoadedModel) -> Tensor:
     return loaded.model.state_dict()["blocks.0.attn.qkv.weight"][:48]
 
 
@@ -500,7 +500,7 @@ def test_the_best_variant_is_taken_and_said(
         variant or "": in_folder(tmp_path, seed, variant=variant, **sizes)
         for seed, variant in enumerate(variants)
     }
-    loaded = load_dit(tmp_path)
+    loaded = load_model(tmp_path)
     assert torch.equal(first_query(loaded), qkv_of(models[wins]))
     assert any(note.startswith("took diffusion_") for note in loaded.notes) == (len(models) > 1)
 
@@ -508,18 +508,18 @@ def test_the_best_variant_is_taken_and_said(
 def test_the_averaged_folder_wins(tmp_path: Path) -> None:
     in_folder(tmp_path / "transformer", 0)
     average = in_folder(tmp_path / "transformer_ema", 1)
-    loaded = load_dit(tmp_path)
+    loaded = load_model(tmp_path)
     assert torch.equal(first_query(loaded), qkv_of(average))
     assert "took the averaged weights, transformer_ema/ (transformer/ is not used)" in loaded.notes
     shutil.rmtree(tmp_path / "transformer_ema")
-    assert not torch.equal(first_query(load_dit(tmp_path)), qkv_of(average))
+    assert not torch.equal(first_query(load_model(tmp_path)), qkv_of(average))
 
 
 def test_an_averaged_folder_without_weights_is_passed_over(tmp_path: Path) -> None:
     raw = in_folder(tmp_path / "transformer", 0)
     in_folder(tmp_path / "transformer_ema", 1)
     (tmp_path / "transformer_ema" / "diffusion_pytorch_model.safetensors").unlink()
-    loaded = load_dit(tmp_path)
+    loaded = load_model(tmp_path)
     assert torch.equal(first_query(loaded), qkv_of(raw))
     said = "took the raw weights, transformer/: transformer_ema/ has no whole model"
     assert said in loaded.notes
@@ -529,7 +529,7 @@ def test_wrapped_names_in_a_folder(tmp_path: Path) -> None:
     model = in_folder(tmp_path, 0, safe_serialization=False)
     path = tmp_path / "diffusion_pytorch_model.bin"
     torch.save(prefixed(model.state_dict(), "module."), path)
-    assert torch.equal(first_query(load_dit(tmp_path)), qkv_of(model))
+    assert torch.equal(first_query(load_model(tmp_path)), qkv_of(model))
 
 
 def test_embedders_of_every_block_are_no_damage(tmp_path: Path) -> None:

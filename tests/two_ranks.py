@@ -23,10 +23,10 @@ from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.row_shares import Share, rank_batches
 from ditas_export.calibration.solve import JointMoments, LinearInputs, sample_tokens
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
+from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.distributed import Ranks, launched_ranks
-from ditas_export.dit.identity import identity_of
 from ditas_export.errors import CalibrationError, DitasExportError
-from ditas_export.families.base import ModelInputs
+from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import family_of
 
 CALIBRATION = CalibrationSettings(steps=6, classes=(3, 7, 1, 4, 9))
@@ -80,10 +80,10 @@ def block_weights(ranks: Ranks) -> Tensor:
     rows, share = 48, Share.of(48, TINY.num_tokens, ranks)
     generator = torch.Generator().manual_seed(2)
     side = TINY.input_size
-    inputs = ModelInputs(
-        latents=torch.randn(rows, TINY.in_channels, side, side, generator=generator),
-        timesteps=torch.arange(rows) * 20,
-        class_labels=torch.arange(rows) % TINY.num_classes,
+    inputs = labelled_inputs(
+        torch.randn(rows, TINY.in_channels, side, side, generator=generator),
+        torch.arange(rows) * 20,
+        torch.arange(rows) % TINY.num_classes,
     )
     family = family_of(TINY)
     block = family.blocks(TINY)[0]

@@ -1,4 +1,4 @@
-"""Weight-only integers for the modulation linears, the cheapest bytes to save in a DiT.
+"""Weight-only integers for the modulation linears, the cheapest bytes to save.
 
 They are made of the unfolded model, so that an artefact that keeps them and one that keeps floats
 export to the same file: folding divides whole rows, which takes no more than their scales.
@@ -83,7 +83,7 @@ def quantize_adaln(quantized: QuantizedModel, bits: int) -> QuantizedModel:
     weights = {
         path: parameters.pop(f"{path}.weight") for path in family.modulations(quantized.config)
     }
-    inputs = family.conditions(quantized.config, quantized.float_parameters).double()
+    inputs = family.modulation_inputs(quantized.config, quantized.float_parameters).double()
     mean = inputs.mean(dim=0)
     round_weight = _rounding_for(inputs - mean, bits)
     adaln = {path: round_weight(weight) for path, weight in weights.items()}

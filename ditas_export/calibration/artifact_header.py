@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ditas_export.dit.fitting import Wanted
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError
+from ditas_export.families.base import ModelConfig
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.families.registry import family_of, linear_shapes
 from ditas_export.saved_records import Within, check_fields, from_record
 
@@ -70,7 +70,7 @@ def artifact_header(values: Mapping[str, Any]) -> ArtifactHeader:
 
 
 def wanted_tensors(
-    config: DiTConfig, linears: Mapping[str, LinearFacts], adaln_bits: int
+    config: ModelConfig, linears: Mapping[str, LinearFacts], adaln_bits: int
 ) -> dict[str, Wanted]:
     """Return what a file of a model's linears must hold, by name.
 

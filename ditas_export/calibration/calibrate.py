@@ -1,4 +1,4 @@
-"""From a float DiT and its calibration states to a `QuantizedModel`, resumable block by block."""
+"""From a float model and its calibration states to a `QuantizedModel`, resumable block by block."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ from ditas_export.calibration.states import (
 from ditas_export.calibration.walk import walk
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import ArtifactError, QuantizationError
-from ditas_export.families.base import Block
+from ditas_export.families.base import Block, Conditions, FamilyModel, ModelConfig
 from ditas_export.families.registry import family_of, linear_shapes
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.options import WALK_TOKENS
@@ -61,7 +60,7 @@ WIDTH_PER_RANK = 36
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationSettings:
-    """How a DiT is quantized; None stands for the default that fits the model."""
+    """How a model is quantized; None stands for the default that fits the model."""
 
     weight_bits: int = 4
     activation_bits: int = 8
@@ -98,7 +97,7 @@ class QuantizationSettings:
         """The method's levers."""
         return method_named(self.method) if isinstance(self.method, str) else self.method
 
-    def rank_for(self, config: DiTConfig) -> int:
+    def rank_for(self, config: ModelConfig) -> int:
         """Return the rank of the low-rank branch: as asked, or the paper's share of the width.
 
         8-bit weights have no branch unless one is asked for.
@@ -133,7 +132,7 @@ class QuantizationSettings:
         small = [size for size in fitting if size <= DEFAULT_BLOCK_SIZE]
         return small[-1] if small else fitting[0]
 
-    def require_fits(self, config: DiTConfig) -> None:
+    def require_fits(self, config: ModelConfig) -> None:
         """Refuse what no linear of this model can have.
 
         Raises:
@@ -149,12 +148,12 @@ class QuantizationSettings:
                     f"{min(rows, columns)} at most"
                 )
 
-    def walked_states(self, calibration: CalibrationSettings, config: DiTConfig) -> int:
+    def walked_states(self, calibration: CalibrationSettings, config: ModelConfig) -> int:
         """Return how many states the walk sees: those of `walk_tokens`, guidance halves counted."""
         wanted = self.walk_tokens // (calibration.rows_per_state * config.num_tokens)
         return min(max(1, wanted), calibration.steps * len(calibration.classes))
 
-    def notes(self, config: DiTConfig) -> list[str]:
+    def notes(self, config: ModelConfig) -> list[str]:
         """Return what a user should know of the defaults that were chosen for this model."""
         found = [f"rank {self.rank_for(config)}"]
         for width in sorted({columns for _, columns in linear_shapes(config).values()}):
@@ -181,21 +180,23 @@ class QuantizationSettings:
 
 @fast_float32_matmul()
 def quantize_model(
-    model: DiT,
+    model: FamilyModel,
     states: CalibrationStates,
     settings: QuantizationSettings,
     *,
+    conditions: Conditions | None = None,
     progress: StrPath | None = None,
     ranks: Ranks = SINGLE,
     on_linear: Callable[[str, QuantizedLinear], None] | None = None,
     timings: Timings | None = None,
 ) -> QuantizedModel:
-    """Quantize every block linear of a DiT; the same result on every rank.
+    """Quantize every block linear of a model; the same result on every rank.
 
     Args:
-        model: float32 DiT; left untouched. The walk runs on its device.
+        model: float32; left untouched. The walk runs on its device.
         states: made with this model.
         settings: method, bits, block size, rank.
+        conditions: what the classes of the states' settings name; the model's own if not given.
         progress: a folder that gets a file for every block; the blocks in it that were solved with
             the same model, states and settings are not solved again. Rank 0 alone reads and writes
             it.
@@ -209,7 +210,7 @@ def quantize_model(
         ArtifactError: a file of a block cannot be written, or states of another model.
     """
     progress = None if progress is None else Path(progress)
-    config, device = model.config, model.pos_embed.device
+    config, device = model.config, model.device
     if config != states.identity.config:
         odd = differences(states.identity.config.to_dict(), config.to_dict())
         raise ArtifactError(f"the states are of another model: {'; '.join(odd)}; calibrate again")
@@ -226,7 +227,8 @@ def quantize_model(
         )
         for name, (_, columns) in linear_shapes(config).items()
     }
-    inputs = walk_states(states, count=settings.walked_states(states.settings, config))
+    count = settings.walked_states(states.settings, config)
+    inputs = walk_states(states, count=count, conditions=conditions)
     key = solving_key(states, settings)
     blocks = family_of(config).blocks(config)
     last_of = {block.linears[-1]: index for index, block in enumerate(blocks)}
@@ -265,15 +267,16 @@ def quantize_model(
 
 
 def peak_bytes(
-    config: DiTConfig,
+    config: ModelConfig,
     calibration: CalibrationSettings,
     settings: QuantizationSettings,
     ranks: Ranks = SINGLE,
 ) -> int:
     """Return the bytes that the walk of this rank will hold beside the model, to about a third.
 
-    Two streams of hidden states; with them either the attention's outputs in both, or what fc2
-    takes to solve: its second moment, factors and copies, ten matrices of its inputs squared.
+    Two streams of hidden states; with them either the attention's outputs in both, or what the
+    widest linear takes to solve: its second moment, factors and copies, ten matrices of its inputs
+    squared.
     Then batches on their way through a linear, and the sample that α is searched on.
 
     Raises:
@@ -283,9 +286,10 @@ def peak_bytes(
     batches = rank_batches(total, config.num_tokens, ranks)
     sizes = [int(batch.stop - batch.start) for _, batch in batches]
     stream = sum(sizes) * config.num_tokens * config.hidden_size * 4
-    moment = config.mlp_hidden_size**2 * 8
-    batch_bytes = max(sizes) * config.num_tokens * config.mlp_hidden_size * 4
-    sample = SAMPLE_TOKENS * config.mlp_hidden_size * 4
+    widest = max(columns for _, columns in linear_shapes(config).values())
+    moment = widest**2 * 8
+    batch_bytes = max(sizes) * config.num_tokens * widest * 4
+    sample = SAMPLE_TOKENS * widest * 4
     return 2 * stream + max(2 * stream, 10 * moment) + 6 * batch_bytes + 2 * sample
 
 

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiTConfig
-from ditas_export.families.base import Block, Group, Modulation, Rows
+from ditas_export.families.base import Block, Group, ModelConfig, Modulation, Rows
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.families.registry import family_of, linear_names
 from ditas_export.quantization.integer import IntegerWeight, LowRank, joined_rows, rounded_float
 from ditas_export.quantization.ranges import RANGE_FLOOR
@@ -58,7 +57,7 @@ class FoldedLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldedModel:
-    """A quantized DiT whose smoothing is folded; every float in the float side's type."""
+    """A quantized model whose smoothing is folded; every float in the float side's type."""
 
     identity: ModelIdentity  # of the float model that it was made from
     dtype: torch.dtype
@@ -69,7 +68,7 @@ class FoldedModel:
     settings: Mapping[str, Any]
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """What the model computes beside its tensors."""
         return self.identity.config
 
@@ -189,7 +188,7 @@ def fold_block(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> E
 
 
 def require_representable(
-    config: DiTConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype
+    config: ModelConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Refuse a float model whose unfolded parameters a float type does not hold.
 

@@ -23,10 +23,9 @@ from ditas_export.calibration.calibrate import WIDTH_PER_RANK
 from ditas_export.calibration.methods import ALPHA_GRID, FIXED_ALPHA
 from ditas_export.calibration.states import CalibrationStates
 from ditas_export.diffusion.guidance import model_inputs
-from ditas_export.dit.model import DiT
 from ditas_export.errors import CalibrationError
-from ditas_export.families.base import ModelInputs
-from ditas_export.families.registry import linear_names
+from ditas_export.families.base import FamilyModel, ModelInputs
+from ditas_export.families.registry import conditions_of, linear_names
 from ditas_export.quantization.literal import (
     WeightQuantizer,
     alternate_lora,
@@ -111,7 +110,7 @@ class LiteralLinear(nn.Module):
 
 @torch.no_grad()
 def literal_dit(
-    model: DiT,
+    model: FamilyModel,
     states: CalibrationStates,
     preset: LiteralPreset,
     *,
@@ -119,14 +118,14 @@ def literal_dit(
     activation_bits: int = 8,
     rank: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
-) -> DiT:
-    """Return a copy of a DiT whose block linears are `LiteralLinear`.
+) -> FamilyModel:
+    """Return a copy of a model whose block linears are `LiteralLinear`.
 
     LoRA-AO works on the unsmoothed weight (eq. 10), and the α search judges the weight that ships,
     low-rank part included (section 4.5).
 
     Args:
-        model: float32 DiT; left untouched.
+        model: float32; left untouched.
         states: made with this model.
         preset: quantizer and levers.
         weight_bits: 2 to 8.
@@ -175,7 +174,7 @@ def _quantizer(grid: Grid, bits: int) -> WeightQuantizer:
     return partial(fake_quantize_strided_blocks, bits=bits)
 
 
-def _linear(model: DiT, name: str) -> nn.Linear:
+def _linear(model: FamilyModel, name: str) -> nn.Linear:
     """Return a block linear by name."""
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
@@ -183,7 +182,7 @@ def _linear(model: DiT, name: str) -> nn.Linear:
 
 
 def _search_alphas(
-    model: DiT,
+    model: FamilyModel,
     states: CalibrationStates,
     candidate: Callable[[str, float], LiteralLinear],
     on_step: Callable[[int, int], None] | None,
@@ -210,29 +209,29 @@ def _search_alphas(
 
     with _observed_inputs(model, names, judge):
         for done, inputs in enumerate(_step_inputs(model, states), start=1):
-            model(inputs.latents, inputs.timesteps, inputs.class_labels)
+            model(**inputs.to(model.device))
             if on_step is not None:
                 on_step(done, len(states.timesteps))
     return {name: ALPHA_GRID[values.index(min(values))] for name, values in losses.items()}
 
 
-def _step_inputs(model: DiT, states: CalibrationStates) -> Iterator[ModelInputs]:
+def _step_inputs(model: FamilyModel, states: CalibrationStates) -> Iterator[ModelInputs]:
     """Yield what the model was called with at each step of the calibration run."""
-    device = model.pos_embed.device
-    labels = torch.tensor(states.settings.classes, device=device)
-    for latents, timestep in zip(states.latents.to(device), states.timesteps, strict=True):
+    labels = torch.tensor(states.settings.classes)
+    for latents, timestep in zip(states.latents, states.timesteps, strict=True):
         yield model_inputs(
             latents,
             timestep.item(),
             labels,
             cfg_scale=states.settings.cfg_scale,
             config=model.config,
+            conditions=conditions_of(model.config),
         )
 
 
 @contextmanager
 def _observed_inputs(
-    model: DiT, names: Sequence[str], observe: Callable[[str, Tensor], None]
+    model: FamilyModel, names: Sequence[str], observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call `observe(name, x)` with the input of every named module while the model runs."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedLinear, FoldedModel
-from ditas_export.dit.model import DiT
+from ditas_export.families.base import FamilyModel
 from ditas_export.families.registry import family_of
 from ditas_export.options import Target
 from ditas_export.quantization.integer import inner_codes, joined_rows
@@ -118,7 +118,7 @@ def fake_quantized_model(
     ranges: Ranges,
     target: Target = "portable",
     device: torch.device | str = "cpu",
-) -> DiT:
+) -> FamilyModel:
     """Return a model in evaluation mode whose quantized linears are `FakeQuantLinear`.
 
     Its forward is the reference that every exported file is held against.
@@ -129,7 +129,7 @@ def fake_quantized_model(
     return model_of_linears(folded, make).to(device)
 
 
-def model_of_linears(folded: FoldedModel, make: Callable[[FoldedLinear], nn.Module]) -> DiT:
+def model_of_linears(folded: FoldedModel, make: Callable[[FoldedLinear], nn.Module]) -> FamilyModel:
     """Return a model in evaluation mode whose quantized linears are what `make` makes of them.
 
     Args:
@@ -137,7 +137,7 @@ def model_of_linears(folded: FoldedModel, make: Callable[[FoldedLinear], nn.Modu
         make: gives a module whose state dict is empty: the quantized model is the file to keep.
     """
     with torch.device("meta"):
-        model = family_of(folded.config).module(folded.config, folded=True)
+        model: FamilyModel = family_of(folded.config).module(folded.config, folded=True)
     for name, linear in folded.linears.items():
         model.set_submodule(name, make(linear))
     model.load_state_dict(dict(folded.float_parameters), assign=True)

@@ -23,10 +23,12 @@ from ditas_export.calibration.velocity_check import (
     likest_flow,
     velocity_db,
 )
+from ditas_export.diffusion.guidance import plain_inputs
 from ditas_export.diffusion.sampling import image_generator, initial_noise, make_scheduler
-from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
+from ditas_export.families.base import Conditions, FamilyModel
+from ditas_export.families.registry import conditions_of
 from ditas_export.figures import decibels, finite_or_none
+from ditas_export.process import DIT_PROCESS, FlowProcess, Process
 
 ROWS = 8
 """Images of noise, each fed with a class and without."""
@@ -93,27 +95,76 @@ class NoiseCheck:
         }
 
 
-def check_noise(model: DiT, *, device: str | torch.device = "cpu") -> NoiseCheck:
+def check_noise(
+    model: FamilyModel,
+    *,
+    conditions: Conditions | None = None,
+    device: str | torch.device = "cpu",
+) -> NoiseCheck:
     """Feed a model noise at its noisiest step.
 
     Args:
         model: float32; moved to `device`.
+        conditions: what it is asked for; its own classes if not given.
         device: where it runs.
     """
     model.to(device)
     process = model.config.process
+    asked = _Asked(model, conditions_of(model.config) if conditions is None else conditions)
     if isinstance(process, FlowProcess):
-        return _check_velocity(model, process)
-    return _check_epsilon(model, process)
+        return _check_velocity(asked, process)
+    return _check_epsilon(asked, process)
 
 
-def _check_epsilon(model: DiT, process: Process) -> NoiseCheck:
-    """Look for the noise in ε; a class for every row."""
-    config = model.config
-    timestep, noise = _first_step(process), _noise(config)
-    classes = torch.arange(ROWS) * max(1, config.num_labels // ROWS) % config.num_labels
-    labels = _with_null(classes, config)
-    outputs = [_predicted(model, noise, timestep, each) for each in labels]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A model, and what it is asked for."""
+
+    model: FamilyModel
+    conditions: Conditions
+
+    @property
+    def noise(self) -> Tensor:
+        """What is fed, (N, C, H, W), the same every time."""
+        generators = [image_generator(_NOISE_SEED, row) for row in range(ROWS)]
+        return initial_noise(self.model.config, generators)
+
+    @property
+    def one_label(self) -> Tensor:
+        """A label in the middle for every row."""
+        return torch.full((ROWS,), self.conditions.count // 2)
+
+    @property
+    def many_labels(self) -> Tensor:
+        """A label for every row, evenly spread."""
+        count = self.conditions.count
+        return torch.arange(ROWS) * max(1, count // ROWS) % count
+
+    def with_null(self, labels: Tensor) -> list[Tensor]:
+        """Return the labels, and the null label where guidance has one."""
+        null = self.conditions.null
+        return [labels] if null is None else [labels, torch.full_like(labels, null)]
+
+    @torch.no_grad()
+    def predicted(self, noise: Tensor, timestep: float, labels: Tensor) -> Tensor:
+        """Return the channels of ε, (N, C, H, W) on the CPU; of a time between whole ones too."""
+        config, conditions = self.model.config, self.conditions
+        inputs = plain_inputs(noise, 0, labels, config=config, conditions=conditions)
+        times = torch.full((len(noise),), timestep)
+        fed = inputs.with_timesteps(times).to(self.model.device)
+        output: Tensor = self.model(**fed)
+        return output[:, : noise.shape[1]].cpu()
+
+    def at_ends(self, noise: Tensor, labels: Tensor) -> dict[float, Tensor]:
+        """Return the output at either end of a flow, by time."""
+        return {time: self.predicted(noise, time, labels) for time in ENDS.values()}
+
+
+def _check_epsilon(asked: _Asked, process: Process) -> NoiseCheck:
+    """Look for the noise in ε; a label for every row."""
+    timestep, noise = _first_step(process), asked.noise
+    labels = asked.with_null(asked.many_labels)
+    outputs = [asked.predicted(noise, timestep, each) for each in labels]
     figures = [_match_db(noise, output) for output in outputs]
     failing = [index for index, figure in enumerate(figures) if not figure >= LEAST_DB]
     finding = ""
@@ -122,41 +173,41 @@ def _check_epsilon(model: DiT, process: Process) -> NoiseCheck:
         finding = _finding(
             noise,
             outputs[failing[0]],
-            at_zero=_predicted(model, noise, 0, labels[failing[0]]),
-            at_fraction=_predicted(model, noise, fraction, labels[failing[0]]),
-            at_ends=_at_ends(model, noise, _one_class(config)),
+            at_zero=asked.predicted(noise, 0, labels[failing[0]]),
+            at_fraction=asked.predicted(noise, fraction, labels[failing[0]]),
+            at_ends=asked.at_ends(noise, asked.one_label),
         )
     return NoiseCheck(
         timestep=timestep,
         class_db=figures[0],
-        null_db=figures[1] if config.is_guidable else None,
+        null_db=figures[1] if len(figures) > 1 else None,
         finding=finding,
     )
 
 
-def _check_velocity(model: DiT, process: FlowProcess) -> NoiseCheck:
-    """Look for the noise in a velocity; one class for all rows, see `velocity_check`."""
-    config, noise = model.config, _noise(model.config)
-    labels = _with_null(_one_class(config), config)
-    outputs = [_at_ends(model, noise, each) for each in labels]
+def _check_velocity(asked: _Asked, process: FlowProcess) -> NoiseCheck:
+    """Look for the noise in a velocity; one label for all rows, see `velocity_check`."""
+    noise = asked.noise
+    labels = asked.with_null(asked.one_label)
+    outputs = [asked.at_ends(noise, each) for each in labels]
     figures = [velocity_db(noise, each, process) for each in outputs]
-    findings = [_velocity_finding(model, noise, each, process) for each in outputs]
+    findings = [_velocity_finding(asked, noise, each, process) for each in outputs]
     return NoiseCheck(
         timestep=ENDS[process.time_ends_at],
         class_db=figures[0],
-        null_db=figures[1] if config.is_guidable else None,
+        null_db=figures[1] if len(figures) > 1 else None,
         finding=next(filter(None, findings), ""),
         is_velocity=True,
     )
 
 
 def _velocity_finding(
-    model: DiT, noise: Tensor, outputs: Mapping[float, Tensor], process: FlowProcess
+    asked: _Asked, noise: Tensor, outputs: Mapping[float, Tensor], process: FlowProcess
 ) -> str:
     """Return what a velocity looks like instead of its process's; empty where it is likest that.
 
     Args:
-        model: asked for another process's output, where it has no flow's.
+        asked: a model, for another process's output, where it has no flow's.
         noise: (N, C, H, W), what was fed.
         outputs: the same shape, what came back, by time.
         process: the model's.
@@ -168,7 +219,7 @@ def _velocity_finding(
     if figure >= LEAST_VELOCITY_DB:
         return "" if flow == replace(process, vae=None) else likeness(flow)
     step = _first_step(DIT_PROCESS)
-    if _match_db(noise, _predicted(model, noise, step, _one_class(model.config))) >= LEAST_DB:
+    if _match_db(noise, asked.predicted(noise, step, asked.one_label)) >= LEAST_DB:
         return f"it returns the noise at step {step}, as with --family dit"
     return (
         f"its output is {_share(noise, output):+.1f} times the noise, as where nothing was trained"
@@ -178,36 +229,6 @@ def _velocity_finding(
 def _first_step(process: Process) -> int:
     """Return the noisiest step that sampling visits."""
     return int(make_scheduler("ddpm", _FEW_STEPS, process).timesteps[0])
-
-
-def _noise(config: DiTConfig) -> Tensor:
-    """Return what is fed, (N, C, H, W), the same every time."""
-    return initial_noise(config, [image_generator(_NOISE_SEED, row) for row in range(ROWS)])
-
-
-def _one_class(config: DiTConfig) -> Tensor:
-    """Return a label in the middle for every row."""
-    return torch.full((ROWS,), config.num_labels // 2)
-
-
-def _with_null(classes: Tensor, config: DiTConfig) -> list[Tensor]:
-    """Return the labels, and the null class's where guidance has one."""
-    nulls = [torch.full_like(classes, config.null_class)] if config.is_guidable else []
-    return [classes, *nulls]
-
-
-def _at_ends(model: DiT, noise: Tensor, labels: Tensor) -> dict[float, Tensor]:
-    """Return the output at either end of a flow, by time."""
-    return {time: _predicted(model, noise, time, labels) for time in ENDS.values()}
-
-
-@torch.no_grad()
-def _predicted(model: DiT, noise: Tensor, timestep: float, labels: Tensor) -> Tensor:
-    """Return the channels of ε, (N, C, H, W) on the CPU; of a time step between whole ones too."""
-    device = model.pos_embed.device
-    timesteps = torch.full((len(noise),), timestep, device=device)
-    output: Tensor = model(noise.to(device), timesteps, labels.to(device))
-    return output[:, : noise.shape[1]].cpu()
 
 
 def _match_db(noise: Tensor, output: Tensor) -> float:

@@ -26,8 +26,6 @@ from ditas_export.calibration.artifact_header import (
 )
 from ditas_export.calibration.calibration_settings import CalibrationSettings
 from ditas_export.dit.fitting import require_fits
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import (
     ArtifactError,
@@ -36,6 +34,8 @@ from ditas_export.errors import (
     OtherModelError,
     QuantizationError,
 )
+from ditas_export.families.base import FamilyModel, ModelConfig
+from ditas_export.families.identity import ModelIdentity
 from ditas_export.families.registry import family_of, linear_names, linear_shapes
 from ditas_export.kept_parts import Part
 from ditas_export.paths import StrPath
@@ -73,7 +73,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedModel:
-    """A DiT whose block linears are integers; unfolded."""
+    """A model whose block linears are integers; unfolded."""
 
     identity: ModelIdentity  # of the float model that it was made from
     float_parameters: Mapping[str, Tensor]  # checkpoint name -> float32; what is not integer
@@ -140,7 +140,7 @@ class QuantizedModel:
         except (CheckpointError, CalibrationError) as error:
             raise ArtifactError(f"the settings of its calibration: {error}") from error
 
-    def require_parameters_of(self, model: DiT) -> None:
+    def require_parameters_of(self, model: FamilyModel) -> None:
         """Refuse float parameters that are not those of the model that this was made from.
 
         Biases of integer modulation weights differ: they take up what rounding lost.
@@ -181,7 +181,7 @@ class QuantizedModel:
             _require_float(name, found[name], tuple(shape))
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """What the model computes beside its tensors."""
         return self.identity.config
 
@@ -412,7 +412,7 @@ def linear_from_parts(
 
 
 def _adaln_from_parts(
-    tensors: Mapping[str, Tensor], config: DiTConfig, bits: int
+    tensors: Mapping[str, Tensor], config: ModelConfig, bits: int
 ) -> dict[str, WeightOnlyWeight]:
     """Rebuild the integer modulation weights from a file's tensors; none of them for 16 bits."""
     weights: dict[str, WeightOnlyWeight] = {}

@@ -20,20 +20,19 @@ from torch import Tensor, nn
 from ditas_export import __version__
 from ditas_export.artifact_files import load_tensors, save_tensors
 from ditas_export.calibration.calibration_settings import CalibrationSettings
-from ditas_export.diffusion.guidance import blends
+from ditas_export.diffusion.guidance import model_inputs
 from ditas_export.diffusion.sampling import Step, trajectory
 from ditas_export.diffusion.schedules import make_schedule
 from ditas_export.distributed import SINGLE, Ranks
 from ditas_export.dit.fitting import Wanted, require_fits
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiT, DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.dit.tensor_files import abbreviated
 from ditas_export.errors import ArtifactError, CalibrationError, NonFiniteError
-from ditas_export.families.base import ModelInputs
-from ditas_export.families.registry import linear_names, linear_shapes
+from ditas_export.families.base import Conditions, FamilyModel, ModelConfig, ModelInputs
+from ditas_export.families.identity import ModelIdentity
+from ditas_export.families.registry import conditions_of, family_of, linear_shapes
 from ditas_export.fast_matmul import fast_float32_matmul
 from ditas_export.paths import StrPath
+from ditas_export.process import FlowProcess, Process
 from ditas_export.runtime.torch_runner import TorchRunner
 from ditas_export.saved_records import from_record
 
@@ -102,11 +101,14 @@ class CalibrationStates:
         save_tensors(path, tensors, file_format=STATES_FORMAT, header=header)
 
     @classmethod
-    def load(cls, path: StrPath, *, identity: ModelIdentity) -> CalibrationStates:
-        """Read states made with this very model.
+    def load(
+        cls, path: StrPath, *, identity: ModelIdentity, conditions: Conditions | None = None
+    ) -> CalibrationStates:
+        """Read states made with this very model, and these very conditions.
 
         Raises:
-            ArtifactError: another kind of file, a damaged one, or states of another model.
+            ArtifactError: another kind of file, a damaged one, or states of another model or of
+                other embeddings.
         """
         path = Path(path)
         tensors, header = load_tensors(path, file_format=STATES_FORMAT)
@@ -118,6 +120,11 @@ class CalibrationStates:
         made_with.require_same(
             identity, what=str(path), remedy="Calibrate again, or pass the model that it is of"
         )
+        if conditions is not None and settings.embeddings != conditions.identity:
+            try:
+                settings.require_conditions(conditions)
+            except CalibrationError as error:
+                raise ArtifactError(f"{path}: {error}; calibrate again") from error
         prefix = "maxima."
         maxima = {
             name.removeprefix(prefix): value
@@ -145,7 +152,7 @@ class _Header:
     identity: ModelIdentity
 
 
-def _wanted(config: DiTConfig, settings: CalibrationSettings) -> dict[str, Wanted]:
+def _wanted(config: ModelConfig, settings: CalibrationSettings) -> dict[str, Wanted]:
     """Return what a file of states must hold, by name."""
     steps, side = settings.steps, config.input_size
     wanted = {
@@ -175,10 +182,11 @@ def _require_in_order(timesteps: Tensor, process: Process | FlowProcess) -> None
 
 @fast_float32_matmul()
 def collect_states(
-    model: DiT,
+    model: FamilyModel,
     settings: CalibrationSettings,
     *,
     identity: ModelIdentity,
+    conditions: Conditions | None = None,
     ranks: Ranks = SINGLE,
     progress: StrPath | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -186,23 +194,28 @@ def collect_states(
     """Sample with the float model once and return what calibration needs of it, on every rank.
 
     Args:
-        model: float32 DiT, on the device that computes; left untouched.
+        model: float32, on the device that computes; left untouched.
         settings: steps, guidance, classes, seed, precision.
         identity: of the model.
+        conditions: what the classes of the settings name; the model's own if not given.
         ranks: the processes that share the samples; how many makes no difference to the result.
         progress: a folder that gets a file for every batch; batches in it that were sampled with
             the same model and settings, by however many ranks, are not sampled again.
         on_step: called with (steps done, steps in all) of this rank's batches.
 
     Raises:
-        CalibrationError: an activation is not finite.
+        CalibrationError: an activation is not finite, or settings for other conditions.
         ArtifactError: a file of a batch cannot be written.
     """
     progress = None if progress is None else Path(progress)
+    asked = conditions_of(model.config) if conditions is None else conditions
+    settings.require_conditions(asked)
     batches = sample_batches(len(settings.classes))
     kept = _KeptBatches(folder=progress, facts=sampling_facts(identity, settings))
     latents, maxima = ranks.together(
-        lambda: _sampled(model, settings, ranks.mine(batches), kept, on_step or (lambda *_: None))
+        lambda: _sampled(
+            model, settings, asked, ranks.mine(batches), kept, on_step or (lambda *_: None)
+        )
     )
     shares = [iter(share) for share in ranks.gather(latents)]
     ordered = [next(shares[index % ranks.world_size]) for index in range(len(batches))]
@@ -239,8 +252,9 @@ def sample_batches(samples: int) -> list[range]:
 
 
 def _sampled(
-    model: DiT,
+    model: FamilyModel,
     settings: CalibrationSettings,
+    conditions: Conditions,
     batches: Sequence[range],
     kept: _KeptBatches,
     on_step: Callable[[int, int], None],
@@ -252,7 +266,7 @@ def _sampled(
     Raises:
         CalibrationError: an activation is not finite.
     """
-    device = model.pos_embed.device
+    device = model.device
     if settings.precision == "bf16":
         model = _in_bfloat16(model)
     runner = TorchRunner(model, device=device)
@@ -268,6 +282,7 @@ def _sampled(
                 part = _sampled_batch(
                     runner,
                     settings,
+                    conditions,
                     batch,
                     recorded,
                     lambda step: on_step(
@@ -293,6 +308,7 @@ class _Batch:
 def _sampled_batch(
     runner: TorchRunner,
     settings: CalibrationSettings,
+    conditions: Conditions,
     batch: range,
     recorded: dict[str, Tensor],
     on_step: Callable[[int], None],
@@ -304,6 +320,7 @@ def _sampled_batch(
     steps = trajectory(
         runner,
         classes=[settings.classes[index] for index in batch],
+        conditions=conditions,
         steps=settings.steps,
         cfg_scale=settings.cfg_scale,
         seed=settings.seed,
@@ -321,10 +338,10 @@ def _sampled_batch(
     )
 
 
-def _in_bfloat16(model: DiT) -> DiT:
-    """Return a copy of a DiT whose parameters are bfloat16; float32 is never there twice."""
+def _in_bfloat16(model: FamilyModel) -> FamilyModel:
+    """Return a copy of a model whose parameters are bfloat16; float32 is never there twice."""
     with torch.device("meta"):
-        rounded = DiT(model.config)
+        rounded: FamilyModel = family_of(model.config).module(model.config)
     parameters = model.state_dict()
     rounded.load_state_dict(
         {name: tensor.bfloat16() for name, tensor in parameters.items()}, assign=True
@@ -402,20 +419,34 @@ def _require_finite(maxima: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that gathers max|x_c| of every quantized linear's input, (K,) each."""
-    maxima: dict[str, Tensor] = {}
+def recorded_maxima(model: FamilyModel) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that gathers max|x_c| of every quantized linear's input, (K,) each.
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    Padded tokens do not count: of a group with a mask, the model's inputs say which they are.
+    """
+    maxima: dict[str, Tensor] = {}
+    fed: dict[str, Tensor] = {}
+
+    def keep(_model: nn.Module, _args: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> None:
+        fed.update(inputs)
+
+    def recorder(name: str, mask: str | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            largest = inputs[0].detach().flatten(0, -2).abs().amax(dim=0)
+            x = inputs[0].detach()
+            tokens = x.flatten(0, -2) if mask is None else x[fed[mask] != 0]
+            largest = tokens.abs().amax(dim=0)
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
 
         return record
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(recorder(name))
-        for name in linear_names(model.config)
+    handles = [model.register_forward_pre_hook(keep, with_kwargs=True)]
+    handles += [
+        model.get_submodule(block.name(path)).register_forward_pre_hook(
+            recorder(block.name(path), group.mask)
+        )
+        for block in family_of(model.config).blocks(model.config)
+        for group in block.groups()
+        for path in group.linears
     ]
     try:
         yield maxima
@@ -424,7 +455,9 @@ def recorded_maxima(model: DiT) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def walk_states(states: CalibrationStates, *, count: int) -> ModelInputs:
+def walk_states(
+    states: CalibrationStates, *, count: int, conditions: Conditions | None = None
+) -> ModelInputs:
     """Return the states that the walk sees, both guidance halves of each.
 
     Steps are taken evenly and samples in turn, so every step keeps the same share of the samples
@@ -433,9 +466,10 @@ def walk_states(states: CalibrationStates, *, count: int) -> ModelInputs:
     Args:
         states: all states.
         count: how many, 1 to all.
+        conditions: what the classes of the states' settings name; the model's own if not given.
 
     Raises:
-        CalibrationError: there are not as many states.
+        CalibrationError: there are not as many states, or they are of other conditions.
     """
     steps, samples = states.latents.shape[:2]
     if not 1 <= count <= steps * samples:
@@ -446,12 +480,8 @@ def walk_states(states: CalibrationStates, *, count: int) -> ModelInputs:
     timesteps = states.timesteps[step_of]
     labels = torch.tensor(states.settings.classes)[sample_of]
     config, cfg_scale = states.identity.config, states.settings.cfg_scale
-    if cfg_scale == 0:
-        labels = torch.full_like(labels, config.null_class)
-    if not blends(cfg_scale):
-        return ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
-    return ModelInputs(
-        latents=torch.cat([latents, latents]),
-        timesteps=torch.cat([timesteps, timesteps]),
-        class_labels=torch.cat([labels, torch.full_like(labels, config.null_class)]),
-    )
+    asked = conditions_of(config) if conditions is None else conditions
+    states.settings.require_conditions(asked)
+    inputs = model_inputs(latents, 0, labels, cfg_scale=cfg_scale, config=config, conditions=asked)
+    halves = len(inputs.latents) // count
+    return inputs.with_timesteps(timesteps.repeat(halves))

@@ -15,8 +15,8 @@ from itertools import product
 from torch import Tensor
 
 from ditas_export.dit.flows import FLOWS
-from ditas_export.dit.process import FlowEnd, FlowProcess
 from ditas_export.figures import decibels
+from ditas_export.process import FlowEnd, FlowProcess
 
 LEAST_VELOCITY_DB = 10.0
 """Below this a model is not taken for a trained flow."""

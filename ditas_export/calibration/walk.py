@@ -35,9 +35,17 @@ from ditas_export.calibration.solve import (
     solve_linear,
 )
 from ditas_export.distributed import SINGLE, Ranks
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CalibrationError
-from ditas_export.families.base import ALL, Block, Group, ModelInputs, Stage, State
+from ditas_export.families.base import (
+    ALL,
+    Block,
+    FamilyModel,
+    Group,
+    ModelConfig,
+    ModelInputs,
+    Stage,
+    State,
+)
 from ditas_export.families.registry import family_of
 from ditas_export.figures import decibels
 from ditas_export.timings import Timings
@@ -51,8 +59,8 @@ SettingsOf = Callable[[str], LinearSettings]
 
 
 def walk(
-    model: DiT,
-    config: DiTConfig,
+    model: FamilyModel,
+    config: ModelConfig,
     states: ModelInputs,
     step_maxima: Mapping[str, Tensor],
     settings_of: SettingsOf,
@@ -90,6 +98,7 @@ def walk(
             streams={name: value.clone() for name, value in floats.items()},
             constants=constants,
             share=Share(ranks=ranks, batches=batches, total=rows),
+            states=states,
             step_maxima=step_maxima,
             settings_of=settings_of,
             known=known,
@@ -120,6 +129,7 @@ class _Walker:
     streams: dict[str, Tensor]  # the same of the quantized model
     constants: dict[str, Tensor]
     share: Share
+    states: ModelInputs  # of all ranks: their masks are asked for
     step_maxima: Mapping[str, Tensor]
     settings_of: SettingsOf
     known: Mapping[str, QuantizedLinear]
@@ -161,11 +171,24 @@ class _StageWalk:
         self.corrects = walker.settings_of(first).method.target_correction
 
     def inputs(self, group: Group, rows: slice, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return what a group reads in both streams, (rows, tokens, K) each."""
+        """Return what a group reads in both streams, (rows, tokens, K) each.
+
+        Where the group has a mask, the real tokens alone, (real tokens, K).
+        """
         x = self._read(self.module, self.walker.floats, group, rows, tokens)
+        x = self._real(group, x, rows, tokens)
         if not self.corrects:
             return x, x
-        return x, self._read(self.quantized, self.walker.streams, group, rows, tokens)
+        x_quantized = self._read(self.quantized, self.walker.streams, group, rows, tokens)
+        return x, self._real(group, x_quantized, rows, tokens)
+
+    def _real(self, group: Group, x: Tensor, rows: slice, tokens: slice = ALL) -> Tensor:
+        """Return the real tokens of x (rows, tokens, …), x itself where all are."""
+        if group.mask is None:
+            return x
+        first = self.walker.share.rows.start
+        mask = self.walker.states[group.mask][first + rows.start : first + rows.stop, tokens]
+        return x[mask != 0]
 
     def _read(
         self, module: nn.Module, state: State, group: Group, rows: slice, tokens: slice
@@ -220,17 +243,21 @@ class _StageWalk:
 
     def _source(self, group: Group) -> LinearInputs:
         """Return where a group's inputs come from."""
-        share = self.walker.share
-        row_tokens = self.inputs(group, slice(0, 1), ALL)[0].shape[1]
+        share, states = self.walker.share, self.walker.states
+        row_tokens = self._read(self.module, self.walker.floats, group, slice(0, 1), ALL).shape[1]
+        total = share.total * row_tokens
+        if group.mask is not None:
+            total = int(states[group.mask].count_nonzero())
 
         def batches(stride: int) -> Iterator[tuple[Tensor, Tensor]]:
             """From batch to batch other tokens come first, so that every position is seen."""
             step = min(stride, row_tokens)
             for number, rows in share.local_batches():
                 x, x_quantized = self.inputs(group, rows, slice(number % step, None, step))
-                yield x.flatten(0, 1), x_quantized.flatten(0, 1)
+                if x.numel():  # or no token of these is real
+                    yield x.flatten(0, -2), x_quantized.flatten(0, -2)
 
-        return LinearInputs(tokens=share.total * row_tokens, batches=batches, ranks=share.ranks)
+        return LinearInputs(tokens=total, batches=batches, ranks=share.ranks)
 
     def measure(self, group: Group, walked: Sequence[_WalkedLinear]) -> None:
         """Measure the error of linears after which the stage goes on."""
@@ -253,7 +280,8 @@ class _StageWalk:
                     passed_quantized = self._run(self.quantized, walker.streams, rows)
             for path, linear in zip(group.linears, walked, strict=True):
                 x, y = seen[path]
-                linear.measure(y, seen_quantized[path][1] if self.corrects else linear.module(x))
+                y_quantized = seen_quantized[path][1] if self.corrects else linear.module(x)
+                linear.measure(self._real(group, y, rows), self._real(group, y_quantized, rows))
             _put(floats, walker.floats, passed, rows)
             _put(streams, walker.streams, passed_quantized, rows)
         for state, passed_on in ((walker.floats, floats), (walker.streams, streams)):

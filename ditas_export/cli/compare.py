@@ -40,6 +40,14 @@ def compare(
         ),
     ],
     classes: Annotated[str | None, _option("3,7 or 0-9 or random.", "classes")] = None,
+    embeddings: Annotated[
+        Path | None,
+        _option(
+            "Embeddings of prompts; --classes are their numbers then.",
+            "embeddings",
+            metavar="FILE.safetensors",
+        ),
+    ] = None,
     images: Annotated[int | None, _option("Images of the trajectory.", "images")] = None,
     steps: Annotated[int | None, _option("Time steps, all compared.", "steps")] = None,
     cfg_scale: Annotated[

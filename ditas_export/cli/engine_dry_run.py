@@ -26,7 +26,7 @@ def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:
 
     Raises:
         EngineError: the file has to be expanded first, or no program has the options.
-        OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
+        OnnxExportError: the file does not say which model it holds, or is in ONNX Runtime's form.
     """
     read_config(model)  # says first what is wrong with the file
     require_form_for_tensorrt(model)
@@ -63,7 +63,7 @@ def print_intent(model: Path, plan: Path, settings: BuildSettings, *, as_json: b
 
     Raises:
         EngineError: no product that the backend stands for has the options.
-        OnnxExportError: the file does not say which DiT it holds, or is in ONNX Runtime's form.
+        OnnxExportError: the file does not say which model it holds, or is in ONNX Runtime's form.
     """
     read_config(model)  # says first what is wrong with the file
     require_form_for_tensorrt(model)

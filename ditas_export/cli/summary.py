@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.evaluation.held_out import FinalLatents
 from ditas_export.evaluation.ties import Match
 from ditas_export.evaluation.verify import FAR_FROM_FLOAT_DB, Verification
+from ditas_export.families.base import Conditions, plural
 from ditas_export.options import ExportOptions
 from ditas_export.pipeline import ExportResult
 from ditas_export.runtime.openvino_runner import INSTALL as OPENVINO_INSTALL
@@ -29,7 +29,7 @@ def print_summary(console: Console, result: ExportResult, options: ExportOptions
     for name, text in _proof(verification):
         table.add_row(name, text)
     table.add_row("process", str(result.quantized.config.process))
-    table.add_row("classes", _classes(result.quantized.config))
+    table.add_row(plural(result.conditions.what), _asked(result.conditions))
     table.add_row("noise returned at the first step", _noise(manifest["noise_check"]))
     table.add_row("bits per weight, all in", f"{manifest['bits_per_weight']:.2f}")
     parts = ", ".join(
@@ -100,10 +100,11 @@ def _bare(final: FinalLatents) -> tuple[str, str]:
     return "the same, a bare onnxruntime session", f"{final.mean_db:.1f} dB ({images} images)"
 
 
-def _classes(config: DiTConfig) -> str:
+def _asked(conditions: Conditions) -> str:
     """Return what images can be asked for, and whether guidance has something to guide with."""
-    null = "a null class" if config.null_row else "no null class: never guided"
-    return f"{config.num_classes} and {null}" if config.num_classes else "none: never guided"
+    if conditions.null is None:
+        return f"{conditions.count}, no {conditions.lack}: never guided"
+    return f"{conditions.count} and a null {conditions.what}"
 
 
 def _noise(check: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import re
 import torch
 
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import Conditions
 from ditas_export.options import LARGEST_SEED
 from ditas_export.saved_records import shown
 
@@ -17,13 +18,13 @@ RANDOM_IMAGES = 8
 
 
 def parse_classes(
-    text: str, *, num_labels: int, count: int | None = None, seed: int
+    text: str, *, conditions: Conditions, count: int | None = None, seed: int
 ) -> tuple[int, ...]:
     """Return one class per image; a list that is too short starts over.
 
     Args:
         text: `3,7`, `0-9`, both mixed, or `random`: every class once, in random order.
-        num_labels: `DiTConfig.num_labels` of the model: its classes, or 1 where it has none.
+        conditions: what there is to ask for: the model's classes, or the prompts of a file.
         count: images; as many as `text` names if None, 8 for `random`.
         seed: of the random order.
 
@@ -36,24 +37,24 @@ def parse_classes(
         if not 0 <= seed <= LARGEST_SEED:
             raise RunnerError(f"seed={seed}; for random classes pick 0 to {LARGEST_SEED}")
         generator = torch.Generator().manual_seed(seed)
-        named = torch.randperm(num_labels, generator=generator).tolist()
+        named = torch.randperm(conditions.count, generator=generator).tolist()
         count = RANDOM_IMAGES if count is None else count
     else:
-        named = _named_classes(text, num_labels)
+        named = _named_classes(text, conditions)
     return tuple(named[index % len(named)] for index in range(count or len(named)))
 
 
-def _named_classes(text: str, num_labels: int) -> list[int]:
+def _named_classes(text: str, conditions: Conditions) -> list[int]:
     """Return the classes of a list such as `3,7,10-12`, in its order."""
     named: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not _NUMBER.fullmatch(first) or (dash and not _NUMBER.fullmatch(last)):
             raise RunnerError(f"classes={shown(text)}; write 3,7 or 0-9 or random")
-        if int(last or first) >= num_labels:  # before a range of any length is made
+        if int(last or first) >= conditions.count:  # before a range of any length is made
             raise RunnerError(
-                f"classes={shown(text)} names class {int(last or first)}; this model has 0 to "
-                f"{num_labels - 1}"
+                f"classes={shown(text)} names {conditions.what} {int(last or first)}; "
+                f"{conditions.source} has 0 to {conditions.count - 1}"
             )
         if int(last or first) < int(first):
             raise RunnerError(f"classes={shown(text)} names none by {part!r}; write ranges upwards")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ditas_export.diffusion.options import DiffusionSampler
 from ditas_export.diffusion.schedules import Moment, Predict, resolved_sampler
-from ditas_export.dit.process import DIT_PROCESS, Process
 from ditas_export.errors import RunnerError
+from ditas_export.process import DIT_PROCESS, Process
 
 
 class DiffusionSchedule:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ditas_export.diffusion.options import FlowSampler
 from ditas_export.diffusion.schedules import Moment, Predict, Schedule
-from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import RunnerError
+from ditas_export.process import FlowProcess
 
 MOST_STEPS = 10_000
 """More would be nearer to each other than float32 tells apart, where times are shifted."""

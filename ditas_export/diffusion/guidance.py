@@ -21,43 +21,54 @@ from torch import Tensor
 
 from ditas_export.diffusion.options import CfgChannels, Interval
 from ditas_export.diffusion.schedules import Time
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
-from ditas_export.families.base import ModelInputs
+from ditas_export.families.base import Conditions, ModelConfig, ModelInputs
+from ditas_export.families.registry import family_of
+from ditas_export.process import FlowProcess, Process
 
 
-def plain_inputs(latents: Tensor, time: Time, class_labels: Tensor) -> ModelInputs:
-    """Return the inputs of one step without guidance; latents (N, C, H, W), labels (N,)."""
-    dtype = torch.int64 if isinstance(time, int) else torch.float32
-    timesteps = torch.full_like(class_labels, time, dtype=dtype)
-    return ModelInputs(latents=latents, timesteps=timesteps, class_labels=class_labels)
-
-
-def guided_inputs(
-    latents: Tensor, time: Time, class_labels: Tensor, *, null_class: int
+def plain_inputs(
+    latents: Tensor, time: Time, labels: Tensor, *, config: ModelConfig, conditions: Conditions
 ) -> ModelInputs:
-    """Return the inputs of one guided step.
+    """Return the inputs of one step without guidance.
 
-    Returns:
-        2N rows: N with their class, then the same N latents with the null class.
+    Args:
+        latents: (N, C, H, W).
+        time: of all rows.
+        labels: (N,) int64, of the conditions.
+        config: of the model, whose family says what it is fed.
+        conditions: what the labels name.
     """
-    nulls = torch.full_like(class_labels, null_class)
-    return plain_inputs(torch.cat([latents, latents]), time, torch.cat([class_labels, nulls]))
+    what, when, *others = family_of(config).inputs(config)
+    asked = conditions.inputs(labels)
+    times = torch.full((len(labels),), time, dtype=when.dtype)
+    return ModelInputs(
+        {what.name: latents, when.name: times, **{each.name: asked[each.name] for each in others}}
+    )
 
 
 def model_inputs(
-    latents: Tensor, time: Time, class_labels: Tensor, *, cfg_scale: float, config: DiTConfig
+    latents: Tensor,
+    time: Time,
+    labels: Tensor,
+    *,
+    cfg_scale: float,
+    config: ModelConfig,
+    conditions: Conditions,
 ) -> ModelInputs:
     """Return the inputs of one step: guided, or plain where the scale blends nothing.
 
-    A scale of 1 takes the class alone, one of 0 the null class.
+    A scale of 1 takes the labels alone, one of 0 the null label.
+
+    Returns:
+        N rows; guided 2N: N with their labels, then the same N latents with the null label.
     """
-    if cfg_scale == 0:
-        class_labels = torch.full_like(class_labels, config.null_class)
-    if not blends(cfg_scale):
-        return plain_inputs(latents, time, class_labels)
-    return guided_inputs(latents, time, class_labels, null_class=config.null_class)
+    nulls = torch.full_like(labels, -1 if conditions.null is None else conditions.null)
+    if blends(cfg_scale):
+        latents, labels = torch.cat([latents, latents]), torch.cat([labels, nulls])
+    elif cfg_scale == 0:
+        labels = nulls
+    return plain_inputs(latents, time, labels, config=config, conditions=conditions)
 
 
 def blends(cfg_scale: float) -> bool:
@@ -65,39 +76,38 @@ def blends(cfg_scale: float) -> bool:
     return cfg_scale not in (0.0, 1.0)
 
 
-def resolved_cfg_scale(asked: float | None, *, default: float, config: DiTConfig) -> float:
+def resolved_cfg_scale(asked: float | None, *, default: float, conditions: Conditions) -> float:
     """Return the guidance scale: as asked, else the default, 1 where a model cannot be guided.
 
     Raises:
         RunnerError: see `require_guidance`.
     """
     if asked is None:
-        return default if config.is_guidable else 1.0
-    require_guidance(asked, config)
+        return 1.0 if conditions.null is None else default
+    require_guidance(asked, conditions)
     return asked
 
 
-def require_guidance(cfg_scale: float, config: DiTConfig) -> None:
+def require_guidance(cfg_scale: float, conditions: Conditions) -> None:
     """Refuse a guidance scale that means nothing, or nothing for this model.
 
-    1 is no guidance; above, the class counts for more; 0 is the null class alone.
+    1 is no guidance; above, the condition counts for more; 0 is the null label alone.
 
     Raises:
         RunnerError: a scale below 1 other than 0, no finite number, or one other than 1 for a model
-            without a null class or without classes.
+            that has nothing to guide with.
     """
     if not math.isfinite(cfg_scale):
         raise RunnerError(f"cfg_scale={cfg_scale} is not a finite number")
     if cfg_scale < 1 and cfg_scale != 0:
         raise RunnerError(
             f"cfg_scale={cfg_scale}: guidance starts at 1, which means none; use 1 or more, or 0 "
-            f"for images of no class (the null class alone)"
+            f"for images of no {conditions.what} (the null {conditions.what} alone)"
         )
-    if cfg_scale != 1 and not config.is_guidable:
-        lack = "classes" if config.null_row else "null class"
+    if cfg_scale != 1 and conditions.null is None:
         raise RunnerError(
-            f"cfg_scale={cfg_scale}, but this model has no {lack} to guide with; leave the option "
-            f"out"
+            f"cfg_scale={cfg_scale}, but {conditions.source} has no {conditions.lack} to guide "
+            f"with; leave the option out"
         )
 
 

@@ -9,25 +9,25 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from ditas_export.dit.model import DiTConfig
+from ditas_export.families.base import ModelConfig, ModelInputs
 
 
 class Runner(Protocol):
-    """A DiT that can be run, whatever runs it; a context manager.
+    """A model that can be run, whatever runs it; a context manager.
 
     What every runner promises, and `runtime/checked_runner.py` keeps:
 
     - Threads may call one runner at the same time, and get what they would get alone. Backends
       whose memory would be shared take them one after another.
-    - Inputs are held against the model first: shapes, labels, time steps. What lies on a GPU is
-      not read back for that.
+    - Inputs are held against the model first: names, shapes, types, labels, time steps. What lies
+      on a GPU is not read back for that.
     - The output is finite, and in memory that later calls do not write to.
     - Everything else is a RunnerError: inputs that do not fit, an output that is not finite, a
       fault of the backend, a call after the end.
     """
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """Shape of the model behind the runner."""
         ...
 
@@ -41,14 +41,11 @@ class Runner(Protocol):
         """Where latents cost the runner no copy to or from the host; it takes them anywhere."""
         ...
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
         """Return ε and any learned variance, or the velocity.
 
         Args:
-            latents: (N, C, H, W) float32.
-            timesteps: (N,) int64, steps of the full schedule, from 0; of a flow (N,) float32, t
-                from 0 to 1.
-            class_labels: (N,) int64, rows of the label table.
+            inputs: N rows of what the model's family says that it is fed.
 
         Returns:
             (N, 2C or C, H, W) float32, on the latents' device.

@@ -29,8 +29,9 @@ from ditas_export.diffusion.guidance import (
 from ditas_export.diffusion.options import CfgChannels, Interval, SamplerName
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.schedules import Time, make_schedule, time_words
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.families.base import Conditions, ModelConfig, plural
+from ditas_export.families.registry import conditions_of
 
 OnStep = Callable[[int, Time, Tensor], None]
 """Called after a step with its index, its time and the new latents; may raise to stop."""
@@ -45,7 +46,7 @@ class Step:
     index: int  # 0 for the first, noisiest step
     timestep: Time  # of the full schedule, from 0; of a flow t, 0 to 1
     latents: Tensor  # (N, C, H, W) float32, before the step
-    class_labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, of the conditions
     model_output: Tensor  # (N, 2C or C, H, W) float32, ε or velocity guided
     next_latents: Tensor  # (N, C, H, W) float32, after the step
 
@@ -54,6 +55,7 @@ def sample(
     runner: Runner,
     *,
     classes: Sequence[int],
+    conditions: Conditions | None = None,
     steps: int = 50,
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels | None = None,
@@ -70,7 +72,8 @@ def sample(
 
     Args:
         runner: the model; with guidance it is called with twice as many rows as there are images.
-        classes: label of each image, 0 to `num_labels` − 1.
+        classes: label of each image, 0 to `conditions.count` − 1.
+        conditions: what the labels name; the model's own classes if not given.
         steps: denoising steps, 2 to the length of the schedule; of a flow, 1 to 10 000.
         cfg_scale: strength of guidance, 1 or more; 1 means none, and 0 the null class: both have a
             batch of the plain size.
@@ -85,7 +88,7 @@ def sample(
         image_indices: index of each image in the whole set, 0, 1, 2 … if not given.
         image_names: what errors call the images, their indices if not given.
         device: where latents lie from step to step, the runner's for speed. Noise is drawn on the
-            CPU in any case; class labels stay there.
+            CPU in any case; times and conditions stay there.
         on_step: called after every step; raise from it to stop.
 
     Returns:
@@ -97,6 +100,7 @@ def sample(
     steps_done = trajectory(
         runner,
         classes=classes,
+        conditions=conditions,
         steps=steps,
         cfg_scale=cfg_scale,
         cfg_channels=cfg_channels,
@@ -118,6 +122,7 @@ def trajectory(
     runner: Runner,
     *,
     classes: Sequence[int],
+    conditions: Conditions | None = None,
     steps: int = 50,
     cfg_scale: float = 1.5,
     cfg_channels: CfgChannels | None = None,
@@ -136,13 +141,15 @@ def trajectory(
         RunnerError: at once, before the first step: no class, a class out of range, a setting that
             no sampler has, guidance of a model that has nothing to guide with, or a count of
             indices that differs from the count of classes.
+        ConditionsError: no conditions for a model that has no classes of its own.
     """
     config = runner.config
+    asked = conditions_of(config) if conditions is None else conditions
     indices = range(len(classes)) if image_indices is None else image_indices
     names = indices if image_names is None else image_names
-    require_labels(classes, config)
+    require_labels(classes, asked)
     _check_indices(indices, len(classes))
-    require_guidance(cfg_scale, config)
+    require_guidance(cfg_scale, asked)
     require_interval(guidance_interval, cfg_scale)
     schedule = make_schedule(sampler, steps, config.process, shift=shift)
     cfg_channels = resolved_cfg_channels(cfg_channels, config.process)
@@ -154,9 +161,11 @@ def trajectory(
     labels = torch.tensor(list(classes), dtype=torch.int64)
 
     def predict(latents: Tensor, time: Time, *, scale: float, place: str) -> Tensor:
-        inputs = model_inputs(latents, time, labels, cfg_scale=scale, config=config)
+        inputs = model_inputs(
+            latents, time, labels, cfg_scale=scale, config=config, conditions=asked
+        )
         try:
-            output = runner(inputs.latents, inputs.timesteps, inputs.class_labels)
+            output = runner(inputs)
         except NonFiniteError as error:
             images = [names[row % len(classes)] for row in error.rows]
             raise _not_finite(images, place, str(error)) from error
@@ -178,7 +187,7 @@ def trajectory(
                 index=index,
                 timestep=moment.time,
                 latents=latents,
-                class_labels=labels,
+                labels=labels,
                 model_output=output,
                 next_latents=moved,
             )
@@ -214,24 +223,27 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((start + index * _GOLDEN_RATIO) % 2**32)
 
 
-def initial_noise(config: DiTConfig, generators: Sequence[torch.Generator]) -> Tensor:
+def initial_noise(config: ModelConfig, generators: Sequence[torch.Generator]) -> Tensor:
     """Return x_T: (N, C, H, W) float32 standard normal, one image per generator."""
     shape = (config.in_channels, config.input_size, config.input_size)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def require_labels(classes: Sequence[int], config: DiTConfig) -> None:
-    """Refuse an empty batch and labels that the model does not know.
+def require_labels(classes: Sequence[int], conditions: Conditions) -> None:
+    """Refuse an empty batch and labels that name nothing.
 
     Raises:
         RunnerError: names them.
     """
     if not classes:
         raise RunnerError("no class to sample; name at least one")
-    last = config.num_labels - 1
+    last = conditions.count - 1
     odd = sorted({label for label in classes if not 0 <= label <= last})
     if odd:
-        raise RunnerError(f"classes {odd} are out of range; this model knows 0 to {last}")
+        raise RunnerError(
+            f"{plural(conditions.what)} {odd} are out of range; {conditions.source} knows 0 to "
+            f"{last}"
+        )
 
 
 def _check_indices(indices: Sequence[int], count: int) -> None:

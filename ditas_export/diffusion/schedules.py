@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.options import DiffusionSampler, FlowSampler, SamplerName
-from ditas_export.dit.process import FlowProcess, Process
 from ditas_export.errors import RunnerError
+from ditas_export.process import FlowProcess, Process
 
 Time = int | float
 """What a model is fed as time: a step of a diffusion's full schedule, or t of a flow."""

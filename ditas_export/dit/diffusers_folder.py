@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ditas_export.dit.facts import Fact, facts_of_values, merged
-from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.record_entries import NOT_FOLLOWED_ENTRIES
 from ditas_export.dit.tensor_files import read_json
 from ditas_export.errors import CheckpointError
+from ditas_export.process import VaeFactors
 
 HUB_PATTERNS = (
     (
@@ -47,7 +47,9 @@ _OF_PIPELINES = ("model_index.json", "scheduler/scheduler_config.json", "vae/con
 STATISTICS = ("latents_mean", "latents_std")
 """Entries of a VAE's config that have a value per channel, or None."""
 
-_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
+"""diffusers' classes of a DiT."""
+
 _FIXED = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -139,6 +141,13 @@ def transformer_folders(path: Path) -> list[Path]:
     return [folder for folder in inner if (folder / "config.json").is_file()] or [path]
 
 
+def class_of(path: Path) -> str | None:
+    """Return the class of diffusers that a transformer's or a pipeline's folder says it holds."""
+    config = transformer_folders(path)[0] / "config.json"
+    name = read_json(config).get("_class_name") if config.is_file() else None
+    return name if isinstance(name, str) else None
+
+
 def find_weights(folder: Path) -> list[Path]:
     """Return diffusers' weight files and indices in a folder, the ones to take first first.
 
@@ -220,9 +229,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"{folder} holds a LoRA adapter (adapter_config.json), not a model; merge it "
-                f"first, W + (alpha/r) B A for every adapted linear (in PEFT: merge_and_unload()), "
-                f"and save that"
+                f"{folder} holds a LoRA adapter (adapter_config.json), not a model; pass the "
+                f"model and this as --lora, or merge it first, W + (alpha/r) B A for every adapted "
+                f"linear (in PEFT: merge_and_unload())"
             )
         raise CheckpointError(
             f"{folder} is a folder without config.json; expected one written by diffusers, or "
@@ -230,8 +239,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         )
     written = read_json(path)
     name = written.get("_class_name")
-    if name not in _CLASSES:
-        raise CheckpointError(f"{path} describes a {name}, expected {_CLASSES[0]}")
+    if name not in CLASSES:
+        raise CheckpointError(f"{path} describes a {name}, expected {CLASSES[0]}")
     settings = _DEFAULTS | _FIXED | {"interpolation_scale": None, "out_channels": None} | written
     for key, expected in _FIXED.items():
         if settings[key] != expected:

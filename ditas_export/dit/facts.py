@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditas_export.dit.pickle_machine import Inert
-from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.record_entries import READERS, NotFollowedError
 from ditas_export.errors import CheckpointError
+from ditas_export.process import VaeFactors
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ditas_export.dit.facts import Fact, Facts
-from ditas_export.dit.process import FlowProcess
 from ditas_export.errors import CheckpointError
 from ditas_export.options import FamilyChoice
+from ditas_export.process import FlowProcess
 
 FLOWS: Mapping[FamilyChoice, FlowProcess] = {
     "sit": FlowProcess(),

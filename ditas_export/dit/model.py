@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditas_export.dit.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.errors import CheckpointError
+from ditas_export.family_model import FamilyModel
+from ditas_export.process import DIT_PROCESS, FlowProcess, Process
 from ditas_export.saved_records import Above, Within, check_fields, from_record
 
 FREQUENCY_EMBEDDING_SIZE = 256
@@ -380,7 +381,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class DiT(nn.Module):
+class DiT(FamilyModel):
     """Latents, time steps and class labels to ε and the learned variance.
 
     `state_dict()` has exactly the keys of the published checkpoints.
@@ -390,6 +391,7 @@ class DiT(nn.Module):
         modulate: how the norms are modulated: as published, or as in a folded model.
     """
 
+    config: DiTConfig
     pos_embed: Tensor
 
     def __init__(self, config: DiTConfig, modulate: Modulate = modulate) -> None:
@@ -404,10 +406,12 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config, modulate) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, modulate)
 
-    def embed(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the first hidden state (N, T, D) and the conditioning vector (N, D)."""
         hidden = self.x_embedder(latents) + self.pos_embed
-        return hidden, self.t_embedder(timesteps) + self.y_embedder(labels)
+        return hidden, self.t_embedder(timesteps) + self.y_embedder(class_labels)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Return (N, 2C, H, W) from (N, T, p·p·2C)."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ditas_export.dit.pickle_machine import Inert
 from ditas_export.dit.presets import SIZES
-from ditas_export.dit.process import BetaSchedule, VaeFactors, Variance
 from ditas_export.dit.record_parts import CLASS_ENTRIES
 from ditas_export.options import FamilyChoice
+from ditas_export.process import BetaSchedule, VaeFactors, Variance
 
 _PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps", "e", "noise", "pred_noise", "pred_eps"), "epsilon"),

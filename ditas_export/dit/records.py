@@ -13,12 +13,12 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ditas_export.dit.facts import Fact, facts_of_values, merged
-from ditas_export.dit.process import BetaSchedule
 from ditas_export.dit.record_entries import FLOW_ENTRIES, NOT_FOLLOWED_ENTRIES, READERS
 from ditas_export.dit.record_parts import RecordPart, json_or_text, opened, plain, record_parts
 from ditas_export.dit.schedules import facts_of_table, tables_of_part
 from ditas_export.errors import CheckpointError
 from ditas_export.options import CheckpointHints, FamilyChoice
+from ditas_export.process import BetaSchedule
 
 NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
 """Objects of a pickle that are read as a dict, and hold nothing else."""

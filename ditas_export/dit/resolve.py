@@ -21,8 +21,8 @@ from ditas_export.dit.layouts import Geometry
 from ditas_export.dit.model import DiTConfig
 from ditas_export.dit.positions import square_side
 from ditas_export.dit.presets import LATENT_DOWNSCALE, preset_num_heads
-from ditas_export.dit.process import DIT_PROCESS, Process, Variance
 from ditas_export.errors import CheckpointError
+from ditas_export.process import DIT_PROCESS, Process, Variance
 
 _SHAPED = ("patch_size", "in_channels", "hidden_size", "depth", "mlp_ratio", "learn_sigma")
 """Fields that shapes determine, each by itself."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ditas_export.dit.facts import Fact
-from ditas_export.dit.process import BetaSchedule
 from ditas_export.dit.record_parts import RecordPart, table_of
 from ditas_export.errors import CheckpointError
+from ditas_export.process import BetaSchedule
 
 _TOLERANCE = 1e-4
 """Relative; float32 tables are closer by far, another schedule nowhere near."""

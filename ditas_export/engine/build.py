@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditas_export.artifact_files import atomic_path
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.builder_process import BuildRequest
 from ditas_export.engine.child import OnProgress, run_builder
 from ditas_export.engine.options import BatchRange, BuildOptions
 from ditas_export.engine.products import Product
+from ditas_export.families.base import ModelConfig
+from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.paths import StrPath
 
@@ -57,7 +58,7 @@ def build_engine(
     Raises:
         EngineError: the product is not installed, lacks an option, refuses the graph, crashes or
             takes too long.
-        OnnxExportError: the file does not say which DiT it holds.
+        OnnxExportError: the file does not say which model it holds.
         ArtifactError: the plan or the timing cache cannot be written.
     """
     onnx_path = Path(onnx_path)
@@ -96,14 +97,22 @@ def build_engine(
         )
 
 
-def input_shapes(config: DiTConfig, batch: BatchRange) -> dict[str, list[list[int]]]:
-    """Return each input's shape at the smallest, usual and largest batch."""
-    sizes = (batch.smallest, batch.usual, batch.largest)
-    side = config.input_size
+def input_shapes(config: ModelConfig, batch: BatchRange) -> dict[str, list[list[int]]]:
+    """Return each input's smallest, usual and largest shape: of the batch, and of what else varies.
+
+    The family says what its dynamic dimensions may be.
+    """
+    family = family_of(config)
+    varying = family.sizes(config)
     return {
-        "latents": [[size, config.in_channels, side, side] for size in sizes],
-        "timesteps": [[size] for size in sizes],
-        "class_labels": [[size] for size in sizes],
+        each.name: [
+            [
+                rows,
+                *(varying[size][place] if isinstance(size, str) else size for size in each.shape),
+            ]
+            for place, rows in enumerate((batch.smallest, batch.usual, batch.largest))
+        ]
+        for each in family.inputs(config)
     }
 
 

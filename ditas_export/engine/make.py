@@ -117,7 +117,7 @@ def make_engine(
                 plan_bytes=built.size_bytes,
                 onnx_name=onnx_path.name,
                 onnx_sha256=onnx_sha256,
-                dit=config,
+                model=config,
                 form=form,
                 options=options,
                 gpu=current_gpu(),

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import torch
 
 from ditas_export.artifact_files import atomic_path, sha256_of_file
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.options import BuildOptions
 from ditas_export.engine.products import PRODUCTS, RTX, TENSORRT
 from ditas_export.errors import DitasExportError, EngineError
+from ditas_export.families.identity import RecordedConfig
+from ditas_export.families.registry import record_of
 from ditas_export.file_signs import describe_impostor, describe_other_kind, why_unreadable
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.paths import StrPath
@@ -55,7 +56,7 @@ class EngineMetadata:
     plan_bytes: Annotated[int, Within(0, 2**62)]
     onnx_name: str
     onnx_sha256: str  # with its external data: `sha256_of_onnx`
-    dit: DiTConfig  # "config" in the file
+    model: RecordedConfig  # "config" in the file
     form: FileForm  # of the graph that was built
     options: BuildOptions
     gpu: Gpu | None  # the one at hand when it was built, if any
@@ -77,10 +78,10 @@ class EngineMetadata:
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("dit", "form", "options", "gpu", "replaces")
+            if field.name not in ("model", "form", "options", "gpu", "replaces")
         }
         return values | {
-            "config": self.dit.to_dict(),
+            "config": record_of(self.model),
             "form": self.form.to_dict(),
             "options": self.options.to_dict(),
             "gpu": None if self.gpu is None else dataclasses.asdict(self.gpu),
@@ -94,7 +95,7 @@ class EngineMetadata:
         Raises:
             EngineError: anything else.
         """
-        return from_record(cls, _with_dit(values), error=EngineError)
+        return from_record(cls, _with_model(values), error=EngineError)
 
     def save(self, path: StrPath) -> None:
         """Write indented JSON; atomic."""
@@ -125,13 +126,13 @@ class EngineMetadata:
             ) from error
 
 
-def _with_dit(values: object) -> object:
-    """Return what a file says under the names of the fields: its "config" is `dit`."""
+def _with_model(values: object) -> object:
+    """Return what a file says under the names of the fields: its "config" is `model`."""
     if not isinstance(values, dict) or "config" not in values:
         return values
-    renamed = {"dit" if name == "config" else name: value for name, value in values.items()}
+    renamed = {"model" if name == "config" else name: value for name, value in values.items()}
     if "replaces" in renamed:
-        renamed["replaces"] = _with_dit(renamed["replaces"])
+        renamed["replaces"] = _with_model(renamed["replaces"])
     return renamed
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.layers import (
     BuiltLinear,
     EngineLayer,
     Kernel,
     built_linears,
 )
+from ditas_export.families.base import ModelConfig
 from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.form import FileForm
-
-_BLOCK = re.compile(r"blocks\.(\d+)(?=[./])(?!\.adaLN_modulation)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +76,19 @@ class LayerReport:
         }
 
 
-def layer_report(layers: list[EngineLayer], config: DiTConfig, form: FileForm) -> LayerReport:
+def layer_report(layers: list[EngineLayer], config: ModelConfig, form: FileForm) -> LayerReport:
     """Return what became of an exported file.
 
     Args:
         layers: of the engine, in their order.
-        config: the DiT that the file holds.
+        config: of the model that the file holds.
         form: how the file was written, as `read_form` says.
     """
     expected = expected_kernels(config, form)
     return LayerReport(
         linears=built_linears(layers, expected),
         expected=expected,
-        blocks=_blocks(layers, config.depth),
+        blocks=_blocks(layers, config),
         kernels=sum(layer.is_kernel for layer in layers),
         extra_streams=len({layer.stream for layer in layers}) - 1,
     )
@@ -111,7 +108,7 @@ def with_known_of(inspected: LayerReport, logged: LayerReport) -> LayerReport:
     return dataclasses.replace(logged, linears={**logged.linears, **known})
 
 
-def expected_kernels(config: DiTConfig, form: FileForm) -> dict[str, Kernel]:
+def expected_kernels(config: ModelConfig, form: FileForm) -> dict[str, Kernel]:
     """Return how each quantized linear of a file asks to be multiplied; none in a float file."""
     expected = {}
     if form.is_quantized:
@@ -124,20 +121,41 @@ def expected_kernels(config: DiTConfig, form: FileForm) -> dict[str, Kernel]:
     return expected
 
 
-def _blocks(layers: list[EngineLayer], depth: int) -> tuple[BuiltBlock, ...]:
-    """Count kernels block by block and look for fused attention."""
-    kernels: Counter[int] = Counter()
+def _blocks(layers: list[EngineLayer], config: ModelConfig) -> tuple[BuiltBlock, ...]:
+    """Count kernels block by block and look for fused attention; modulations are no block's."""
+    family = family_of(config)
+    paths = [block.path for block in family.blocks(config)]
+    modulations = tuple(f"{name}/" for name in family.modulations(config))
+    kernels: Counter[str] = Counter()
     for layer in layers:
-        found = [int(number) for node in layer.onnx_nodes for number in _BLOCK.findall(node)]
+        nodes = [node for node in layer.onnx_nodes if not node.startswith(modulations)]
+        found = [path for path in paths if any(_is_in(node, path) for node in nodes)]
         if found and layer.is_kernel:
-            kernels[min(found)] += 1
+            kernels[found[0]] += 1
     return tuple(
-        BuiltBlock(kernels=kernels[block], has_fused_attention=_has_fused_attention(layers, block))
-        for block in range(depth)
+        BuiltBlock(kernels=kernels[path], has_fused_attention=_has_fused_attention(layers, path))
+        for path in paths
     )
 
 
-def _has_fused_attention(layers: list[EngineLayer], block: int) -> bool:
-    """Return whether one kernel holds all of a block's attention."""
-    parts = {f"blocks.{block}.attn/{node}" for node in ("MatMul", "Softmax", "MatMul_1")}
-    return any(parts <= layer.onnx_nodes for layer in layers)
+def _is_in(node: str, path: str) -> bool:
+    """Return whether a node is of a module or of one within it, by its name."""
+    return node.startswith((f"{path}.", f"{path}/"))
+
+
+def _has_fused_attention(layers: list[EngineLayer], block: str) -> bool:
+    """Return whether a block has attention, and each is in one kernel."""
+    softmaxes = {
+        node
+        for layer in layers
+        for node in layer.onnx_nodes
+        if _is_in(node, block) and node.endswith("/Softmax")
+    }
+    return bool(softmaxes) and all(
+        any(
+            {node.replace("/Softmax", f"/{part}") for part in ("MatMul", "Softmax", "MatMul_1")}
+            <= layer.onnx_nodes
+            for layer in layers
+        )
+        for node in softmaxes
+    )

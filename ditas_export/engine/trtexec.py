@@ -29,7 +29,7 @@ def command_line(
 
     Raises:
         EngineError: an option that the product, or its program, does not have.
-        OnnxExportError: the file does not say which DiT it holds.
+        OnnxExportError: the file does not say which model it holds.
     """
     product.require_options(options)
     shapes = input_shapes(read_config(onnx_path), options.batch)
@@ -78,7 +78,7 @@ def run_tool(
 
     Raises:
         EngineError: the program is not on the path, fails, or does not say its version.
-        OnnxExportError: the file does not say which DiT it holds.
+        OnnxExportError: the file does not say which model it holds.
         ArtifactError: the plan cannot be written.
     """
     with atomic_path(plan_path) as plan:

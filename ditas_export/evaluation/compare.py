@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from operator import add
 from pathlib import Path
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ditas_export.artifact_files import atomic_path, differences
 from ditas_export.diffusion.schedules import Time
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.metadata import metadata_of
 from ditas_export.errors import VerificationError
 from ditas_export.evaluation.inputs import trajectory_inputs
@@ -42,9 +41,11 @@ from ditas_export.evaluation.polygraphy_runs import (
     plan_runner,
     save_inputs,
 )
+from ditas_export.families.base import ModelConfig, ModelInputs
+from ditas_export.families.registry import family_of, record_of
 from ditas_export.figures import finite_or_none
 from ditas_export.file_signs import PLAN_SUFFIXES, has_suffix
-from ditas_export.job_files import JobFiles, Output, json_kind
+from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind
 from ditas_export.onnx_export.external_data import plain_files, require_external_data
 from ditas_export.onnx_export.file_facts import read_config, read_identity
 from ditas_export.onnx_export.interface import OUTPUT_NAME as OUTPUT
@@ -175,9 +176,10 @@ def compare(
     Raises:
         OnnxExportError: a file that this package did not write, or without the named linears.
         OtherModelError: files that record two different models.
-        VerificationError: files of two different DiTs or of other outputs, or a bf16 file, which
+        VerificationError: files of two different models or of other outputs, or a bf16 file, which
             ONNX Runtime does not run.
         EngineError: an engine that cannot run here.
+        ConditionsError: embeddings that are needed and missing, or do not fit.
         RunnerError: settings that cannot be sampled, no GPU for an engine, or a refused file.
         ArtifactError: the inputs or the report cannot be written, or something else is there.
     """
@@ -215,12 +217,16 @@ def compare(
 
 def job_files(options: CompareOptions, report: Path | None = None) -> JobFiles:
     """Return the files of a comparison."""
-    outputs = [
-        (options.gen_inputs, "inputs for Polygraphy", is_inputs_file),
+    outputs: list[tuple[Path | None, str, Kind]] = [
+        (options.gen_inputs, "inputs for Polygraphy", partial(_is_inputs_file, options)),
         (report, "comparison", json_kind(KIND)),
     ]
     return JobFiles(
-        inputs={"FP32.onnx": options.reference, "MODEL": options.model},
+        inputs={
+            "FP32.onnx": options.reference,
+            "MODEL": options.model,
+            **existing(embeddings=options.embeddings),
+        },
         outputs=tuple(
             Output(path=path, what=what, is_ours=kind)
             for path, what, kind in outputs
@@ -229,16 +235,22 @@ def job_files(options: CompareOptions, report: Path | None = None) -> JobFiles:
     )
 
 
+def _is_inputs_file(options: CompareOptions, path: Path) -> bool:
+    """Return whether a file has inputs of the model that is compared."""
+    config = read_config(options.reference)
+    return is_inputs_file(path, [each.name for each in family_of(config).inputs(config)])
+
+
 def _is_plan(model: Path) -> bool:
     """Return whether a file is an engine by its name; every other is taken for ONNX."""
     return has_suffix(model, PLAN_SUFFIXES)
 
 
-def _common_config(options: CompareOptions) -> DiTConfig:
-    """Return the DiT that both files hold; files that record their weights hold the same ones."""
+def _common_config(options: CompareOptions) -> ModelConfig:
+    """Return the model that both files hold; files that record their weights hold the same ones."""
     reference = read_config(options.reference)
     if _is_plan(options.model):
-        model, made_from = metadata_of(options.model).dit, None
+        model, made_from = metadata_of(options.model).model, None
     else:
         model, made_from = read_config(options.model), read_identity(options.model)
     recorded = read_identity(options.reference)
@@ -248,9 +260,9 @@ def _common_config(options: CompareOptions) -> DiTConfig:
             what=f"{options.model}, compared with {options.reference},",
             remedy=REMEDY,
         )
-    elif odd := differences(model.to_dict(), reference.to_dict()):
+    elif odd := differences(record_of(model), record_of(reference)):
         raise VerificationError(
-            f"{options.model} holds another DiT than {options.reference}: {'; '.join(odd)}. "
+            f"{options.model} holds another model than {options.reference}: {'; '.join(odd)}. "
             f"{REMEDY}"
         )
     return reference
@@ -271,7 +283,7 @@ def _require_onnxruntime_files(options: CompareOptions) -> None:
 class _Reference(CheckedRunner):
     """The float model as what samples; of its last call all outputs can be taken."""
 
-    def __init__(self, config: DiTConfig, outputs_of: Callable[[Feed], Outputs]) -> None:
+    def __init__(self, config: ModelConfig, outputs_of: Callable[[Feed], Outputs]) -> None:
         super().__init__(config)
         self._backend = outputs_of
         self._outputs: Outputs = {}
@@ -291,16 +303,14 @@ class _Reference(CheckedRunner):
         taken, self._outputs = self._outputs, {}
         return taken
 
-    def _infer(
-        self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-    ) -> Tensor:
+    def _infer(self, backend: Any, inputs: ModelInputs) -> Tensor:
         """Run the file."""
-        self._outputs = backend(feed_of(self._config, latents, timesteps, class_labels))
+        self._outputs = backend(feed_of(self._config, inputs))
         return torch.from_numpy(self._outputs[OUTPUT])
 
 
 def _open_model(
-    options: CompareOptions, config: DiTConfig, stack: ExitStack
+    options: CompareOptions, config: ModelConfig, stack: ExitStack
 ) -> tuple[Callable[[Feed], Outputs], Names]:
     """Open the model that is compared; return what feeds it, and the values of its linears."""
     if _is_plan(options.model):
@@ -312,7 +322,7 @@ def _open_model(
 
 
 def _open_reference(
-    options: CompareOptions, config: DiTConfig, stack: ExitStack, *, with_linears: Names
+    options: CompareOptions, config: ModelConfig, stack: ExitStack, *, with_linears: Names
 ) -> tuple[_Reference, Names]:
     """Open the float model, and return the values of its linears where the other gives its own."""
     names = linear_outputs(options.reference, config) if with_linears else {}
@@ -322,7 +332,7 @@ def _open_reference(
 
 
 def _compare_linears(
-    config: DiTConfig, wanted_names: Names, wanted: Outputs, found_names: Names, found: Outputs
+    config: ModelConfig, wanted_names: Names, wanted: Outputs, found_names: Names, found: Outputs
 ) -> Differences:
     """Return the difference of every block linear at one step, where its outputs are comparable."""
     return {
@@ -333,7 +343,7 @@ def _compare_linears(
     }
 
 
-def _linear(name: str, outputs: Outputs, values: Sequence[str], config: DiTConfig) -> Tensor:
+def _linear(name: str, outputs: Outputs, values: Sequence[str], config: ModelConfig) -> Tensor:
     """Return a linear's output, which is in parts, where it is comparable."""
     whole = torch.from_numpy(np.concatenate([outputs[value] for value in values], axis=-1))
     return comparable_part(name, whole, config)

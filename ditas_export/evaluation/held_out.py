@@ -22,11 +22,11 @@ from ditas_export.diffusion.guidance import blends
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.diffusion.schedules import time_words
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
-from ditas_export.families.base import ModelInputs
+from ditas_export.families.base import Conditions, FamilyModel, ModelConfig, ModelInputs
+from ditas_export.families.registry import conditions_of, family_of
 from ditas_export.figures import confidence_interval, finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.runtime.torch_runner import TorchRunner
@@ -124,7 +124,8 @@ class HeldOut:
     """Runs one backend after the other; the float model gathers the inputs that are probed."""
 
     settings: VerificationSettings
-    config: DiTConfig
+    config: ModelConfig
+    conditions: Conditions
     floats: KeptParts  # of the float model, for whatever file of it
     others: KeptParts  # of one file and its fake-quantized forward
     count: Callable[[int], None] = lambda _: None
@@ -145,7 +146,7 @@ class HeldOut:
             else:
                 found = self._store(name).make(f"{name}-{seed}", make)
             parts.append(found)
-            self.inputs = self.inputs or _probed_inputs(found)
+            self.inputs = self.inputs or self._probed_inputs(found)
         return Sampled(
             finals=[part.tensors["final"] for part in parts],
             not_finite=_first_not_finite(*parts),
@@ -180,9 +181,16 @@ class HeldOut:
         wanted = {"final": (images, *shape)}
         if name == FLOAT and seed == self.settings.seeds[0]:
             probes = len(range(0, self.settings.steps, self._probed_every))
-            wanted |= {"latents": (probes, rows, *shape)}
-            wanted |= {"timesteps": (probes, rows), "class_labels": (probes, rows)}
+            row = self.conditions.inputs(torch.tensor(self.settings.classes[:1]))
+            what, when, *others = self._names
+            wanted |= {what: (probes, rows, *shape), when: (probes, rows)}
+            wanted |= {name: (probes, rows, *row[name].shape[1:]) for name in others}
         return {name: tuple(tensor.shape) for name, tensor in part.tensors.items()} == wanted
+
+    @property
+    def _names(self) -> list[str]:
+        """What a probe is made of: the model's inputs, in order."""
+        return [each.name for each in family_of(self.config).inputs(self.config)]
 
     def _are_answers(self, part: Part) -> bool:
         """Return whether a kept part is what `_answers` makes at the probed inputs."""
@@ -193,6 +201,17 @@ class HeldOut:
             and shapes <= {(self.config.out_channels, side, side)}
             and isinstance(part.facts.get("runtime"), str)
         )
+
+    def _probed_inputs(self, part: Part) -> list[ModelInputs]:
+        """Return the inputs that were gathered with a seed; none where it is not the first."""
+        names = self._names
+        if names[0] not in part.tensors:
+            return []
+        stacked = (part.tensors[name] for name in names)
+        return [
+            ModelInputs(dict(zip(names, tensors, strict=True)))
+            for tensors in zip(*stacked, strict=True)
+        ]
 
     @property
     def _probed_every(self) -> int:
@@ -206,6 +225,7 @@ class HeldOut:
         steps = trajectory(
             runner(),
             classes=settings.classes,
+            conditions=self.conditions,
             steps=settings.steps,
             cfg_scale=settings.cfg_scale,
             seed=seed,
@@ -213,7 +233,7 @@ class HeldOut:
         try:
             for step in steps:
                 if not self.inputs and step.index % self._probed_every == 0:
-                    probes.append(inputs_at(step, settings.cfg_scale, self.config))
+                    probes.append(inputs_at(step, settings.cfg_scale, self.config, self.conditions))
                 last = step.next_latents
                 self.count(1)
         except NonFiniteError as error:
@@ -222,8 +242,8 @@ class HeldOut:
             last = torch.full(self._latents_shape, torch.nan)
             facts["not_finite"] = str(error)
         gathered = {
-            name: torch.stack([getattr(probe, name) for probe in probes])
-            for name in (_PROBE_PARTS if probes else ())
+            name: torch.stack([probe[name] for probe in probes])
+            for name in (self._names if probes else ())
         }
         return Part(tensors={"final": last, **gathered}, facts=facts)
 
@@ -233,7 +253,7 @@ class HeldOut:
         answers = {}
         for index, probe in enumerate(self.inputs):
             try:
-                answer = runner()(probe.latents, probe.timesteps, probe.class_labels)
+                answer = runner()(probe)
             except NonFiniteError as error:
                 answer = torch.full((1,), torch.nan)
                 where = time_words(probe.timesteps[0].item())
@@ -243,10 +263,11 @@ class HeldOut:
 
 
 def sample_held_out(
-    model: DiT,
+    model: FamilyModel,
     settings: VerificationSettings,
     kept: KeptParts,
     *,
+    conditions: Conditions | None = None,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
@@ -256,6 +277,7 @@ def sample_held_out(
         model: float32.
         settings: its first seeds are sampled.
         kept: of this model and these settings alone; what it has is not sampled again.
+        conditions: what the classes of the settings name; the model's own if not given.
         device: where the model computes.
         on_step: called with (sampling steps done, in all).
 
@@ -270,7 +292,12 @@ def sample_held_out(
         on_step(done, total)
 
     held_out = HeldOut(
-        settings=settings, config=model.config, floats=kept, others=KeptParts(), count=count
+        settings=settings,
+        config=model.config,
+        conditions=conditions_of(model.config) if conditions is None else conditions,
+        floats=kept,
+        others=KeptParts(),
+        count=count,
     )
     with opened(lambda: TorchRunner(model, device=device)) as runner:
         held_out.sampled(FLOAT, runner, settings.first_seeds)
@@ -284,21 +311,6 @@ def opened(open_runner: Callable[[], Runner]) -> Iterator[Callable[[], Runner]]:
         yield cache(lambda: stack.enter_context(open_runner()))
 
 
-_PROBE_PARTS = ("latents", "timesteps", "class_labels")
-"""What a probe is made of."""
-
-
 def _first_not_finite(*parts: Part) -> str | None:
     """Return where the first of some parts put out NaN or infinity, None if none did."""
     return next((part.facts["not_finite"] for part in parts if "not_finite" in part.facts), None)
-
-
-def _probed_inputs(part: Part) -> list[ModelInputs]:
-    """Return the inputs that were gathered with a seed; none where it is not the first."""
-    if _PROBE_PARTS[0] not in part.tensors:
-        return []
-    stacked = (part.tensors[name] for name in _PROBE_PARTS)
-    return [
-        ModelInputs(latents=latents, timesteps=timesteps, class_labels=labels)
-        for latents, timesteps, labels in zip(*stacked, strict=True)
-    ]

@@ -15,14 +15,13 @@ import onnx
 import torch
 from torch import Tensor
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
-from ditas_export.families.base import Rows
+from ditas_export.families.base import ModelConfig, Rows
 from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.interface import OUTPUT_PART
 
 
-def linear_outputs(path: Path, config: DiTConfig) -> dict[str, list[str]]:
+def linear_outputs(path: Path, config: ModelConfig) -> dict[str, list[str]]:
     """Return linear -> names of the values it gives, in the order of the network.
 
     Several values are equal parts of its output channels, in order.
@@ -60,7 +59,7 @@ def with_outputs(path: Path, values: Sequence[str]) -> bytes:
     return content
 
 
-def comparable_part(linear: str, output: Tensor, config: DiTConfig) -> Tensor:
+def comparable_part(linear: str, output: Tensor, config: ModelConfig) -> Tensor:
     """Return the part of a linear's output that folding leaves as it is in the float model.
 
     Rows into which another linear's smoothing folds carry its 1/s in the quantized file, as V's do;

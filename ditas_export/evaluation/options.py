@@ -26,6 +26,7 @@ class CompareOptions:
     linear_db: Annotated[float, Within(-1e6, 1e6)] = 20.0
     threshold_db: Annotated[float, Within(-1e6, 1e6)] | None = None
     gen_inputs: Path | None = None
+    embeddings: Path | None = None  # of the prompts that classes are then the numbers of
 
     def __post_init__(self) -> None:
         """Refuse thresholds that nothing can be held against.

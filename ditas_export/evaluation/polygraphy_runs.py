@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS, RTX
 from ditas_export.errors import DitasExportError, RunnerError
 from ditas_export.evaluation.linear_outputs import with_outputs
-from ditas_export.onnx_export.interface import INPUT_NAMES
 from ditas_export.runtime.inputs import Feed
 from ditas_export.runtime.onnxruntime_runner import (
     ACCURATE_WEIGHT_ONLY,
@@ -125,15 +124,15 @@ _LARGEST_INPUTS = 2**32
 """Bytes of a file of inputs, which are written as text."""
 
 
-def is_inputs_file(path: Path) -> bool:
-    """Return whether `save_inputs` wrote a file: a list of feeds of a DiT."""
+def is_inputs_file(path: Path, names: Iterable[str]) -> bool:
+    """Return whether `save_inputs` wrote a file: a list of feeds of these inputs."""
     try:
         found = read_json(path, most=_LARGEST_INPUTS)
     except (OSError, ValueError):
         return False
-    names = set(INPUT_NAMES)
+    wanted = set(names)
     feeds = found if isinstance(found, list) else []
-    return bool(feeds) and all(isinstance(feed, dict) and set(feed) == names for feed in feeds)
+    return bool(feeds) and all(isinstance(feed, dict) and set(feed) == wanted for feed in feeds)
 
 
 @contextmanager

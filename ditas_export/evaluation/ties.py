@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing, Runner
-from ditas_export.dit.model import DiTConfig
+from ditas_export.families.base import ModelConfig, ModelInputs
 from ditas_export.figures import decibels, finite_or_none
 
 DISTURBANCE = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -121,7 +121,7 @@ class DisturbedRunner(Closing):
         self._seed = seed
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """Shape of the model."""
         return self._runner.config
 
@@ -135,10 +135,11 @@ class DisturbedRunner(Closing):
         """The runner's own."""
         return self._runner.device
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
         """Answer at the disturbed latents."""
+        latents = inputs.latents
         z = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self._seed))
-        return self._runner(latents * (1 + self._size * z), timesteps, class_labels)
+        return self._runner(inputs.replaced({next(iter(inputs)): latents * (1 + self._size * z)}))
 
     def close(self) -> None:
         """Leave the runner to whoever opened it."""

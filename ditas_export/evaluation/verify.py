@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from ditas_export.diffusion.runner import Runner
-from ditas_export.dit.model import DiT
 from ditas_export.evaluation.held_out import (
     FLOAT,
     FinalLatents,
@@ -40,6 +39,8 @@ from ditas_export.evaluation.ties import (
     Match,
     match_of,
 )
+from ditas_export.families.base import Conditions, FamilyModel
+from ditas_export.families.registry import conditions_of
 from ditas_export.figures import finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
 from ditas_export.paths import StrPath
@@ -165,13 +166,14 @@ class Verification:
 
 
 def verify_file(
-    float_model: DiT,
-    fake_quantized: DiT,
+    float_model: FamilyModel,
+    fake_quantized: FamilyModel,
     path: StrPath,
     settings: VerificationSettings,
     *,
-    fake_quantized_fastest: Callable[[], DiT] | None = None,
+    fake_quantized_fastest: Callable[[], FamilyModel] | None = None,
     weight_only: bool = False,
+    conditions: Conditions | None = None,
     device: str | torch.device = "cpu",
     floats: KeptParts | None = None,
     kept: KeptParts | None = None,
@@ -192,6 +194,7 @@ def verify_file(
             form of another target; held no longer than it is probed.
         weight_only: whether the file has weight-only linears, whose float inputs an ONNX Runtime
             session rounds to 8 bits unless it is told not to, as our runners tell it.
+        conditions: what the classes of the settings name; the model's own if not given.
         device: where the models compute.
         floats: what the float model gave, of these settings; see `sample_held_out`.
         kept: what this very file and its fake-quantized forward gave, of these settings.
@@ -202,7 +205,7 @@ def verify_file(
         ArtifactError: what is to be kept cannot be written.
     """
     path = Path(path)
-    dtype = fake_quantized.pos_embed.dtype
+    dtype = fake_quantized.dtype
     open_file = _file_opener(dtype)
     differs = dtype != torch.bfloat16 and (weight_only or fake_quantized_fastest is not None)
     first = settings.first_seeds
@@ -217,6 +220,7 @@ def verify_file(
     held_out = HeldOut(
         settings=settings,
         config=float_model.config,
+        conditions=conditions_of(float_model.config) if conditions is None else conditions,
         floats=floats or KeptParts(),
         others=kept or KeptParts(),
         count=count,

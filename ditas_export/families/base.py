@@ -12,12 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from ditas_export.dit.model import DiT, DiTConfig
+from ditas_export.family_model import Bounds as Bounds
+from ditas_export.family_model import Conditions as Conditions
+from ditas_export.family_model import FamilyModel as FamilyModel
+from ditas_export.family_model import Input as Input
+from ditas_export.family_model import ModelConfig as ModelConfig
+from ditas_export.family_model import ModelInputs as ModelInputs
+from ditas_export.family_model import plural as plural
 
 ALL = slice(None)
 
@@ -70,6 +76,9 @@ class Group:
     is_token_wise: bool = False
     """Whether the input of a token depends on that token's state alone. The walk then computes no
     more of it than it looks at."""
+    mask: str | None = None
+    """The model's input, (N, tokens), that is 0 where a token of what the group reads is padding:
+    such a token counts in no maximum and no moment. None: all tokens are real."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,41 +135,11 @@ class Wide:
     parts: int  # equal ones, in which it may pass; 1: as a whole
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Input:
-    """An input of the exported file; the batch is its first dimension, and left out here."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+Config = TypeVar("Config", bound=ModelConfig)
+Model = TypeVar("Model", bound=FamilyModel)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelInputs:
-    """What a model is fed: rows of all inputs, in the order of the file's."""
-
-    latents: Tensor  # (N, C, H, W) float32
-    timesteps: Tensor  # (N,) int64, or float32 for a flow
-    class_labels: Tensor  # (N,) int64
-
-    def rows(self, rows: slice) -> ModelInputs:
-        """Return some of the rows."""
-        return ModelInputs(
-            latents=self.latents[rows],
-            timesteps=self.timesteps[rows],
-            class_labels=self.class_labels[rows],
-        )
-
-    def to(self, device: torch.device | str) -> ModelInputs:
-        """Return the inputs on another device."""
-        return ModelInputs(
-            latents=self.latents.to(device),
-            timesteps=self.timesteps.to(device),
-            class_labels=self.class_labels.to(device),
-        )
-
-
-class Family(Protocol):
+class Family(Protocol[Config, Model]):
     """A family of transformers, as the rest of the package sees it; it holds nothing of a model."""
 
     @property
@@ -168,34 +147,39 @@ class Family(Protocol):
         """What files, artefacts and `--family` call it."""
         ...
 
-    def serves(self, config: DiTConfig) -> bool:
+    @property
+    def config_type(self) -> type[Config]:
+        """The class of its configurations."""
+        ...
+
+    def serves(self, config: Config) -> bool:
         """Return whether a model of this configuration is of the family."""
         ...
 
-    def module(self, config: DiTConfig, *, folded: bool = False) -> DiT:
+    def module(self, config: Config, *, folded: bool = False) -> Model:
         """Return the model, as published or as folding leaves it: scales are factors then."""
         ...
 
-    def blocks(self, config: DiTConfig) -> tuple[Block, ...]:
+    def blocks(self, config: Config) -> tuple[Block, ...]:
         """Return its blocks, in order."""
         ...
 
-    def enter(self, model: DiT, inputs: ModelInputs) -> tuple[State, State]:
+    def enter(self, model: Model, inputs: ModelInputs) -> tuple[State, State]:
         """Return what passes into the first stage, and the constants of all stages."""
         ...
 
-    def shapes(self, config: DiTConfig, rows: int, tokens: int) -> tuple[Shapes, Shapes]:
+    def shapes(self, config: Config, rows: int, tokens: int) -> tuple[Shapes, Shapes]:
         """Return the shapes of what `enter` gives: what passes on, and the constants."""
         ...
 
-    def modulations(self, config: DiTConfig) -> Mapping[str, tuple[slice, ...]]:
+    def modulations(self, config: Config) -> Mapping[str, tuple[slice, ...]]:
         """Return the modulation linears of the model, and the rows of each that make scales.
 
         They may be stored as integers, and every scale's 1 goes into their biases.
         """
         ...
 
-    def conditions(self, config: DiTConfig, parameters: Mapping[str, Tensor]) -> Tensor:
+    def modulation_inputs(self, config: Config, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return what the modulation linears read, (tokens, K) float32: their inputs' distribution.
 
         Args:
@@ -204,7 +188,7 @@ class Family(Protocol):
         """
         ...
 
-    def float_linears(self, config: DiTConfig) -> tuple[str, ...]:
+    def float_linears(self, config: Config) -> tuple[str, ...]:
         """Return the linears outside the embedders that stay float and are no modulation."""
         ...
 
@@ -212,14 +196,42 @@ class Family(Protocol):
         """Return how names of what embeds the inputs begin."""
         ...
 
-    def inputs(self, config: DiTConfig) -> tuple[Input, ...]:
-        """Return the inputs of the exported file, in order."""
+    def tables(self, config: Config) -> Shapes:
+        """Return shapes of constants by which a file of this configuration is told, by name."""
         ...
 
-    def attentions(self, config: DiTConfig) -> Sequence[FusedAttention]:
+    def inputs(self, config: Config) -> tuple[Input, ...]:
+        """Return the inputs of the exported file, in order: see `ModelInputs`."""
+        ...
+
+    def sizes(self, config: Config) -> Mapping[str, tuple[int, int, int]]:
+        """Return the smallest, usual and largest size of the inputs' dynamic dimensions, by name.
+
+        Engines are built for these.
+        """
+        ...
+
+    def conditions(self, config: Config, embeddings: Path | None) -> Conditions:
+        """Return what images can be asked for.
+
+        Args:
+            config: of the model.
+            embeddings: the file of prompts' embeddings, for families that are asked by prompts.
+
+        Raises:
+            ConditionsError: embeddings that are needed and missing, or given and of no use; says
+                how to get them, or to leave them out.
+        """
+        ...
+
+    def attentions(self, config: Config) -> Sequence[FusedAttention]:
         """Return every attention of the model, by module paths in the model."""
         ...
 
-    def wides(self, config: DiTConfig) -> Sequence[Wide]:
+    def wides(self, config: Config) -> Sequence[Wide]:
         """Return every wide activation of the model, by module paths in the model."""
         ...
+
+
+AnyFamily = Family[Any, Any]
+"""A family, its configurations' class unknown."""

@@ -15,25 +15,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ditas_export.dit.model import (
     Chunks,
     DiT,
     DiTBlock,
     DiTConfig,
-    LabelEmbedder,
-    TimestepEmbedder,
     modulate,
     modulate_by_factor,
 )
 from ditas_export.families.base import (
     Block,
+    Fold,
     FusedAttention,
     Group,
-    Input,
     ModelInputs,
     Modulation,
     Multiply,
@@ -43,16 +39,11 @@ from ditas_export.families.base import (
     State,
     Wide,
 )
+from ditas_export.families.class_conditioned import ClassConditioned
 
 ADALN = "adaLN_modulation.1"
 FINAL_ADALN = "final_layer.adaLN_modulation.1"
 FINAL_LINEAR = "final_layer.linear"
-
-LABELS_PER_TIME = 8
-"""Labels seen at each time by the modulation: seven classes in turn, and the null class."""
-
-TIMES = 1000
-"""Times of a flow at which the modulation is seen, evenly spaced."""
 
 
 def _chunk(name: str, width: int) -> slice:
@@ -81,12 +72,17 @@ def _transform(block: nn.Module, state: State, constants: State) -> State:
     return {"x": block.add_mlp(state["x"], block.chunks(constants["c"]))}
 
 
-@dataclass(frozen=True, slots=True)
-class DiTFamily:
+@dataclass(frozen=True)
+class DiTFamily(ClassConditioned):
     """Models of the class `DiT`, whatever they predict."""
 
     name: str
     process: type  # what their configurations have
+
+    @property
+    def config_type(self) -> type[DiTConfig]:
+        """The class of their configurations."""
+        return DiTConfig
 
     def serves(self, config: DiTConfig) -> bool:
         """Return whether a model predicts what the family's do."""
@@ -103,7 +99,7 @@ class DiTFamily:
 
     def enter(self, model: DiT, inputs: ModelInputs) -> tuple[State, State]:
         """Return the first hidden state x (N, T, D) and the conditioning vector c (N, D)."""
-        hidden, c = model.embed(inputs.latents, inputs.timesteps, inputs.class_labels)
+        hidden, c = model.embed(**inputs)
         return {"x": hidden}, {"c": c}
 
     def shapes(self, config: DiTConfig, rows: int, tokens: int) -> tuple[Shapes, Shapes]:
@@ -120,39 +116,9 @@ class DiTFamily:
             FINAL_ADALN: (slice(width, 2 * width),),  # shift comes first
         }
 
-    def conditions(self, config: DiTConfig, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return SiLU(c) of every time step, or of 1000 times of a flow, with eight labels each.
-
-        The null class, which guidance asks for in every second row, comes at each time; the others
-        take turns, so that all are seen. Without a null class all rows of the label table take
-        turns.
-        """
-        times = _times(config)
-        in_turn = LABELS_PER_TIME - 1 if config.is_guidable else LABELS_PER_TIME
-        labels = (torch.arange(len(times) * in_turn) % config.num_labels).reshape(-1, in_turn)
-        if config.is_guidable:
-            labels = functional.pad(labels, (0, 1), value=config.null_class)
-        with torch.no_grad():
-            of_times = _loaded(TimestepEmbedder(config), "t_embedder", parameters)(times)
-            of_labels = _loaded(LabelEmbedder(config), "y_embedder", parameters)(labels)
-            return functional.silu(of_times[:, None] + of_labels).flatten(0, 1)
-
     def float_linears(self, _config: DiTConfig) -> tuple[str, ...]:
         """Return the projection to pixels."""
         return (FINAL_LINEAR,)
-
-    def embedders(self) -> tuple[str, ...]:
-        """Return how names of what embeds the inputs begin."""
-        return ("x_embedder", "t_embedder", "y_embedder", "pos_embed")
-
-    def inputs(self, config: DiTConfig) -> tuple[Input, ...]:
-        """Return latents, times and labels."""
-        side = config.input_size
-        return (
-            Input(name="latents", dtype=torch.float32, shape=(config.in_channels, side, side)),
-            Input(name="timesteps", dtype=config.process.time_dtype, shape=()),
-            Input(name="class_labels", dtype=torch.int64, shape=()),
-        )
 
     def attentions(self, config: DiTConfig) -> Sequence[FusedAttention]:
         """Return every block's attention."""
@@ -178,47 +144,19 @@ class DiTFamily:
 
 def _stages(width: int) -> tuple[Stage, ...]:
     """Return the three stages of a block: attention is computed once in each pass."""
-    qkv = Group(
-        linears=("attn.qkv",),
-        folds=(
-            Modulation(
-                linear=ADALN, scale=_chunk("scale_msa", width), shift=_chunk("shift_msa", width)
-            ),
-        ),
-        stacked=3,
-        is_token_wise=True,
-    )
-    proj = Group(
-        linears=("attn.proj",),
-        folds=(Rows(linear="attn.qkv", rows=slice(2 * width, 3 * width)),),
-        is_token_wise=True,
-    )
-    fc1 = Group(
-        linears=("mlp.fc1",),
-        folds=(
-            Modulation(
-                linear=ADALN, scale=_chunk("scale_mlp", width), shift=_chunk("shift_mlp", width)
-            ),
-        ),
-        is_token_wise=True,
-    )
-    fc2 = Group(linears=("mlp.fc2",), folds=(Multiply(),), is_token_wise=True)
+
+    def group(linear: str, fold: Fold, *, stacked: int = 1) -> Group:
+        return Group(linears=(linear,), folds=(fold,), stacked=stacked, is_token_wise=True)
+
+    def modulation(part: str) -> Modulation:
+        scale, shift = _chunk(f"scale_{part}", width), _chunk(f"shift_{part}", width)
+        return Modulation(linear=ADALN, scale=scale, shift=shift)
+
+    v = Rows(linear="attn.qkv", rows=slice(2 * width, 3 * width))
+    qkv, proj = group("attn.qkv", modulation("msa"), stacked=3), group("attn.proj", v)
+    fc1, fc2 = group("mlp.fc1", modulation("mlp")), group("mlp.fc2", Multiply())
     return (
         Stage(groups=(qkv,), run=_attend),
         Stage(groups=(proj,), run=_project),
         Stage(groups=(fc1, fc2), run=_transform),
     )
-
-
-def _times(config: DiTConfig) -> Tensor:
-    """Return the times at which the modulation is seen: every step, or evenly those of a flow."""
-    first, last = config.process.times
-    if config.process.time_dtype == torch.int64:
-        return torch.arange(int(first), int(last) + 1)
-    return torch.linspace(first, last, TIMES)
-
-
-def _loaded(module: nn.Module, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module with its parameters of the model."""
-    module.load_state_dict({name: parameters[f"{path}.{name}"] for name in module.state_dict()})
-    return module

@@ -21,15 +21,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ditas_export.dit.model import DiT
 from ditas_export.errors import CalibrationError
-from ditas_export.families.base import Modulation, Multiply, Rows
+from ditas_export.families.base import FamilyModel, Modulation, Multiply, Rows
 from ditas_export.families.registry import family_of
 
 
 def plant_outliers(
-    model: DiT, *, channels: int = 4, gain: tuple[float, float] = (20.0, 60.0), seed: int = 0
-) -> DiT:
+    model: FamilyModel,
+    *,
+    channels: int = 4,
+    gain: tuple[float, float] = (20.0, 60.0),
+    seed: int = 0,
+) -> FamilyModel:
     """Return a copy of the model with outliers in the input of every linear that can have them.
 
     Args:

@@ -15,9 +15,9 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import ArtifactError, RunnerError
+from ditas_export.families.base import Conditions, ModelConfig
+from ditas_export.families.registry import conditions_of
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
 from ditas_export.generation.pixels import is_npz_file
@@ -25,6 +25,7 @@ from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingS
 from ditas_export.generation.wanted import read_wanted
 from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
+from ditas_export.process import VaeFactors
 from ditas_export.runtime.open_runner import OpenedModel, open_runner
 from ditas_export.vae.decoder import NO_VAE, Decoder, open_decoder
 
@@ -82,8 +83,10 @@ def generate(
         decoder = ranks.together(lambda: _decoder(options, opened))
         if decoder is not None:
             stack.enter_context(decoder)
+        conditions = ranks.together(lambda: conditions_of(runner.config, options.embeddings))
+        settings = ranks.together(lambda: _settings(options, conditions))
         sampler = ranks.together(
-            lambda: Sampler(runner, _settings(options, opened), decoder=decoder)
+            lambda: Sampler(runner, settings, conditions=conditions, decoder=decoder)
         )
         say(f"model: {opened.source}\nruntime: {runner.description}")
         for note in opened.notes:
@@ -94,7 +97,7 @@ def generate(
         pictures = decoder is not None or runner.config.in_channels in PICTURE_CHANNELS
         folder = ImageFolder(options.output, count=count, pictures=pictures)
         npz = _npz(options)
-        facts = _facts(options, opened, sampler)
+        facts = _facts(opened, sampler, conditions)
         ranks.first(lambda: stack.enter_context(folder.held()))
         ranks.first(lambda: folder.prepare(facts))
         sampled, seconds = _sample_missing(sampler, folder, ranks, on_progress)
@@ -132,7 +135,13 @@ def _check_files(options: SampleOptions) -> None:
         require_writable(npz)  # the folder's own
         return
     JobFiles(
-        inputs=existing(model=options.model, vae=options.vae, list=options.list),
+        inputs=existing(
+            model=options.model,
+            vae=options.vae,
+            list=options.list,
+            embeddings=options.embeddings,
+            lora=options.lora,
+        ),
         outputs=(Output(path=npz, what="stack of samples", is_ours=is_npz_file),),
     ).check()
 
@@ -169,7 +178,7 @@ def _decoder(options: SampleOptions, opened: OpenedModel) -> Decoder | None:
     return open_decoder(vae, config=config, device=_device(options), threads=_threads(options))
 
 
-def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:
+def _vae_of(model: str, opened: OpenedModel, config: ModelConfig) -> str:
     """Return the VAE of a model: its pipeline's, the file beside it, or the published models'.
 
     Raises:
@@ -191,8 +200,8 @@ def _vae_of(model: str, opened: OpenedModel, config: DiTConfig) -> str:
     return DEFAULT_VAE
 
 
-def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
-    """Return what to sample, the classes counted out."""
+def _settings(options: SampleOptions, conditions: Conditions) -> SamplingSettings:
+    """Return what to sample, the classes or prompts counted out."""
     seed = options.seed or 0
     wanted = None if options.list is None else read_wanted(options.list)
     if wanted is not None:
@@ -200,7 +209,7 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     else:
         classes = parse_classes(
             options.classes or "random",
-            num_labels=opened.runner.config.num_labels,
+            conditions=conditions,
             count=options.images,
             seed=seed,
         )
@@ -218,10 +227,11 @@ def _settings(options: SampleOptions, opened: OpenedModel) -> SamplingSettings:
     )
 
 
-def _facts(options: SampleOptions, opened: OpenedModel, sampler: Sampler) -> dict[str, Any]:
+def _facts(opened: OpenedModel, sampler: Sampler, conditions: Conditions) -> dict[str, Any]:
     """Return what the bytes of the images depend on."""
     decoder = sampler.decoder
-    return {
+    named = {} if conditions.identity is None else {"embeddings_sha256": conditions.identity}
+    return named | {
         "model": opened.source,
         "sha256": opened.sha256,
         "runtime": opened.runner.description,

@@ -27,6 +27,8 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import OnStep, require_labels, sample
 from ditas_export.diffusion.schedules import Time, make_schedule, resolved_sampler
 from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
+from ditas_export.families.base import Conditions
+from ditas_export.families.registry import conditions_of
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
 from ditas_export.vae.decoder import Decoder
@@ -105,21 +107,31 @@ class Sampler:
     Args:
         runner: an open runner.
         settings: what to sample.
+        conditions: what the classes of the settings name; the model's own if not given.
         decoder: from latents to pictures; models of pixels (1 or 3 channels) need none.
 
     Raises:
         RunnerError: a class that the model does not have, a sampler that does not follow its
             process, steps or a shift that the sampler does not take, guidance of a model that has
             nothing to guide with, or a decoder of other latents, or of latents scaled otherwise.
+        ConditionsError: no conditions for a model that has no classes of its own.
     """
 
     def __init__(
-        self, runner: Runner, settings: SamplingSettings, *, decoder: Decoder | None = None
+        self,
+        runner: Runner,
+        settings: SamplingSettings,
+        *,
+        conditions: Conditions | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         config = runner.config
-        require_labels(settings.classes, config)
+        self._conditions = conditions_of(config) if conditions is None else conditions
+        require_labels(settings.classes, self._conditions)
         make_schedule(settings.sampler, settings.steps, config.process, shift=settings.shift)
-        self._cfg_scale = resolved_cfg_scale(settings.cfg_scale, default=CFG_SCALE, config=config)
+        self._cfg_scale = resolved_cfg_scale(
+            settings.cfg_scale, default=CFG_SCALE, conditions=self._conditions
+        )
         require_interval(settings.guidance_interval, self._cfg_scale)
         if decoder is not None:
             require_fitting_vae(
@@ -182,6 +194,7 @@ class Sampler:
         latents = sample(
             self.runner,
             classes=[settings.classes[index] for index in filled],
+            conditions=self._conditions,
             steps=settings.steps,
             cfg_scale=self._cfg_scale,
             cfg_channels=settings.cfg_channels,

@@ -1,4 +1,4 @@
-"""A folded DiT, or the float model, to one ONNX file that says what it is."""
+"""A folded model, or the float one, to one ONNX file that says what it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ditas_export import __version__
 from ditas_export.artifact_files import require_writable, staging_folder
 from ditas_export.calibration.fold import FoldedModel
 from ditas_export.calibration.modules import in_onnxruntime_form
-from ditas_export.dit.identity import ModelIdentity, identity_of
-from ditas_export.dit.model import DiT
 from ditas_export.errors import OnnxExportError
-from ditas_export.families.registry import family_of
+from ditas_export.families.base import FamilyModel
+from ditas_export.families.identity import ModelIdentity, identity_of
+from ditas_export.families.registry import family_of, record_of
 from ditas_export.onnx_export.contract import check_contract
 from ditas_export.onnx_export.external_data import data_name, install
 from ditas_export.onnx_export.file_facts import (
@@ -57,7 +57,7 @@ def export_onnx(
     ranges: Ranges = "token",
     target: Target = "portable",
 ) -> None:
-    """Write a quantized DiT as standard QDQ ONNX, checked against the rules of the runtimes.
+    """Write a quantized model as standard QDQ ONNX, checked against the rules of the runtimes.
 
     Past 2 GB the tensors go to `<path>.<digest>.data`. Either file is there whole or not at all.
 
@@ -137,7 +137,9 @@ def record_choices(model: ir.Model, choices: Mapping[str, Choice]) -> None:
     model.metadata_props[REASONS_KEY] = json.dumps(reasons, sort_keys=True)
 
 
-def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | None = None) -> None:
+def export_reference(
+    model: FamilyModel, path: StrPath, *, identity: ModelIdentity | None = None
+) -> None:
     """Write the float model with the interface of the quantized file.
 
     Args:
@@ -151,7 +153,7 @@ def export_reference(model: DiT, path: StrPath, *, identity: ModelIdentity | Non
     """
     path = Path(path)
     parameters = model.state_dict()
-    dtype = model.pos_embed.dtype
+    dtype = model.dtype
     float_type = _float_type(dtype)
     require_writable(path)
 
@@ -199,9 +201,8 @@ def describe(model: ir.Model, identity: ModelIdentity, form: FileForm) -> None:
     """Make a file self-describing: which model it holds, and the form it was written in."""
     model.producer_name = "ditas-export"
     model.producer_version = __version__
-    config = identity.config.to_dict()
     model.metadata_props[FAMILY_KEY] = family_of(identity.config).name
-    model.metadata_props[CONFIG_KEY] = json.dumps(config, sort_keys=True)
+    model.metadata_props[CONFIG_KEY] = json.dumps(record_of(identity.config), sort_keys=True)
     model.metadata_props[IDENTITY_KEY] = json.dumps(
         {"tensors_sha256": identity.tensors_sha256, "fingerprint": identity.fingerprint},
         sort_keys=True,
@@ -215,7 +216,7 @@ def record_form(model: ir.Model, form: FileForm) -> None:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Check a DiT's graph against the rules of the runtimes and write it; see `write_model`.
+    """Check a model's graph against the rules of the runtimes and write it; see `write_model`.
 
     Raises:
         OnnxExportError: the model breaks a rule, or is no valid ONNX.

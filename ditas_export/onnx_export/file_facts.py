@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 import torch
 
-from ditas_export.dit.identity import ModelIdentity
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError, OnnxExportError
+from ditas_export.families.base import ModelConfig
+from ditas_export.families.identity import ModelIdentity
+from ditas_export.families.registry import config_of
 from ditas_export.onnx_export.by_reference import read_by_reference
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.onnx_export.interface import why_unlike
@@ -41,7 +42,7 @@ class _RecordedIdentity:
     fingerprint: str
 
 
-def read_config(path: StrPath) -> DiTConfig:
+def read_config(path: StrPath) -> ModelConfig:
     """Return what the model in a file that this package wrote computes beside its tensors.
 
     A file of an earlier version, which does not record all of it, has the defaults that were meant.
@@ -66,16 +67,16 @@ def read_identity(path: StrPath) -> ModelIdentity | None:
     return identity
 
 
-def _read_model(path: Path) -> tuple[DiTConfig, ModelIdentity | None]:
+def _read_model(path: Path) -> tuple[ModelConfig, ModelIdentity | None]:
     """Return a file's configuration, and the identity that holds it where one is recorded."""
     model = read_by_reference(path)
     stated = _metadata_of(model)
     text = _entry(path, stated, CONFIG_KEY)
     try:
-        config = DiTConfig.from_dict(parse_json(text))
+        config = config_of(parse_json(text))
     except (TextError, CheckpointError) as error:
         raise OnnxExportError(
-            f"{path} does not say which DiT it holds ({error}); export it with ditas-export"
+            f"{path} does not say which model it holds ({error}); export it with ditas-export"
         ) from error
     if reason := why_unlike(model.graph, config):
         raise OnnxExportError(

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 import torch
 
-from ditas_export.dit.model import DiTConfig
+from ditas_export.families.base import ModelConfig
 from ditas_export.families.registry import family_of
 
-INPUT_NAMES = ("latents", "timesteps", "class_labels")
 OUTPUT_NAME = "model_output"
 
 INPUT_PART, OUTPUT_PART = "input_", "output_"
@@ -24,11 +23,8 @@ INPUT_PART, OUTPUT_PART = "input_", "output_"
 _TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
 """ONNX's names of the types that inputs have."""
 
-_BLOCK = re.compile(r"blocks\.([0-9]{1,6})[./]")
-"""How names of a block's nodes begin."""
 
-
-def why_unlike(graph: onnx.GraphProto, config: DiTConfig) -> str | None:
+def why_unlike(graph: onnx.GraphProto, config: ModelConfig) -> str | None:
     """Return in what a graph is not the model of a configuration, None where it is."""
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
@@ -42,8 +38,11 @@ def why_unlike(graph: onnx.GraphProto, config: DiTConfig) -> str | None:
     return faults[0] if faults else None
 
 
-def input_types(config: DiTConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return ONNX type and shape of every input of a model, in order; the batch is left out."""
+def input_types(config: ModelConfig) -> dict[str, tuple[int, tuple[int | str, ...]]]:
+    """Return ONNX type and shape of every input of a model, in order; the batch is left out.
+
+    What is dynamic has a name for its size.
+    """
     return {
         each.name: (_TYPES[each.dtype], each.shape) for each in family_of(config).inputs(config)
     }
@@ -52,7 +51,7 @@ def input_types(config: DiTConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
 def _value_faults(
     what: str,
     values: Sequence[onnx.ValueInfoProto],
-    expected: dict[str, tuple[int, tuple[int, ...]]],
+    expected: dict[str, tuple[int, tuple[int | str, ...]]],
 ) -> Iterator[str]:
     """Yield what is wrong with inputs or outputs; the first dimension is the batch's."""
     if [value.name for value in values] != list(expected):
@@ -76,14 +75,9 @@ def _value_faults(
             yield f"{value.name} has rows of {tuple(found_sizes)}, its record says {sizes}"
 
 
-def _table_faults(constants: Iterable[onnx.TensorProto], config: DiTConfig) -> Iterator[str]:
+def _table_faults(constants: Iterable[onnx.TensorProto], config: ModelConfig) -> Iterator[str]:
     """Yield which tables are not of the recorded sizes."""
-    patch = config.patch_size
-    sizes = {
-        "y_embedder.embedding_table.weight": (config.label_rows, config.hidden_size),
-        "pos_embed": (1, config.num_tokens, config.hidden_size),
-        "x_embedder.proj.weight": (config.hidden_size, config.in_channels, patch, patch),
-    }
+    sizes = family_of(config).tables(config)
     found = {tensor.name: tuple(tensor.dims) for tensor in constants if tensor.name in sizes}
     for name, expected in sizes.items():
         if name not in found:
@@ -92,8 +86,11 @@ def _table_faults(constants: Iterable[onnx.TensorProto], config: DiTConfig) -> I
             yield f"{name} is {found[name]}, its record says {expected}"
 
 
-def _depth_faults(nodes: Iterable[onnx.NodeProto], config: DiTConfig) -> Iterator[str]:
+def _depth_faults(nodes: Iterable[onnx.NodeProto], config: ModelConfig) -> Iterator[str]:
     """Yield whether nodes are of another number of blocks; a tool may have dropped all names."""
-    blocks = {int(match[1]) for node in nodes if (match := _BLOCK.match(node.name))}
-    if blocks and blocks != set(range(config.depth)):
-        yield f"its nodes are of {len(blocks)} blocks, its record says {config.depth}"
+    expected = {block.path for block in family_of(config).blocks(config)}
+    lists = "|".join(sorted({re.escape(path.rpartition(".")[0]) for path in expected}))
+    block = re.compile(rf"((?:{lists})\.[0-9]{{1,6}})[./]")
+    found = {match[1] for node in nodes if (match := block.match(node.name))}
+    if found and found != expected:
+        yield f"its nodes are of {len(found)} blocks, its record says {len(expected)}"

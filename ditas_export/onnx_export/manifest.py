@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditas_export.artifact_files import atomic_path
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.base import ModelConfig
 from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.paths import StrPath
@@ -54,7 +54,7 @@ def tensor_bytes(model: ir.Model) -> dict[str, int]:
     return found
 
 
-def bytes_by_part(model: ir.Model, config: DiTConfig) -> dict[str, int]:
+def bytes_by_part(model: ir.Model, config: ModelConfig) -> dict[str, int]:
     """Return the bytes of a model's tensors, part by part; they add up to all of them.
 
     `codes` are the integers of the quantized linears, in layout int8 with the output factors of the

@@ -17,8 +17,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
+from ditas_export.families.base import ModelConfig
 from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN
 from ditas_export.onnx_export.subgraph import Subgraph
@@ -30,7 +30,7 @@ IR_VERSION = 11
 """The IR version that came with it."""
 
 
-def to_onnxruntime_form(model: ir.Model, config: DiTConfig, *, in_parts: bool) -> None:
+def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool) -> None:
     """Put one `Attention` where attention is, and cut what is wide; in place.
 
     Args:

@@ -15,9 +15,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from ditas_export.calibration.modules import in_onnxruntime_form
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
-from ditas_export.families.registry import family_of, linear_names
+from ditas_export.families.registry import config_of, family_of, linear_names
 from ditas_export.onnx_export.export import (
     lower_placeholders,
     record_choices,
@@ -101,7 +100,7 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
             f"this file cannot be written for {target}: {reason}; export it again"
         )
     form = FileForm.from_dict(parse_json(model.metadata_props[FORM_KEY]))
-    config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
+    config = config_of(parse_json(model.metadata_props[CONFIG_KEY]))
     assert form.activation_bits is not None  # a quantized file's form has them
     assert form.layout is not None
     lowered = lowered_linears(model.graph, linear_names(config))

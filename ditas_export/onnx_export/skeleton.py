@@ -21,9 +21,8 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import OnnxExportError
-from ditas_export.families.base import Input
+from ditas_export.families.base import Input, ModelConfig
 from ditas_export.families.registry import family_of, linear_names
 from ditas_export.onnx_export.interface import OUTPUT_NAME
 
@@ -35,6 +34,9 @@ IR_VERSION = 10
 
 PLACEHOLDER_DOMAIN = "ditas_export.placeholder"
 PLACEHOLDER = "Linear"
+
+_TRACED_SIZE = 7
+"""Of the first dynamic dimension beside the batch while tracing: unlike any other size."""
 
 _MODEL = "model"
 """Attribute under which `_Interface` holds the model; taken off every name again."""
@@ -69,26 +71,31 @@ class _Float32Convolution(nn.Conv2d):
 
 
 class _Interface(nn.Module):
-    """float32 latents in and out, whatever the network's float type."""
+    """float32 in and out, whatever the network's float type; inputs in the file's order."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Input], dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.inputs = inputs
         self.dtype = dtype
 
-    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         """Run the model in its own float type."""
-        out: Tensor = self.model(latents.to(self.dtype), timesteps, class_labels)
+        fed = {
+            each.name: tensor.to(self.dtype) if each.is_feature else tensor
+            for each, tensor in zip(self.inputs, tensors, strict=True)
+        }
+        out: Tensor = self.model(**fed)
         return out.float()
 
 
 def export_skeleton(
-    config: DiTConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, folded: bool
+    config: ModelConfig, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, folded: bool
 ) -> ir.Model:
     """Return the graph of a model, opset 21, its linears placeholders, names by module path.
 
-    The inputs are those of its family, the first dimension N dynamic; the output is `model_output`
-    (N, 2C or C, H, W) float32.
+    The inputs are those of its family, the first dimension N dynamic, and what it names; the output
+    is `model_output` (N, 2C or C, H, W) float32.
 
     Args:
         config: of the model.
@@ -112,7 +119,8 @@ def export_skeleton(
     if dtype == torch.bfloat16:
         _convolve_in_float32(model, kept)
     model.load_state_dict(kept, strict=True, assign=True)
-    graph_model = _trace(_Interface(model.eval(), dtype), family.inputs(config))
+    inputs = family.inputs(config)
+    graph_model = _trace(_Interface(model.eval(), inputs, dtype), inputs)
     _drop_allowzero(graph_model.graph)
     _rename(graph_model.graph)
     strip_metadata(graph_model)
@@ -140,16 +148,25 @@ def _convolve_in_float32(model: nn.Module, parameters: dict[str, Tensor]) -> Non
 
 def _trace(interface: _Interface, inputs: Sequence[Input]) -> ir.Model:
     """Export the shell of a model; two images stand for a dynamic batch."""
-    batch = torch.export.Dim("N", min=1)
+    names = {size for each in inputs for size in each.shape if isinstance(size, str)}
+    sizes = {name: _TRACED_SIZE + index for index, name in enumerate(sorted(names))}
+    dims = {name: torch.export.Dim(name, min=1) for name in ("N", *sizes)}
     with tidy_exporter():
         program = torch.onnx.export(
             interface,
-            tuple(torch.zeros(2, *each.shape, dtype=each.dtype) for each in inputs),
+            tuple(
+                torch.zeros(
+                    2,
+                    *(sizes[size] if isinstance(size, str) else size for size in each.shape),
+                    dtype=each.dtype,
+                )
+                for each in inputs
+            ),
             dynamo=True,
             opset_version=OPSET,
             input_names=[each.name for each in inputs],
             output_names=(OUTPUT_NAME,),
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=(tuple(_dynamic(each, dims) for each in inputs),),
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention
             },
@@ -157,6 +174,14 @@ def _trace(interface: _Interface, inputs: Sequence[Input]) -> ir.Model:
         )
     assert program is not None  # dynamo=True always returns one
     return program.model
+
+
+def _dynamic(wanted: Input, dims: Mapping[str, Any]) -> dict[int, Any]:
+    """Return an input's dynamic dimensions by place; the batch is first."""
+    named = {
+        place: dims[size] for place, size in enumerate(wanted.shape, 1) if isinstance(size, str)
+    }
+    return {0: dims["N"], **named}
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ditas_export.diffusion.runner import Closing
 from ditas_export.diffusion.sampling import REMEDY
-from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import NonFiniteError, RunnerError
+from ditas_export.families.base import ModelConfig, ModelInputs
+from ditas_export.families.registry import family_of
 from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.inputs import require_fitting
 
@@ -36,13 +37,13 @@ class CheckedRunner(Closing):
             memory they would share.
     """
 
-    def __init__(self, config: DiTConfig, *, one_at_a_time: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, one_at_a_time: bool = False) -> None:
         self._config = config
         self._backend: Any = None
         self._turn = threading.RLock() if one_at_a_time else nullcontext()
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """Of the model behind the runner."""
         return self._config
 
@@ -52,20 +53,19 @@ class CheckedRunner(Closing):
         """One line: backend, version, device, and the kernels really used where known."""
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, inputs: ModelInputs) -> Tensor:
         """Return ε and any learned variance, or the velocity; see `Runner`.
 
         Raises:
             RunnerError: inputs that do not fit the model, a fault of the backend, an output that is
                 not finite, or a closed runner.
         """
-        require_fitting(self._config, latents, timesteps, class_labels)
+        require_fitting(self._config, inputs)
         with self._turn:
             backend = self._open_backend()
             with faults_as_errors(self.description):
-                times = timesteps.to(self._config.process.time_dtype)
-                output = self._infer(backend, latents, times, class_labels.long())
-                _require_output(output, len(latents), self._config)
+                output = self._infer(backend, _in_types(self._config, inputs))
+                _require_output(output, len(inputs.latents), self._config)
                 odd = _rows_that_are_not_finite(output)
         if odd:
             error = NonFiniteError(
@@ -77,10 +77,11 @@ class CheckedRunner(Closing):
         return output
 
     @abstractmethod
-    def _infer(
-        self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-    ) -> Tensor:
-        """Return the output, float32 on the latents' device, of memory that nothing else writes."""
+    def _infer(self, backend: Any, inputs: ModelInputs) -> Tensor:
+        """Return the output, float32 on the latents' device, of memory that nothing else writes.
+
+        Features are in the float type that they came in, all else in the types of the interface.
+        """
 
     def _open_backend(self) -> Any:
         """Return the backend; RunnerError once the runner is closed."""
@@ -92,6 +93,14 @@ class CheckedRunner(Closing):
         """Let go of the backend, once no call has its turn; calls that are under way end well."""
         with self._turn:
             self._backend = None
+
+
+def _in_types(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
+    """Return the inputs in the types of the interface, features as they are."""
+    wanted = family_of(config).inputs(config)
+    return inputs.replaced(
+        {each.name: inputs[each.name].to(each.dtype) for each in wanted if not each.is_feature}
+    )
 
 
 def _rows_that_are_not_finite(output: Tensor) -> list[int]:
@@ -107,7 +116,7 @@ def _rows_that_are_not_finite(output: Tensor) -> list[int]:
     return [] if bool(finite.all()) else finite.logical_not().nonzero().flatten().tolist()
 
 
-def _require_output(output: Tensor, rows: int, config: DiTConfig) -> None:
+def _require_output(output: Tensor, rows: int, config: ModelConfig) -> None:
     """Refuse an output that is not the model's; the caller names who gave it."""
     side = config.input_size
     expected = (rows, config.out_channels, side, side)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditas_export.families.base import ModelInputs
 from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.file_facts import read_config
 from ditas_export.paths import StrPath
@@ -30,12 +31,10 @@ class ExportedFileRunner(CheckedRunner):
         """The CPU: files are fed and answer in NumPy arrays, whatever computes between."""
         return torch.device("cpu")
 
-    def _infer(
-        self, backend: Any, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-    ) -> Tensor:
+    def _infer(self, backend: Any, inputs: ModelInputs) -> Tensor:
         """Feed the file and return its output on the latents' device."""
-        output = self._run(backend, feed_of(self._config, latents, timesteps, class_labels))
-        return torch.from_numpy(output).to(latents.device)
+        output = self._run(backend, feed_of(self._config, inputs))
+        return torch.from_numpy(output).to(inputs.latents.device)
 
     @abstractmethod
     def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:

@@ -94,7 +94,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
 
     Raises:
         RunnerError: ONNX Runtime is missing, has no such provider, or refuses the file.
-        OnnxExportError: the file does not say which DiT it holds.
+        OnnxExportError: the file does not say which model it holds.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class OnnxRuntimeRunner(ExportedFileRunner):
 
     def _run(self, session: Any, feed: Feed) -> np.ndarray[Any, Any]:
         """Run the session, which takes several threads."""
-        rows = len(feed["latents"])
+        rows = len(next(iter(feed.values())))
         if self._most_rows is not None and rows > self._most_rows:
             raise RunnerError(
                 f"a batch of {rows} rows; {self._providers} is built for 1 to {self._most_rows} "

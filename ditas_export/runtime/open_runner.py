@@ -16,8 +16,8 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import ARTIFACT_KIND, QuantizedModel
 from ditas_export.diffusion.runner import Runner
-from ditas_export.dit.checkpoint import load_dit
 from ditas_export.errors import RunnerError
+from ditas_export.families.load import load_model
 from ditas_export.file_signs import ONNX_SUFFIXES, PLAN_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import sha256_of_onnx
 from ditas_export.onnx_export.file_facts import read_form, require_form_for_tensorrt
@@ -75,7 +75,7 @@ def open_runner(
     Args:
         model: an exported `.onnx`, an engine (`.plan`, `.engine`), a quantized model that
             `ditas-export --save-artifact` wrote, which PyTorch runs by INT8 products, or what
-            `load_dit` takes, which PyTorch runs in float32. Suffixes count in any case.
+            `load_model` takes, which PyTorch runs in float32. Suffixes count in any case.
         runtime: `auto` takes OpenVINO for files on the CPU where it is installed, else ONNX
             Runtime, which takes no bf16 file there. `tensorrt` runs an engine in the product that
             built it, and an `.onnx` in ONNX Runtime's TensorRT provider; `nv-tensorrt-rtx` an
@@ -125,7 +125,7 @@ def open_runner(
         torch.set_num_threads(threads)
     if is_artifact:
         return _open_artifact(Path(model), device, hash_file)
-    loaded = load_dit(model, hints)
+    loaded = load_model(model, hints)
     return OpenedModel(
         runner=TorchRunner(loaded.model, device=device),
         source=loaded.source,

@@ -71,7 +71,7 @@ class OpenVINORunner(ExportedFileRunner):
 
     Raises:
         RunnerError: OpenVINO is missing or refuses the file.
-        OnnxExportError: the file does not say which DiT it holds.
+        OnnxExportError: the file does not say which model it holds.
     """
 
     def __init__(

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
         Runtime,
     )
 
-LATENTS = "latents"
-"""The input whose profile tells the batch sizes."""
-
 SMALLEST_BLOCK = 256
 """Bytes: what a product aligns memory to; an engine that needs none is given so much."""
 
@@ -117,10 +114,10 @@ def load_plan(
     )
 
 
-def batch_sizes(engine: ICudaEngine) -> tuple[int, int]:
-    """Return the smallest and the largest batch that an engine was built for."""
-    smallest, _, largest = engine.get_tensor_profile_shape(LATENTS, 0)
-    return smallest[0], largest[0]
+def extreme_shapes(engine: ICudaEngine, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the smallest and the largest shape of an input that an engine was built for."""
+    smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
+    return tuple(smallest), tuple(largest)
 
 
 def block_bytes(engine: ICudaEngine) -> int:
@@ -134,7 +131,7 @@ def bound_context(
     addresses: Mapping[str, int],
     block: Block,
 ) -> IExecutionContext:
-    """Return a context for one batch size, its tensors at fixed addresses.
+    """Return a context for one shape of every input, its tensors at fixed addresses.
 
     Args:
         loaded: the plan.
@@ -150,9 +147,9 @@ def bound_context(
         context = _new_context(loaded.trt, loaded.engine, loaded.config)
         done = context is not None and _bind(context, inputs, addresses, block)
         if context is None or not done:
+            rows = next(iter(inputs.values()))[0]
             raise RunnerError(
-                f"{loaded.title} cannot prepare a batch of {inputs[LATENTS][0]}: "
-                f"{_reason(loaded.errors)}"
+                f"{loaded.title} cannot prepare a batch of {rows}: {_reason(loaded.errors)}"
             )
         return context
 

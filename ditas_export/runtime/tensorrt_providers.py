@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ditas_export.dit.model import DiTConfig
 from ditas_export.engine.build import input_shapes, shape_words
 from ditas_export.engine.metadata import Gpu
 from ditas_export.engine.options import BatchRange
+from ditas_export.families.base import ModelConfig
 from ditas_export.runtime.rtx_provider import NAME as RTX_PROVIDER
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
@@ -30,7 +30,7 @@ _CACHE_OPTIONS: Mapping[str, tuple[str, ...]] = {
 _PREFIXES = {TENSORRT_PROVIDER: "trt", RTX_PROVIDER: "nv"}
 
 
-def provider_options(provider: str, config: DiTConfig, folder: Path | None) -> dict[str, str]:
+def provider_options(provider: str, config: ModelConfig, folder: Path | None) -> dict[str, str]:
     """Return the options of a provider beside its device; none where it is not TensorRT's.
 
     Args:

@@ -1,7 +1,8 @@
 """A plan that `ditas-build` wrote, run on a GPU by TensorRT or TensorRT for RTX.
 
 The first call with a batch size sets it up: buffers, a context bound to them, a CUDA graph. Later
-calls copy the inputs into the buffers, launch, and copy the output out, all on the GPU.
+calls copy the inputs into the buffers, launch, and copy the output out, all on the GPU. Where
+inputs have other dynamic dimensions than the batch, each of their sizes is set up as well.
 
 All work is on one stream, one call after another. So the contexts of all batch sizes can have one
 block of memory for their activations, that of the largest batch.
@@ -23,6 +24,8 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import ModelInputs
+from ditas_export.families.registry import family_of
 from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Key
 from ditas_export.runtime.checked_runner import CheckedRunner
@@ -30,11 +33,11 @@ from ditas_export.runtime.cuda_stream import CudaStream
 from ditas_export.runtime.tensorrt_plan import (
     Block,
     LoadedPlan,
-    batch_sizes,
     block_bytes,
     bound_context,
     compiled_kernels,
     enqueue,
+    extreme_shapes,
     layer_information,
     load_plan,
     load_product,
@@ -48,6 +51,9 @@ OUTPUT = "model_output"
 MOST_BATCH_SIZES = 8
 """Batch sizes that stay set up; of others the one that was used longest ago makes room."""
 
+Sizes = tuple[tuple[int, ...], ...]
+"""Shapes of all inputs, in the order of the file's."""
+
 _KERNELS_NAME = "kernels"
 """The file in a cache entry that holds what TensorRT for RTX compiled."""
 
@@ -56,13 +62,13 @@ _KERNELS_NAME = "kernels"
 class PreparedBatch:
     """One batch size, ready, and all that its launches use: a captured graph keeps none of it."""
 
-    inputs: Mapping[str, Tensor]  # latents, timesteps, class_labels
+    inputs: Mapping[str, Tensor]  # by the file's names
     output: Tensor  # written by every launch
     activations: Tensor  # the block, shared with other batch sizes
     context: IExecutionContext  # bound to all of these
     launch: Callable[[], None]
 
-    def run(self, **inputs: Tensor) -> Tensor:
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Copy inputs in, launch, and return the buffer that the output will be in.
 
         The host waits only where it could change an input's memory meanwhile.
@@ -108,7 +114,7 @@ class TensorRTRunner(CheckedRunner):
         trt = load_product(product)
         gpu, version = self._stream.gpu, trt.__version__
         require_matching(metadata, plan, product=product.name, version=version, gpu=gpu)
-        super().__init__(metadata.dit, one_at_a_time=True)
+        super().__init__(metadata.model, one_at_a_time=True)
         self._title = f"{product.title} {version}"
         self._key = Key(
             kind="kernels",
@@ -117,7 +123,8 @@ class TensorRTRunner(CheckedRunner):
             facts={"product": self._title, "gpu": [gpu.name, gpu.compute_capability]},
             hash_source=lambda: sha256_of_file(plan),
         )
-        self._batches: OrderedDict[int, PreparedBatch] = OrderedDict()  # used last, last
+        self._inputs = family_of(metadata.model).inputs(metadata.model)
+        self._batches: OrderedDict[Sizes, PreparedBatch] = OrderedDict()  # used last, last
         with self._stream.faults_as_errors(), self._stream.ordered():
             loaded = load_plan(
                 trt,
@@ -128,7 +135,9 @@ class TensorRTRunner(CheckedRunner):
             )
             size = block_bytes(loaded.engine)
             self._block = torch.empty(size, dtype=torch.uint8, device=self._stream.device)
-        self._smallest, self._largest = batch_sizes(loaded.engine)
+        extremes = [extreme_shapes(loaded.engine, each.name) for each in self._inputs]
+        self._smallest: Sizes = tuple(smallest for smallest, _ in extremes)
+        self._largest: Sizes = tuple(largest for _, largest in extremes)
         self._backend: LoadedPlan | None = loaded
 
     @property
@@ -149,57 +158,62 @@ class TensorRTRunner(CheckedRunner):
         """
         with self._turn, self._stream.faults_as_errors(), self._stream.ordered():
             loaded: LoadedPlan = self._open_backend()
-            rows = next(reversed(self._batches), self._smallest)
-            return layer_information(loaded, self._prepared(loaded, rows).context)
+            sizes = next(reversed(self._batches), self._smallest)
+            return layer_information(loaded, self._prepared(loaded, sizes).context)
 
-    def _infer(
-        self, backend: LoadedPlan, latents: Tensor, timesteps: Tensor, class_labels: Tensor
-    ) -> Tensor:
+    def _infer(self, backend: LoadedPlan, inputs: ModelInputs) -> Tensor:
         """Return the output, in memory of the caller's stream that nothing writes to again.
 
         Raises:
             RunnerError: a batch that the plan was not built for, an error that the product reports,
                 or a fault of the GPU.
         """
-        self._require_batch(len(latents))
+        sizes = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        self._require_sizes(sizes)
         with self._stream.faults_as_errors():
+            latents = inputs.latents
             shape = (len(latents), self._config.out_channels, *latents.shape[2:])
             answer = torch.empty(shape, device=latents.device)
             with self._stream.ordered():
-                batch = self._prepared(backend, len(latents))
-                answer.copy_(
-                    batch.run(latents=latents, timesteps=timesteps, class_labels=class_labels)
-                )
+                answer.copy_(self._prepared(backend, sizes).run(inputs))
             return answer
 
-    def _require_batch(self, rows: int) -> None:
-        """Refuse a batch that the plan has no shapes for."""
-        if not self._smallest <= rows <= self._largest:
+    def _require_sizes(self, sizes: Sizes) -> None:
+        """Refuse a batch, or another dynamic dimension, that the plan has no shapes for."""
+        smallest, rows, largest = self._smallest[0][0], sizes[0][0], self._largest[0][0]
+        if not smallest <= rows <= largest:
             raise RunnerError(
-                f"a batch of {rows} rows; the plan takes {self._smallest} to {self._largest} "
+                f"a batch of {rows} rows; the plan takes {smallest} to {largest} "
                 f"(guidance doubles the images): change the batch, or build with ditas-build "
                 f"--batch MIN,OPT,MAX"
             )
+        for each, least, found, most in zip(
+            self._inputs, self._smallest, sizes, self._largest, strict=True
+        ):
+            for name, *bounds in zip(each.shape, least[1:], found[1:], most[1:], strict=True):
+                if not bounds[0] <= bounds[1] <= bounds[2]:
+                    raise RunnerError(
+                        f"{each.name} has {bounds[1]} {name}; the plan takes {bounds[0]} to "
+                        f"{bounds[2]}"
+                    )
 
-    def _prepared(self, loaded: LoadedPlan, rows: int) -> PreparedBatch:
-        """Return what runs a batch size, set up and warmed up when it is first met."""
-        if rows not in self._batches:
+    def _prepared(self, loaded: LoadedPlan, sizes: Sizes) -> PreparedBatch:
+        """Return what runs inputs of some sizes, set up and warmed up when they are first met."""
+        if sizes not in self._batches:
             while len(self._batches) >= MOST_BATCH_SIZES:
                 self._stream.finish()  # a launch of it may be under way
                 self._batches.popitem(last=False)
-            self._batches[rows] = self._prepare(loaded, rows)
+            self._batches[sizes] = self._prepare(loaded, sizes)
             self._keep_kernels(loaded)
-        self._batches.move_to_end(rows)
-        return self._batches[rows]
+        self._batches.move_to_end(sizes)
+        return self._batches[sizes]
 
-    def _prepare(self, loaded: LoadedPlan, rows: int) -> PreparedBatch:
+    def _prepare(self, loaded: LoadedPlan, sizes: Sizes) -> PreparedBatch:
         """Allocate, bind, run once, and capture where the product does not do so itself."""
-        side, device = self._config.input_size, self._stream.device
-        time_dtype = self._config.process.time_dtype
+        side, device, rows = self._config.input_size, self._stream.device, sizes[0][0]
         inputs = {
-            "latents": torch.zeros(rows, self._config.in_channels, side, side, device=device),
-            "timesteps": torch.zeros(rows, dtype=time_dtype, device=device),
-            "class_labels": torch.zeros(rows, dtype=torch.int64, device=device),
+            each.name: torch.zeros(shape, dtype=each.dtype, device=device)
+            for each, shape in zip(self._inputs, sizes, strict=True)
         }
         output = torch.zeros(rows, self._config.out_channels, side, side, device=device)
         context = bound_context(

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from ditas_export.calibration.fold import FoldedLinear, FoldedModel
 from ditas_export.calibration.modules import model_of_linears
-from ditas_export.dit.model import DiT
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import FamilyModel
 from ditas_export.quantization.ranges import (
     Ranges,
     quantize,
@@ -133,8 +133,8 @@ class IntegerLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
-def int8_model(folded: FoldedModel, *, ranges: Ranges) -> DiT:
-    """Return a DiT in evaluation mode whose block linears are `IntegerLinear`.
+def int8_model(folded: FoldedModel, *, ranges: Ranges) -> FamilyModel:
+    """Return a model in evaluation mode whose block linears are `IntegerLinear`.
 
     Args:
         folded: a model of 8-bit activations, in any float type; its tensors are shared.
@@ -151,7 +151,7 @@ def int8_model(folded: FoldedModel, *, ranges: Ranges) -> DiT:
     return model_of_linears(folded, partial(IntegerLinear, ranges=ranges))
 
 
-def compile_for_gpu(model: DiT) -> None:
+def compile_for_gpu(model: FamilyModel) -> None:
     """Compile a model's forward pass, in place, when it first sees a batch size.
 
     Inductor fuses what lies between two products into Triton kernels, picks each product's kernel

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ditas_export.artifact_files import sha256_of_tensors
 from ditas_export.diffusion.runner import Closing
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import RunnerError
+from ditas_export.families.base import ModelConfig
 from ditas_export.file_signs import ONNX_SUFFIXES, has_suffix
 from ditas_export.onnx_export.external_data import plain_files, sha256_of_onnx
 from ditas_export.paths import StrPath
+from ditas_export.process import VaeFactors
 from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.onnxruntime_runner import CPU, CUDA, open_session, session_options
 from ditas_export.runtime.open_runner import device_index
@@ -238,7 +238,7 @@ class OnnxVaeDecoder(_ImageByImage):
 
 
 def open_decoder(
-    vae: StrPath | None, *, config: DiTConfig, device: str, threads: int | None = None
+    vae: StrPath | None, *, config: ModelConfig, device: str, threads: int | None = None
 ) -> Decoder | None:
     """Return the decoder of a model's latents, None where none is wanted.
 

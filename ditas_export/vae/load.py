@@ -1,6 +1,6 @@
 """A VAE's decoder, loaded from what diffusers wrote.
 
-Its interface is the sampler's: latents as a DiT leaves them in, pixels in [-1, 1] out. The scaling
+Its interface is the sampler's: latents as a model leaves them, pixels in [-1, 1] out. The scaling
 that the VAE's `config.json` records is inside, so no caller has to know it.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ditas_export.dit.diffusers_folder import HUB_ID, STATISTICS, find_weights, variant_of
-from ditas_export.dit.process import VaeFactors
 from ditas_export.dit.tensor_files import abbreviated, read_json, refuse_other_kinds
 from ditas_export.errors import RunnerError
+from ditas_export.process import VaeFactors
 from ditas_export.vae.shape import VaeShape
 
 IMAGE_CHANNELS = 3

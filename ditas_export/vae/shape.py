@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ditas_export.dit.model import DiTConfig
-from ditas_export.dit.process import VaeFactors
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
+from ditas_export.families.base import ModelConfig
 from ditas_export.onnx_export.file_facts import file_metadata, metadata_entry
 from ditas_export.paths import StrPath
+from ditas_export.process import VaeFactors
 from ditas_export.saved_records import Within, check_fields, from_record
 from ditas_export.text_files import TextError, parse_json
 
@@ -35,7 +35,7 @@ class VaeShape:
 
 
 def require_fitting_vae(
-    name: str, *, in_channels: int, factors: VaeFactors | None, config: DiTConfig
+    name: str, *, in_channels: int, factors: VaeFactors | None, config: ModelConfig
 ) -> None:
     """Refuse a VAE of other latents than a model's.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ditas_export.dit.model import DiTConfig
+from ditas_export.families.registry import config_of
 from ditas_export.onnx_export import onnxruntime_form
 from ditas_export.onnx_export.file_facts import CONFIG_KEY
 from ditas_export.onnx_export.interface import OUTPUT_NAME, input_types
@@ -48,7 +48,7 @@ def _versions(model: ir.Model) -> tuple[int, int]:
 def _interface(model: ir.Model) -> Iterator[Finding]:
     values = [*model.graph.inputs, *model.graph.outputs]
     found = [(value.name, value.dtype) for value in values]
-    config = DiTConfig.from_dict(parse_json(model.metadata_props[CONFIG_KEY]))
+    config = config_of(parse_json(model.metadata_props[CONFIG_KEY]))
     inputs = {name: ir.DataType(kind) for name, (kind, _) in input_types(config).items()}
     expected = [*inputs.items(), (OUTPUT_NAME, ir.DataType.FLOAT)]
     if found != expected:
@@ -56,6 +56,11 @@ def _interface(model: ir.Model) -> Iterator[Finding]:
     for value in values:
         if value.shape is None or isinstance(value.shape[0], int):
             yield str(value.name), f"shape {value.shape}", "a dynamic first dimension"
+    for value in model.graph.inputs:
+        sizes = input_types(config).get(str(value.name), (0, ()))[1]
+        for place, size in enumerate(sizes, start=1):
+            if isinstance(size, str) and value.shape and isinstance(value.shape[place], int):
+                yield str(value.name), f"shape {value.shape}", f"a dynamic dimension {size}"
 
 
 def _no_float64(model: ir.Model) -> Iterator[Finding]:

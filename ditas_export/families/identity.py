@@ -10,12 +10,22 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ditas_export.artifact_files import differences, sha256_of_tensors
-from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.errors import CheckpointError, OtherModelError
-from ditas_export.saved_records import check_fields, from_record
+from ditas_export.families.base import FamilyModel, ModelConfig
+from ditas_export.families.registry import config_of, record_of
+from ditas_export.saved_records import ReadBy, check_fields, from_record
+
+
+def _read_config(recorded: object) -> ModelConfig:
+    """Return a configuration of whatever family; of this program, or as a record has it."""
+    return recorded if isinstance(recorded, ModelConfig) else config_of(recorded)
+
+
+RecordedConfig = Annotated[ModelConfig, ReadBy(_read_config)]
+"""A configuration as a field of what is saved; the record names its family."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +33,7 @@ class ModelIdentity:
     """A float model: its tensors and its configuration, the process included."""
 
     tensors_sha256: str  # of the float32 parameters under the published names: `sha256_of_tensors`
-    config: DiTConfig
+    config: RecordedConfig
 
     def __post_init__(self) -> None:
         """Refuse what is no hash."""
@@ -39,7 +49,7 @@ class ModelIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the identity as JSON values."""
-        return {"tensors_sha256": self.tensors_sha256, "config": self.config.to_dict()}
+        return {"tensors_sha256": self.tensors_sha256, "config": record_of(self.config)}
 
     @classmethod
     def from_dict(cls, values: object) -> ModelIdentity:
@@ -69,6 +79,6 @@ class ModelIdentity:
             raise OtherModelError(f"{what} was made from another model: {'; '.join(odd)}. {remedy}")
 
 
-def identity_of(model: DiT) -> ModelIdentity:
+def identity_of(model: FamilyModel) -> ModelIdentity:
     """Return the identity of a float32 model, its tensors hashed."""
     return ModelIdentity(tensors_sha256=sha256_of_tensors(model.state_dict()), config=model.config)

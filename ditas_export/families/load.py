@@ -1,0 +1,150 @@
+"""A checkpoint by its name, to the model of whichever family recognises it.
+
+Files are told by their tensors, which are DiT's; folders by the class that their config.json names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ditas_export.dit.checkpoint import BUNDLED_FLOW as BUNDLED_FLOW
+from ditas_export.dit.checkpoint import BUNDLED_MODEL as BUNDLED_MODEL
+from ditas_export.dit.checkpoint import (
+    is_bundled,
+    read_bundled,
+    read_file,
+    read_folder,
+)
+from ditas_export.dit.diffusers_folder import (
+    CLASSES,
+    HUB_ID,
+    HUB_PATTERNS,
+    class_of,
+    find_weights,
+    transformer_folders,
+)
+from ditas_export.errors import CheckpointError
+from ditas_export.families.base import FamilyModel
+from ditas_export.families.identity import ModelIdentity, identity_of
+from ditas_export.family_model import ReadCheckpoint
+from ditas_export.options import NO_HINTS, CheckpointHints
+
+
+class FolderReader(Protocol):
+    """Reads a folder that diffusers wrote, of the transformer or of a whole pipeline."""
+
+    def __call__(
+        self, path: Path, hints: CheckpointHints, what: str, *, vae: str | None = None
+    ) -> ReadCheckpoint:
+        """Return what a folder holds.
+
+        Args:
+            path: of the transformer, or of a pipeline.
+            hints: what the checkpoint does not say.
+            what: the folder in messages.
+            vae: how a pipeline's VAE is named; by its folder if not given.
+
+        Raises:
+            CheckpointError: a damaged folder, or one that contradicts itself or the hints.
+        """
+        ...
+
+
+FOLDERS: Mapping[str, FolderReader] = dict.fromkeys(CLASSES, read_folder)
+"""By the class of diffusers that a transformer's config.json names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A checkpoint, ready to run."""
+
+    model: FamilyModel  # float32, evaluation mode, no gradients; tensors may be mapped from a file
+    source: str  # one line: what was read
+    identity: ModelIdentity  # the same for the same numbers and configuration, whatever the file
+    dtype: torch.dtype  # float type of the block linears in the file
+    notes: tuple[str, ...] = ()  # one line each: what was chosen, stripped, left out or guessed
+    vae: str | None = None  # the VAE of a pipeline: its folder, or the hub's id
+
+
+def load_model(
+    source: str | Path,
+    hints: CheckpointHints = NO_HINTS,
+    *,
+    num_heads: int | None = None,
+) -> LoadedModel:
+    """Load a model of any family.
+
+    Args:
+        source: `digits` or `digits-sit` for a bundled model; a file with the published names of a
+            DiT, safetensors or written by torch.save (of a training checkpoint, the averaged
+            weights); a folder written by diffusers, of the transformer or of a whole pipeline; or
+            such a folder's id on the Hugging Face hub.
+        hints: what the checkpoint does not say.
+        num_heads: the same as `hints.num_heads`.
+
+    Raises:
+        CheckpointError: nothing there, a damaged file, a model of no known family, tensors that do
+            not make the model, records that contradict them, each other or the hints, a process
+            that is not followed, or an unknown number of heads.
+    """
+    if num_heads is not None:
+        hints = replace(hints, num_heads=num_heads)
+    read = _read(source, hints)
+    return LoadedModel(
+        model=read.model,
+        source=read.source,
+        identity=identity_of(read.model),
+        dtype=read.dtype,
+        notes=read.notes,
+        vae=read.vae,
+    )
+
+
+def _read(source: str | Path, hints: CheckpointHints) -> ReadCheckpoint:
+    """Let the family read that a checkpoint is of."""
+    if is_bundled(source):
+        return read_bundled(str(source), hints)
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, hints, str(source))
+    if path.is_file():
+        return read_file(path, hints, str(source))
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return _read_folder(_download(source), hints, source, vae=source)
+    raise CheckpointError(
+        f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, `{BUNDLED_FLOW}`, a "
+        f"checkpoint file, a diffusers folder, or a hub id such as facebook/DiT-XL-2-256"
+    )
+
+
+def _read_folder(
+    path: Path, hints: CheckpointHints, what: str, *, vae: str | None = None
+) -> ReadCheckpoint:
+    """Let the reader of the folder's class read it; DiT's says what is wrong with any other."""
+    read = FOLDERS.get(class_of(path) or "", read_folder)
+    return read(path, hints, what, vae=vae)
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local copy of a hub model: its transformer, and what is written of its process."""
+    import huggingface_hub
+
+    folder = Path()
+    try:
+        for patterns in HUB_PATTERNS:
+            fetched = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns))
+            folder = Path(fetched)
+            if find_weights(transformer_folders(folder)[0]):
+                break
+    except Exception as error:  # the hub client raises its own, httpx's and the system's errors
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{hub_id} is no file here and could not be had from the hub ({reason}); check the "
+            f"name and the network, or download it and pass the folder"
+        ) from error
+    return folder
