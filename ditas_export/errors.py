@@ -65,3 +65,7 @@ class OutputError(DitasExportError):
 
 class CancelledError(DitasExportError):
     """Sampling was stopped by its caller, between two steps."""
+
+
+class ReportError(DitasExportError):
+    """A report cannot be made here."""

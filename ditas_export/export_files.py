@@ -22,6 +22,7 @@ from ditas_export.evaluation.verify import Verification, verify_file
 from ditas_export.export_job import ExportJob, Solved, device_of, digest_of
 from ditas_export.export_manifest import manifest_of, versions
 from ditas_export.export_proofs import Proofs
+from ditas_export.export_stats import export_stats
 from ditas_export.kept_parts import KeptParts
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.external_data import (
@@ -33,7 +34,9 @@ from ditas_export.onnx_export.external_data import (
 from ditas_export.onnx_export.file_facts import FLOAT_TYPES
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.manifest import write_manifest
-from ditas_export.options import PREFERENCES, ExportOptions
+from ditas_export.options import PREFERENCES, ExportOptions, stats_path_of
+from ditas_export.report.page_file import write_page
+from ditas_export.report.stats import ExportStats
 from ditas_export.runtime.fastest_form import FASTEST, is_rewritten
 from ditas_export.text_files import read_json
 from ditas_export.vae.export import export_vae_decoder
@@ -136,7 +139,10 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
         manifest["seconds"] = {part: round(value, 1) for part, value in seconds}
         write_manifest(kept_manifest, manifest)
     manifest = read_json(kept_manifest)
-    _install(folder / manifest["file"]["name"], options.output.parent, manifest)
+    stats = export_stats(job, solved, manifest, proofs.floats, kept)
+    _install(folder / manifest["file"]["name"], options.output.parent, stats, manifest)
+    if options.report is not None:
+        write_page(options.report, manifest, stats)
     if verification.matches is False:
         job.work.remove("written")
     return verification, manifest
@@ -181,8 +187,10 @@ def _once(marker: Path, path: Path, write: Callable[[], None]) -> None:
         partial.write_text(json.dumps([str(path.absolute()), sha256_of_onnx(path)]), "utf-8")
 
 
-def _install(candidate: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a file its final name, then its manifest; a killed process may have begun."""
+def _install(
+    candidate: Path, folder: Path, stats: ExportStats, manifest: Mapping[str, Any]
+) -> None:
+    """Give a file its final name, then what lies beside it; a killed process may have begun."""
     final = folder / candidate.name
     try:
         if candidate.exists():
@@ -191,4 +199,5 @@ def _install(candidate: Path, folder: Path, manifest: Mapping[str, Any]) -> None
             remove_other_data(final)
     except OSError as error:
         raise ArtifactError(f"could not write {final}: {error}") from error
+    stats.save(stats_path_of(final))
     write_manifest(final.with_suffix(".json"), manifest)

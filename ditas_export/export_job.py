@@ -18,6 +18,7 @@ from ditas_export.families.base import Conditions
 from ditas_export.families.load import LoadedModel
 from ditas_export.job_files import WorkFolder
 from ditas_export.options import ExportOptions
+from ditas_export.report.gather import Activations
 from ditas_export.timings import Timings
 
 OnProgress = Callable[[str, int, int], None]
@@ -46,6 +47,7 @@ class Solved:
     quantized: QuantizedModel  # as the file has it
     artifact: QuantizedModel  # as it is kept: its modulation float unless its bits were asked for
     key: str
+    activations: Activations | None  # None of one that was kept: it has no inputs' maxima
 
 
 def device_of(options: ExportOptions) -> torch.device:

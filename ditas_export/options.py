@@ -139,6 +139,7 @@ class ExportOptions:
     reference: Path | None = None
     min_db: Annotated[float, Within(-1e6, 1e6)] | None = None
     vae: str | None = None
+    report: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no form of the file has.
@@ -186,6 +187,11 @@ class ExportOptions:
         return self.output.with_suffix(".json")
 
     @property
+    def stats_path(self) -> Path:
+        """What a report shows lies beside the file: out.onnx, out.stats.safetensors."""
+        return stats_path_of(self.output)
+
+    @property
     def vae_path(self) -> Path | None:
         """The VAE's decoder lies beside the file, if one is asked for."""
         return None if self.vae is None else self.output.with_name(VAE_FILE)
@@ -195,7 +201,27 @@ class ExportOptions:
         """Where a file goes that does not compute what was calibrated: out.rejected.onnx."""
         return self.output.with_name(f"{self.output.stem}.rejected{self.output.suffix}")
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The words of a command that asks for the same."""
+        words = ["ditas-export"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "output" or value in (None, False, field.default):
+                continue
+            words.append("--" + field.name.replace("_", "-"))
+            if isinstance(value, tuple):
+                words.append(",".join(map(str, value)))
+            elif value is not True:
+                words.append(str(value))
+        return (*words, str(self.output))
+
     def or_default(self, name: str) -> Any:
         """Return an option as given, or its default."""
         value = getattr(self, name)
         return DEFAULTS[name] if value is None else value
+
+
+def stats_path_of(file: Path) -> Path:
+    """Return where the statistics of an exported file, or of its manifest, lie: beside it."""
+    return file.with_suffix(".stats.safetensors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ from ditas_export.preflight import (
     job_files,
     require_states_fit,
 )
+from ditas_export.report.gather import Activations
 from ditas_export.timings import Timings
 
 
@@ -171,7 +172,8 @@ def _solved(job: ExportJob) -> Solved:
         quantized = ranks.together(lambda: QuantizedModel.load(artifact, model=loaded.identity))
         check_artifact(artifact, options, quantized, job.conditions)
         ranks.first(lambda: quantized.require_parameters_of(loaded.model))
-        return Solved(quantized=quantized, artifact=quantized, key=sha256_of_file(artifact))
+        key = sha256_of_file(artifact)
+        return Solved(quantized=quantized, artifact=quantized, key=key, activations=None)
     settings = quantization_settings(options)
     config = loaded.model.config
     for note in settings.notes(config):
@@ -189,7 +191,12 @@ def _solved(job: ExportJob) -> Solved:
     kept = ranks.first(lambda: _kept_model(folder / _MODEL, loaded.identity))
     quantized = kept or _quantized(job, states, settings, folder)
     loaded.model.to("cpu")
-    return Solved(quantized=quantized, artifact=quantized, key=key)
+    return Solved(
+        quantized=quantized,
+        artifact=quantized,
+        key=key,
+        activations=Activations(times=states.timesteps, maxima=states.input_maxima),
+    )
 
 
 _MODEL = "model.safetensors"
@@ -258,9 +265,7 @@ def _with_modulation(job: ExportJob, solved: Solved) -> Solved:
         return made
 
     shipped = job.ranks.together(rounded)
-    return Solved(
-        quantized=shipped, artifact=quantized if asked is None else shipped, key=solved.key
-    )
+    return replace(solved, quantized=shipped, artifact=quantized if asked is None else shipped)
 
 
 def _states(job: ExportJob, settings: QuantizationSettings) -> CalibrationStates:

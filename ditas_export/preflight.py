@@ -28,7 +28,9 @@ from ditas_export.families.base import Conditions, FamilyModel, ModelConfig
 from ditas_export.job_files import JobFiles, Kind, Output, existing, json_kind, tensors_kind
 from ditas_export.onnx_export.file_facts import is_float_file, is_quantized_file
 from ditas_export.onnx_export.manifest import MANIFEST_KIND
-from ditas_export.options import FAST_WALK_TOKENS, ExportOptions
+from ditas_export.options import FAST_WALK_TOKENS, ExportOptions, stats_path_of
+from ditas_export.report.page_file import is_report_file, require_matplotlib
+from ditas_export.report.stats import STATS_KIND
 from ditas_export.vae.load import load_latent_decoder
 from ditas_export.vae.shape import is_decoder_file, require_fitting_vae
 
@@ -38,16 +40,19 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".sft", "
 
 def job_files(options: ExportOptions) -> JobFiles:
     """Return the files of an export, implicit ones among them."""
-    manifest = json_kind(MANIFEST_KIND)
+    manifest, stats = json_kind(MANIFEST_KIND), tensors_kind(STATS_KIND)
     kinds: list[tuple[Path | None, str, Kind]] = [
         (options.output, "exported model", is_quantized_file),
         (options.manifest_path, "manifest", manifest),
+        (options.stats_path, "statistics", stats),
         (options.rejected, "rejected model", is_quantized_file),
         (options.rejected.with_suffix(".json"), "manifest of a rejected model", manifest),
+        (stats_path_of(options.rejected), "statistics of a rejected model", stats),
         (options.save_calibration, "calibration states", tensors_kind(STATES_KIND)),
         (options.save_artifact, "quantized model", tensors_kind(ARTIFACT_KIND)),
         (options.reference, "float model", is_float_file),
         (options.vae_path, "VAE decoder", is_decoder_file),
+        (options.report, "report", is_report_file),
     ]
     return JobFiles(
         inputs=existing(
@@ -91,6 +96,8 @@ def check_files(options: ExportOptions) -> None:
             f"{output}? Else make the folder {output.parent} first"
         )
     job_files(options).check()
+    if options.report is not None:
+        require_matplotlib()
     if options.artifact is not None and options.calibration is not None:
         raise ArtifactError("--artifact needs no --calibration: it is quantized already")
     if options.artifact is not None and options.save_calibration is not None:

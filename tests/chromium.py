@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -17,11 +18,14 @@ class Page:
 
     def __init__(self, send: IO[bytes], answers: Iterator[dict[str, Any]], address: str) -> None:
         self._send, self._answers, self._count, self._session = send, answers, 0, ""
+        self.events: list[dict[str, Any]] = []  # of what was enabled, as they came between answers
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         size = {"width": 1000, "height": 560, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
+        for domain in ("Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
         self.call("Page.navigate", url=address)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -32,7 +36,9 @@ class Page:
             message["sessionId"] = self._session
         self._send.write(json.dumps(message).encode() + b"\0")
         self._send.flush()
-        for answer in self._answers:  # events between are of no interest
+        for answer in self._answers:
+            if "method" in answer:
+                self.events.append(answer)
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]
@@ -46,6 +52,20 @@ class Page:
         )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def prefer(self, colours: str, media: str = "screen") -> None:
+        """Have the page believe that its reader prefers light or dark, and reads it on a medium."""
+        features = [{"name": "prefers-color-scheme", "value": colours}]
+        self.call("Emulation.setEmulatedMedia", media=media, features=features)
+
+    def screenshot(self, width: int, height: int | None = None) -> bytes:
+        """Return the page as a PNG, `width` pixels wide, all of it where no height is given."""
+        size = {"width": width, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", height=height or 1000, **size)
+        if height is None:
+            height = self.evaluate("document.documentElement.scrollHeight")
+            self.call("Emulation.setDeviceMetricsOverride", height=height, **size)
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def wait_for(self, condition: str) -> None:
         """Wait until an expression is true in the page; a minute at most."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ditas_export.cli.console import clean_errors, printing, stdout
-from ditas_export.cli.plain_text import HEAD, TAIL, one_line, visible
 from ditas_export.errors import DitasExportError
+from ditas_export.plain_text import HEAD, TAIL, one_line, visible
 
 
 class OutOfMemoryError(RuntimeError):

@@ -169,7 +169,8 @@ def test_the_command_writes_and_speaks_once(checkpoint: Path, tmp_path: Path) ->
     done = torchrun(command_on_ranks.__file__, *OPTIONS, *quick, tmp_path / "out.onnx")
     assert done.returncode == 0, done.stderr
     left = [tmp_path / f"out.{rank}.txt" for rank in (0, 1)]
-    assert set(tmp_path.iterdir()) == {tmp_path / "out.onnx", tmp_path / "out.json", *left}
+    written = {tmp_path / f"out.{end}" for end in ("onnx", "json", "stats.safetensors")}
+    assert set(tmp_path.iterdir()) == {*written, *left}
     assert json.loads(done.stdout) == json.loads((tmp_path / "out.json").read_text())
     assert not any("gloo" in path.read_text() for path in left)
 

@@ -44,6 +44,8 @@ def options(folder: Path, checkpoint: Path, **changes: Any) -> ExportOptions:
 
 Asked = tuple[ExportOptions, ExportResult]
 
+STATS = "out.stats.safetensors"
+
 
 @pytest.fixture(scope="module")
 def clean(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Asked:
@@ -100,7 +102,7 @@ def test_no_stage_after_the_walk_loses_it(
         assert "out.json" not in left, stage
     assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
     export(asked)
-    assert names(tmp_path) == {"out.onnx", "out.json", "kept"}
+    assert names(tmp_path) == {"out.onnx", "out.json", STATS, "kept"}
     assert len(reached.mock_calls) == 2
     require_own_manifest(asked.output)
 
@@ -171,7 +173,7 @@ def test_a_refusal_after_the_walk_keeps_it_and_says_how_to_go_on(
     assert "the same command, with that mended, goes on from it" in message
     export(options(tmp_path, checkpoint, precision="fp32", **smooth))
     assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
-    assert names(tmp_path) == {"model.safetensors", "out.onnx", "out.json"}
+    assert names(tmp_path) == {"model.safetensors", "out.onnx", "out.json", STATS}
 
 
 def test_a_file_that_does_not_match_is_put_aside(
@@ -194,7 +196,8 @@ def test_a_file_that_does_not_match_is_put_aside(
     export(options(tmp_path, checkpoint))
     assert [call[0] for call in reached.mock_calls] == ["collect_states", "quantize_model"]
     assert (tmp_path / "out.onnx").read_bytes() == asked.output.read_bytes()
-    assert names(tmp_path) == {"out.onnx", "out.json", "out.rejected.onnx", "out.rejected.json"}
+    rejected = {f"out.rejected.{end}" for end in ("onnx", "json", "stats.safetensors")}
+    assert names(tmp_path) == {"out.onnx", "out.json", STATS, *rejected}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -233,7 +236,7 @@ def test_a_pair_replaces_a_pair_without_a_moment_of_disagreement(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", stop_once)
-    for _ in range(3):  # the data, the file, the manifest
+    for _ in range(4):  # the data, the file, the statistics, the manifest
         with pytest.raises(KeyboardInterrupt):
             export(asked)
         seen.add(check_pair(path))
@@ -241,7 +244,7 @@ def test_a_pair_replaces_a_pair_without_a_moment_of_disagreement(
     assert len(seen) == 2
     (new,) = external_files(path)
     assert new != old
-    assert names(tmp_path) == {"out.onnx", "out.json", new.name}
+    assert names(tmp_path) == {"out.onnx", "out.json", STATS, new.name}
     require_own_manifest(path)
 
 

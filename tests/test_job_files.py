@@ -33,6 +33,7 @@ from ditas_export.job_files import JobFiles, Output, same_file
 from ditas_export.onnx_export.form import FileForm
 from ditas_export.options import ExportOptions
 from ditas_export.preflight import check_files
+from ditas_export.report.page_file import PAGE_SIGN
 
 Make = Callable[[Path], None]
 
@@ -71,12 +72,17 @@ FOREIGN: dict[str, Make] = {
     "a quantized model": lambda path: path.write_bytes(quantized_bytes()) and None,
     "states": states("ditas-export calibration states 2"),
     "manifest": write('{"format": "ditas-export manifest 1"}'),
+    "statistics": states("ditas-export statistics 1"),
+    "a report": write(f"{PAGE_SIGN}<html></html>"),
 }
 
 OUTPUTS: dict[str, tuple[str, str, set[str]]] = {
     "output": ("out.onnx", "", {"an exported model"}),
     "manifest": ("out.json", "", {"manifest"}),
     "rejected": ("out.rejected.onnx", "", {"an exported model"}),
+    "statistics": ("out.stats.safetensors", "", {"statistics"}),
+    "rejected statistics": ("out.rejected.stats.safetensors", "", {"statistics"}),
+    "report": ("out.html", "report", {"a report"}),
     "save_calibration": ("kept.states", "save_calibration", {"states"}),
     "save_artifact": ("kept.model", "save_artifact", {"a quantized model"}),
     "reference": ("fp32.onnx", "reference", {"a float model"}),

@@ -112,6 +112,7 @@ def test_all_outputs_are_there_and_nothing_else(exported: Exported) -> None:
     assert names == {
         "out.onnx",
         "out.json",
+        "out.stats.safetensors",
         "fp32.onnx",
         "states.safetensors",
         "model.ditas.safetensors",
@@ -505,7 +506,8 @@ def test_an_interrupted_export_samples_only_once(
     again: list[str] = []
     export(asked, on_progress=lambda stage, *_: again.append(stage))
     assert "sample" not in again
-    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.json"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"out.onnx", "out.json", "out.stats.safetensors"}
     assert asked.output.read_bytes() == exported[0].output.read_bytes()
 
 

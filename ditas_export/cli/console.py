@@ -24,8 +24,8 @@ from typer import Exit
 
 from ditas_export.cli.first_signals import ignore_interrupts, speaks
 from ditas_export.cli.interrupts import interruptible
-from ditas_export.cli.plain_text import one_line, visible
 from ditas_export.errors import DitasExportError, OutputError
+from ditas_export.plain_text import one_line, visible
 
 EXIT_MISMATCH = 1
 EXIT_BAD_INPUT = 2

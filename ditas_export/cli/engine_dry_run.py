@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 
 from ditas_export.cli.build_settings import BuildSettings
-from ditas_export.cli.plain_text import one_line
 from ditas_export.engine.build import input_shapes
 from ditas_export.engine.make import BuiltForm
 from ditas_export.engine.options import BuildOptions
@@ -19,6 +18,7 @@ from ditas_export.errors import EngineError
 from ditas_export.onnx_export.external_data import require_external_data
 from ditas_export.onnx_export.file_facts import read_config, require_form_for_tensorrt
 from ditas_export.onnx_export.manifest import require_own_manifest
+from ditas_export.plain_text import one_line
 
 
 def print_commands(model: Path, plan: Path, settings: BuildSettings) -> None:

@@ -230,6 +230,14 @@ def export(
             "min_db",
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        _option(
+            "Also write a page that shows what quantization did (extra \\[report]).",
+            "report",
+            metavar="FILE.html",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -245,9 +253,9 @@ def export(
 ) -> None:
     """Quantize a Diffusion Transformer and write it as ONNX, verified against the float model.
 
-    Writes OUT.onnx and OUT.json. Exit codes: 0 done, 1 the file does not compute what was
-    calibrated, 2 bad input, 4 it is further from float than --min-db, or is noise, 70 a bug of
-    ditas-export, 130 interrupted.
+    Writes OUT.onnx, OUT.json and OUT.stats.safetensors. Exit codes: 0 done, 1 the file does not
+    compute what was calibrated, 2 bad input, 4 it is further from float than --min-db, or is
+    noise, 70 a bug of ditas-export, 130 interrupted.
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     with clean_errors(on_interrupt=GOES_ON, debug=debug):

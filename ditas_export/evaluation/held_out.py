@@ -9,7 +9,7 @@ same numbers need not be sampled twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -119,6 +119,14 @@ FLOAT = "float"
 """The name under which the float model samples; the first to do so, and never allowed to fail."""
 
 
+FILE, FAKE = "file", "fake"
+"""The names under which the file samples, and the fake-quantized forward where no file runs."""
+
+STATES = "states"
+"""What goes with the first trajectory of a backend that is judged: its x_t where the float model is
+probed, (probes, images, C, H, W)."""
+
+
 @dataclass(slots=True, kw_only=True)
 class HeldOut:
     """Runs one backend after the other; the float model gathers the inputs that are probed."""
@@ -165,6 +173,12 @@ class HeldOut:
             not_finite=_first_not_finite(part),
         )
 
+    def kept(self, name: str, part: str) -> Mapping[str, Tensor]:
+        """Return the tensors of a part that a backend has made."""
+        found = self._store(name).find(part)
+        assert found is not None  # made in this verification, or kept before it
+        return found.tensors
+
     def _store(self, name: str) -> KeptParts:
         """Return where the parts of a backend are kept."""
         return self.floats if name == FLOAT else self.others
@@ -179,17 +193,18 @@ class HeldOut:
         """Return whether a kept part is what `_trajectory` makes."""
         images, *shape = self._latents_shape
         rows = images * (2 if blends(self.settings.cfg_scale) else 1)
-        wanted = {"final": (images, *shape)}
+        wanted, probes = {"final": (images, *shape)}, len(self.probed_steps)
         if name == FLOAT and seed == self.settings.seeds[0]:
-            probes = len(range(0, self.settings.steps, self._probed_every))
             row = self.conditions.inputs(torch.tensor(self.settings.classes[:1]))
-            what, when, *others = self._names
+            what, when, *others = self.names
             wanted |= {what: (probes, rows, *shape), when: (probes, rows)}
             wanted |= {name: (probes, rows, *row[name].shape[1:]) for name in others}
+        elif seed == self.settings.seeds[0]:
+            wanted |= {STATES: (probes, images, *shape)}
         return {name: tuple(tensor.shape) for name, tensor in part.tensors.items()} == wanted
 
     @property
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """What a probe is made of: the model's inputs, in order."""
         return [each.name for each in family_of(self.config).inputs(self.config)]
 
@@ -205,7 +220,7 @@ class HeldOut:
 
     def _probed_inputs(self, part: Part) -> list[ModelInputs]:
         """Return the inputs that were gathered with a seed; none where it is not the first."""
-        names = self._names
+        names = self.names
         if names[0] not in part.tensors:
             return []
         stacked = (part.tensors[name] for name in names)
@@ -215,13 +230,14 @@ class HeldOut:
         ]
 
     @property
-    def _probed_every(self) -> int:
-        """Steps from one probe to the next."""
-        return max(1, self.settings.steps // self.probes)
+    def probed_steps(self) -> range:
+        """Steps of a trajectory at which models are probed."""
+        return range(0, self.settings.steps, max(1, self.settings.steps // self.probes))
 
     def _trajectory(self, name: str, runner: Callable[[], Runner], seed: int) -> Part:
         """Sample one seed; with its final latents goes what the very first run is probed at."""
-        settings, probes = self.settings, []
+        settings, states = self.settings, list[Tensor]()
+        probes: list[ModelInputs] = []
         facts: dict[str, Any] = {}
         steps = trajectory(
             runner(),
@@ -233,8 +249,12 @@ class HeldOut:
         )
         try:
             for step in steps:
-                if not self.inputs and step.index % self._probed_every == 0:
-                    probes.append(inputs_at(step, settings.cfg_scale, self.config, self.conditions))
+                if step.index in self.probed_steps:
+                    states.append(step.latents)
+                    if not self.inputs:
+                        probes.append(
+                            inputs_at(step, settings.cfg_scale, self.config, self.conditions)
+                        )
                 last = step.next_latents
                 self.count(1)
         except NonFiniteError as error:
@@ -242,10 +262,13 @@ class HeldOut:
                 raise
             last = torch.full(self._latents_shape, torch.nan)
             facts["not_finite"] = str(error)
+            states += [last] * (len(self.probed_steps) - len(states))
         gathered = {
             name: torch.stack([probe[name] for probe in probes])
-            for name in (self._names if probes else ())
+            for name in (self.names if probes else ())
         }
+        if name != FLOAT and seed == settings.seeds[0]:
+            gathered[STATES] = torch.stack(states)
         return Part(tensors={"final": last, **gathered}, facts=facts)
 
     def _answers(self, runner: Callable[[], Runner]) -> Part:

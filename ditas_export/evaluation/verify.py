@@ -13,7 +13,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from typing import Any
 import torch
 
 from ditas_export.diffusion.runner import Runner
+from ditas_export.evaluation.along import Along, along_trajectory
 from ditas_export.evaluation.held_out import (
+    FAKE,
+    FILE,
     FLOAT,
     FinalLatents,
     HeldOut,
@@ -89,6 +92,7 @@ class Verification:
     final: FinalLatents  # of our runner, or of the fake-quantized forward where there is no file
     settings: VerificationSettings
     fake_quant_not_finite: str | None = None  # where the fake-quantized forward was not, and why
+    along: tuple[Along, ...] = ()  # at the probed steps of the first seed's trajectory, and its end
 
     @property
     def matches(self) -> bool | None:
@@ -150,6 +154,7 @@ class Verification:
             and [finite_or_none(value) for value in final.images_db],
             "fake_quantized_single_step_snr_db": finite_or_none(self.fake_quant_single_step_db),
             "fake_quantized_final_latents_snr_db": None if file else by_seed,
+            "trajectory": [asdict(each) for each in self.along],
             "not_finite": self.not_finite,
             "bare_session_final_latents_snr_db": file
             and file.bare_session
@@ -232,12 +237,12 @@ def verify_file(
     def open_judged() -> Runner:
         return TorchRunner(fake_quantized, device=device) if open_file is None else open_file(path)
 
-    judged = "fake" if open_file is None else "file"
+    judged = FAKE if open_file is None else FILE
     with opened(open_float) as runner:
         reference = held_out.sampled(FLOAT, runner, first)
         wanted = held_out.probed(FLOAT, runner)
     with opened(lambda: TorchRunner(fake_quantized, device=device)) as runner:
-        expected = _Expected.of(held_out, "fake", runner, dtype)
+        expected = _Expected.of(held_out, FAKE, runner, dtype)
     fastest = None
     if fake_quantized_fastest is not None:
         make = fake_quantized_fastest
@@ -280,6 +285,7 @@ def verify_file(
         fake_quant_single_step_db=_single_step(wanted, expected.answers),
         final=final,
         fake_quant_not_finite=(None if file else sampled.not_finite) or expected.answers.not_finite,
+        along=along_trajectory(held_out, judged),
         settings=settings,
     )
 
