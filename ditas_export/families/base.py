@@ -23,6 +23,7 @@ from ditas_export.family_model import FamilyModel as FamilyModel
 from ditas_export.family_model import Input as Input
 from ditas_export.family_model import ModelConfig as ModelConfig
 from ditas_export.family_model import ModelInputs as ModelInputs
+from ditas_export.family_model import ReadCheckpoint as ReadCheckpoint
 from ditas_export.family_model import plural as plural
 
 ALL = slice(None)
