@@ -19,7 +19,7 @@ from torch.nn import functional
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.fold_proof import prove_folds
+from ditas_export.calibration.fold_proof import prove_model
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.output_weights import output_weights
 from ditas_export.calibration.quantized_model import QuantizedModel
@@ -168,7 +168,7 @@ def test_linears_apart_count_as_those_that_are_stacked() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_its_folds_are_proved(quantized: QuantizedModel, dtype: torch.dtype) -> None:
-    assert prove_folds(quantize_adaln(quantized, 8), dtype).relative_error < 1e-13
+    assert prove_model(quantize_adaln(quantized, 8), dtype).relative_error < 1e-13
 
 
 def test_its_file_computes_what_was_calibrated(quantized: QuantizedModel, tmp_path: Path) -> None:

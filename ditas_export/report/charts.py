@@ -262,7 +262,9 @@ def heat_map(
                 linewidth=0.2,
             )
             ax.invert_yaxis()
-            ax.set_yticks(np.arange(len(grid.linears)) + 0.5, [_label(path) for path in grid.linears])
+            ax.set_yticks(
+                np.arange(len(grid.linears)) + 0.5, [_label(path) for path in grid.linears]
+            )
             every = max(1, math.ceil(len(grid.blocks) / 32))
             shown = range(0, len(grid.blocks), every)
             prefix, labels = _common_prefix(grid.blocks)
