@@ -119,6 +119,7 @@ def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_
         ("sample", "--cfg-scale"),
         ("build", "--opt-level"),
         ("compare", "--linear-db"),
+        ("report", "OUT.json"),
         ("cache", "verify"),
     ],
 )

@@ -22,7 +22,7 @@ import yaml
 from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, compare, sample
+from ditas_export.cli import build, compare, report, sample
 from ditas_export.cli.export import app
 from ditas_export.families.load import load_model
 from ditas_export.onnx_export.expand import expand
@@ -40,6 +40,7 @@ PROGRAMS = {
     "ditas-sample": sample.app,
     "ditas-build": build.app,
     "ditas-compare": compare.app,
+    "ditas-report": report.app,
 }
 MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in PROGRAMS}
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
@@ -191,6 +192,19 @@ def test_the_sampling_commands_make_images(
         assert result.exit_code == 0, result.output
     for folder in ("samples", "float-samples"):
         assert len(list((first_command / folder).glob("0*.png"))) == 10
+
+
+def test_the_report_command_writes_a_page(
+    first_command: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first_command)
+    for arguments in commands("ditas-report"):
+        result = CliRunner().invoke(report.app, arguments)
+        assert result.exit_code == 0, result.output
+    page = (first_command / "out.html").read_text(encoding="utf-8")
+    assert "Proved: the file computes what was calibrated" in page
+    assert 1e5 < len(page) < 4 * 2**20
+    assert (first_command / "out.stats.safetensors").stat().st_size < 2**20
 
 
 def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
