@@ -24,6 +24,9 @@ NO_ACTIVATIONS = (
     "activations before smoothing: a quantized model that was kept has none; export it from its "
     "calibration states"
 )
+LONGEST_TEXT = 2000
+"""Characters of a note or of a word of the command: enough for both, and no file grows by them."""
+
 NO_SAMPLES = "samples: the final latents are not finite"
 
 
@@ -51,8 +54,8 @@ def export_stats(
     missing = [NO_ACTIVATIONS] * (activations is None) + [NO_SAMPLES] * (pictures is None)
     header = StatsHeader(
         file_sha256=manifest["file"]["sha256"],
-        command=job.options.command,
-        notes=tuple(job.loaded.notes),
+        command=tuple(map(_bounded, job.options.command)),
+        notes=tuple(map(_bounded, job.loaded.notes)),
         blocks=block_names(config),
         times=() if activations is None else tuple(activations.times.tolist()),
         pictures=None if pictures is None else pictures[0],
@@ -84,6 +87,11 @@ def _pictures(
     assert decoder is not None  # a file was named
     with decoder:
         return pictures_of(reference, quantized, decoder)
+
+
+def _bounded(text: str) -> str:
+    """Return a text of bounded length."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
 def _finals(parts: KeptParts, name: str, seeds: list[int]) -> list[Tensor]:

@@ -207,7 +207,7 @@ class ExportOptions:
         words = ["ditas-export"]
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "output" or value in (None, False, field.default):
+            if field.name == "output" or value is None or value is False or value == field.default:
                 continue
             words.append("--" + field.name.replace("_", "-"))
             if isinstance(value, tuple):

@@ -5,12 +5,29 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
+
+import pytest
+
+
+def require(*, found: bool, what: str) -> None:
+    """Skip where a tool is missing; fail where tests are meant to have all of them."""
+    if not found:
+        reason = f"no {what}; .ci/browser-tools installs it"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+def find_chromium() -> str:
+    """Return the system's Chromium; see `require`."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    require(found=found is not None, what="chromium")
+    return str(found)
 
 
 class Page:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chromium import Page, opened
+from chromium import Page, find_chromium, opened, require
 from quantized_fixture import (
     TINY,
     example_inputs,
@@ -58,13 +57,6 @@ PROCESSES = {
 }
 
 
-def require(*, found: bool, what: str) -> None:
-    """Skip where a tool is missing; fail where tests are meant to have all of them."""
-    if not found:
-        reason = f"no {what}; .ci/browser-tools installs it"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-
-
 @pytest.fixture(scope="module")
 def node() -> str:
     require(found=shutil.which("node") is not None, what="node")
@@ -78,9 +70,7 @@ def onnxruntime_web() -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    require(found=found is not None, what="chromium")
-    return str(found)
+    return find_chromium()
 
 
 def run(name: str, **job: Any) -> Any:

@@ -137,6 +137,7 @@ def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_
         ("build", "--opt-level"),
         ("compare", "--linear-db"),
         ("evaluate", "--resamples"),
+        ("report", "OUT.json"),
         ("cache", "verify"),
         ("embed", "--prompts"),
     ],

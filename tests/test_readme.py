@@ -22,7 +22,7 @@ import yaml
 from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, compare, embed, evaluate, sample
+from ditas_export.cli import build, compare, embed, evaluate, report, sample
 from ditas_export.cli.export import app
 from ditas_export.families.load import load_model
 from ditas_export.onnx_export.expand import expand
@@ -42,6 +42,7 @@ PROGRAMS = {
     "ditas-compare": compare.app,
     "ditas-embed": embed.app,
     "ditas-eval": evaluate.app,
+    "ditas-report": report.app,
 }
 MODULES = {
     f"ditas_export.cli.{name.removeprefix('ditas-')}": name
@@ -200,6 +201,19 @@ def test_the_sampling_commands_make_images(
     judged = CliRunner().invoke(evaluate.app, commands("ditas-eval")[0])
     assert judged.exit_code == 0, judged.output
     assert "10 images against 10 images; features: the bundled digit classifier" in judged.stdout
+
+
+def test_the_report_command_writes_a_page(
+    first_command: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first_command)
+    for arguments in commands("ditas-report"):
+        result = CliRunner().invoke(report.app, arguments)
+        assert result.exit_code == 0, result.output
+    page = (first_command / "out.html").read_text(encoding="utf-8")
+    assert "Proved: the file computes what was calibrated" in page
+    assert 1e5 < len(page) < 4 * 2**20
+    assert (first_command / "out.stats.safetensors").stat().st_size < 2**20
 
 
 def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:

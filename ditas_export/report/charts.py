@@ -248,14 +248,13 @@ def heat_map(
         rows = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0]
         found = [v for grid in grids for row in grid.values for v in row if v is not None]
         low, high = (min(found), max(found)) if found else (0.0, 1.0)
-        colours = mpl.colormaps["viridis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.25))
         for ax, grid in zip(rows, grids, strict=True):
             values = np.array(
                 [[math.nan if v is None else v for v in row] for row in grid.values], dtype=float
             )
             drawn = ax.pcolormesh(
                 np.ma.masked_invalid(values),
-                cmap=colours,
+                cmap="viridis",
                 vmin=low,
                 vmax=max(high, low + 1e-9),
                 edgecolors="face",
@@ -269,7 +268,7 @@ def heat_map(
             shown = range(0, len(grid.blocks), every)
             prefix, labels = _common_prefix(grid.blocks)
             ax.set_xticks(np.array(shown) + 0.5, [_label(labels[index]) for index in shown])
-            ax.set_xlabel(f"block, of {_label(prefix.rstrip('.'))}" if prefix else "block")
+            ax.set_xlabel(f"N of {_label(prefix)}N" if prefix else "block")
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)

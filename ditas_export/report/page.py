@@ -249,7 +249,7 @@ def _setting(export: _Export) -> _Section:
     """Say which model this is, how it was quantized, and what was assumed."""
     facts, header = export.facts, export.stats.header
     model = facts.part("model")
-    calibration = dict(facts.part("settings").items())
+    settings = dict(facts.part("settings").items())
     taken = [str(each) for each in export.verified.values("kept_with_artifact")]
     notes = [*header.notes, *(f"Not known here: {each}" for each in header.missing)]
     if taken:
@@ -260,7 +260,7 @@ def _setting(export: _Export) -> _Section:
         fact_table("Model", [("source", model.text("source")),
                              ("fingerprint", f"{model.text('fingerprint')[:16]}…"),
                              *flat(dict(model.part("config").items()))]),
-        fact_table("How it was quantized", list(flat(calibration))),
+        fact_table("How it was quantized", list(flat(settings, nothing="by default"))),
         fact_table("File", file),
     ]  # fmt: skip
     return _section(

@@ -18,14 +18,22 @@ def fact_table(caption: str, facts: Sequence[tuple[str, str]]) -> Html:
     return tag("table", tag("caption", caption), head, tag("tbody", *rows), class_="facts")
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of JSON objects within objects, names in words."""
+def flat(
+    values: Mapping[str, Any], before: str = "", *, nothing: str = "none"
+) -> Iterator[tuple[str, str]]:
+    """Yield the leaves of JSON objects within objects, names in words.
+
+    Args:
+        values: the outer object.
+        before: what its names begin with.
+        nothing: what null means.
+    """
     for key, value in values.items():
         name = f"{before}{key.replace('_', ' ')}"
         if isinstance(value, dict):
-            yield from flat(value, f"{name}, ")
+            yield from flat(value, f"{name}, ", nothing=nothing)
         else:
-            yield name, in_words(value)
+            yield name, nothing if value is None else in_words(value)
 
 
 def in_words(value: object) -> str:
