@@ -51,6 +51,10 @@ class VerificationError(DitasExportError):
     """An exported file does not compute what was calibrated."""
 
 
+class EvaluationError(DitasExportError):
+    """Images or features that cannot be read or judged."""
+
+
 class DistributedError(DitasExportError):
     """Ranks that cannot start together, or one that the others have lost."""
 

@@ -1,12 +1,15 @@
-"""The options of `ditas-compare`, their defaults in one place. Imports nothing heavy."""
+"""The options of `ditas-compare` and `ditas-eval`, their defaults in one place.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from ditas_export.errors import VerificationError
+from ditas_export.errors import EvaluationError, VerificationError
 from ditas_export.options import LARGEST_SEED
 from ditas_export.saved_records import Within, check_fields
 
@@ -35,3 +38,28 @@ class CompareOptions:
             VerificationError: a threshold that is no finite number.
         """
         check_fields(self, VerificationError)
+
+
+FeatureSource = Literal["auto", "given", "digits", "inception"]
+"""What the features are of: those in the files, or a network's by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """What `ditas-eval` is asked for; the fields are its options."""
+
+    samples: Path
+    reference: Path
+    features: FeatureSource = "auto"
+    paired: bool | None = None  # where ditas-sample wrote both files, of one shape
+    resamples: Annotated[int, Within(0, 10_000)] = 100
+    seed: Annotated[int, Within(0, LARGEST_SEED)] = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing takes.
+
+        Raises:
+            EvaluationError: an unknown value, or one beyond its bounds.
+        """
+        check_fields(self, EvaluationError)
