@@ -3,10 +3,10 @@
     pip install atheris
     python scripts/fuzz_loaders.py LOADER [--seconds 300] [--corpus FOLDER]
 
-LOADER is one of checkpoint, pickle, onnx, artifact, states, plan, recipe, profile, list. Fuzzing
-begins with a sound file of the smallest model. A finding is whatever is neither read nor refused by
-one of the package's own errors: another exception, 20 seconds, or 2.5 GiB. libFuzzer then writes
-the input beside and stops; without a finding it prints how many inputs were tried.
+LOADER is one of checkpoint, pickle, onnx, artifact, states, plan, recipe, profile, list, judged.
+Fuzzing begins with a sound file of the smallest model. A finding is whatever is neither read nor
+refused by one of the package's own errors: another exception, 20 seconds, or 2.5 GiB. libFuzzer
+then writes the input beside and stops; without a finding it prints how many inputs were tried.
 """
 
 from __future__ import annotations

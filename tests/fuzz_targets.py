@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_bases as bases
+import npz_fixture as npz
 import torch
 from quantized_fixture import exported
 from safetensors.torch import save_file
@@ -22,6 +23,8 @@ from ditas_export.conditions.embeddings import EMBEDDINGS_FORMAT, PromptEmbeddin
 from ditas_export.conditions.prompts import read_prompts
 from ditas_export.dit.lora_files import CONFIG_NAME, read_lora
 from ditas_export.engine.metadata import metadata_of
+from ditas_export.evaluation.evaluate import evaluate
+from ditas_export.evaluation.options import EvaluateOptions
 from ditas_export.families.identity import identity_of
 from ditas_export.families.load import load_model
 from ditas_export.family_model import Input
@@ -63,6 +66,11 @@ def _read_plan(path: Path) -> None:
     plan = path.with_suffix("")
     plan.write_bytes(b"a plan")
     metadata_of(plan)
+
+
+def _judged(folder: Path) -> bytes:
+    rows = npz.features(6, 3)
+    return npz.saved(folder / "a.npz", features=rows, **npz.moments(rows)).read_bytes()
 
 
 def _read_recipe(path: Path) -> None:
@@ -133,6 +141,11 @@ TARGETS: Mapping[str, Target] = {
     "recipe": Target(suffix=".yaml", sound=lambda _: RECIPE, read=_read_recipe),
     "profile": Target(
         suffix=".yaml", sound=lambda _: PROFILE, read=lambda path: merge_settings(str(path), {})
+    ),
+    "judged": Target(
+        suffix=".npz",
+        sound=_judged,
+        read=lambda path: evaluate(EvaluateOptions(samples=path, reference=path, resamples=2)),
     ),
     "list": Target(suffix=".txt", sound=lambda _: b"3 17\n4 18\n", read=read_wanted),
     "embeddings": Target(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import hostile_bases as bases
+import npz_fixture as npz
+import numpy as np
 import onnx
 import torch
 from hostile_bases import DROP, replaced
@@ -56,7 +58,7 @@ def all_cases() -> list[Case]:
     """Return every case."""
     makers = (
         _safetensors, _pickles, _folders, _indices, _onnx, _artifacts, _states, _plans, _recipes,
-        _profiles, _options, _lists, _loras,
+        _profiles, _options, _lists, _loras, _judged,
     )  # fmt: skip
     return [case for maker in makers for case in maker()]
 
@@ -880,6 +882,11 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["--guidance-interval", "1,0"], ["--guidance-interval", "nan,1"],
         ["--guidance-interval", "0,²"], ["--guidance-interval", ""],
     ],
+    "evaluate": [
+        ["--resamples", "-1"], ["--resamples", DIGITS], ["--resamples", "many"], ["--seed", "-1"],
+        ["--seed", "18446744073709551616"], ["--features", "vgg"], ["--features", ""],
+        ["--device", "tpu"], ["--json", "/no/such/folder/out.json"],
+    ],
     "compare": [
         ["--images", "0"], ["--images", "1000000000"], ["--steps", "0"], ["--seed", "-1"],
         ["--linear-db", "nan"], ["--threshold-db", "inf"], ["--classes", DIGITS],
@@ -895,6 +902,9 @@ def _options() -> Iterator[Case]:
                 if command == "compare":
                     pair = [str(bases.reference()), str(bases.reference())]
                     return ["compare", *pair, "--no-linears", "--quiet", *words]
+                if command == "evaluate":
+                    path = npz.saved(folder / "a.npz", features=npz.features(9, 3))
+                    return [command, str(path), str(path), "--quiet", *words]
                 model = str(bases.checkpoint(folder))
                 if command == "sample":
                     return ["sample", model, "-o", str(folder / "images"), "--quiet", *words]
@@ -979,3 +989,69 @@ def _loras() -> Iterator[Case]:
         text = json.dumps(config | {"lora_alpha": 4})
         make = written(text, _lora_tensors())
         yield Case(loader="lora", kind="sound", name=name, make=make, is_sound=True)
+
+
+# Images to judge ---------------------------------------------------------------------------------
+
+IMAGES, ROWS = npz.images(9), npz.features(9, 3)
+
+JUDGED: dict[str, dict[str, Any]] = {
+    "other arrays": {"x": ROWS},
+    "one image": {"arr_0": IMAGES[:1]},
+    "no width": {"arr_0": IMAGES[:, :, :0]},
+    "five channels": {"arr_0": npz.images(9, channels=5)},
+    "float images": {"arr_0": IMAGES / 255},
+    "turned images": {"arr_0": np.asfortranarray(IMAGES)},
+    "features of no images": {"features": ROWS[:0]},
+    "three dimensions": {"features": ROWS[:, None]},
+    "NaN": {"features": ROWS * np.float32("nan")},
+    "infinity": {"features": np.full((9, 3), np.inf)},
+    "1e300": {"features": ROWS.astype(np.float64) * 1e300},
+    "rows apart": {"features": ROWS, "spatial": ROWS[:5]},
+    "a mean alone": {"mu": np.ones(3)},
+    "a covariance alone": {"sigma": np.eye(3)},
+    "a turned covariance": {"mu": np.ones(3), "sigma": np.triu(np.ones((3, 3)))},
+    "a negative covariance": {"mu": np.ones(3), "sigma": -np.eye(3)},
+    "no square": {"mu": np.ones(3), "sigma": np.ones((3, 4))},
+    "a covariance of 1e300": {"mu": np.ones(3), "sigma": np.eye(3) * 1e300},
+    "other features": {"features": npz.features(9, 4)},
+    "17 000 features": {"features": np.zeros((4, 17_000), dtype=np.float16)},
+}
+
+SOUND_JUDGED: dict[str, dict[str, Any]] = {
+    "features": {"features": ROWS},
+    "float16": {"features": ROWS.astype(np.float16)},
+    "turned": {"features": np.asfortranarray(ROWS)},
+    "moments": npz.moments(ROWS),
+    "zeros": {"features": ROWS * 0},
+    "objects beside": {"features": ROWS, "labels": np.array([None, {}], dtype=object)},
+}
+
+
+def _judged() -> Iterator[Case]:
+    loader = "images to judge"
+
+    def judging(write: Callable[[Path], Any]) -> Make:
+        def make(folder: Path) -> list[str]:
+            write(folder / "samples.npz")
+            reference = npz.saved(folder / "reference.npz", features=ROWS)
+            words = [str(folder / "samples.npz"), str(reference), "--resamples", "2", "--quiet"]
+            return ["evaluate", *words]
+
+        return make
+
+    for name, arrays in JUDGED.items():
+        make = judging(lambda path, arrays=arrays: npz.saved(path, **arrays))
+        yield Case(loader=loader, kind="arrays", name=name, make=make)
+    for name, (raw, _) in npz.NO_ARRAYS.items():
+        make = judging(lambda path, raw=raw: npz.archive(path, [("features.npy", raw)]))
+        yield Case(loader=loader, kind="headers", name=name, make=make)
+    for name, raw in IMPOSTORS.items():
+        make = judging(lambda path, raw=raw: path.write_bytes(raw))
+        yield Case(loader=loader, kind="other files", name=name, make=make)
+    make = judging(lambda path: npz.zeros(path, rows=2**17, width=2**11))
+    yield Case(loader=loader, kind="sizes", name="2 GiB of zeros in 9 MB", make=make,
+               needs_limits=True)  # fmt: skip
+    for name, arrays in SOUND_JUDGED.items():
+        make = judging(lambda path, arrays=arrays: npz.saved(path, **arrays))
+        yield Case(loader=loader, kind="sound", name=name, make=make, is_sound=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,70 @@ def npy(of: Array, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def zeros(path: Path, *, rows: int, width: int) -> Path:
+    """Write float64 features that are all 0, and take next to nothing in the file."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("features.npy", "w", force_zip64=True) as entry,
+    ):
+        entry.write(with_header(text))
+        for _ in range(rows):
+            entry.write(bytes(8 * width))
+    return path
+
+
 def with_header(text: str, numbers: bytes = b"", *, version: bytes = b"\x01\x00") -> bytes:
     """Return the bytes of an .npy file with any header."""
     raw = text.encode("latin-1")
     size = len(raw).to_bytes(2 if version == b"\x01\x00" else 4, "little")
     return b"\x93NUMPY" + version + size + raw + numbers
+
+
+FLOATS = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }"
+GOOD = npy(np.ones((2, 3), dtype=np.float32))
+
+
+def header(shape: str, descr: str = "'<f4'", order: str = "False") -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
+    return with_header(text, bytes(24))
+
+
+class Runs:
+    """A pickle that leaves a trace."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+OBJECTS = npy(np.array([Runs()], dtype=object), allow_pickle=True)
+
+NO_ARRAYS: dict[str, tuple[bytes, str]] = {
+    "objects": (OBJECTS, "no array of plain numbers"),
+    "a pickle": (pickle.dumps(Runs()), "no array of NumPy"),
+    "named fields": (npy(np.zeros(2, dtype=[("a", "f4")])), "no array of plain numbers"),
+    "texts": (npy(np.array(["a", "b"])), "no array of plain numbers"),
+    "complex numbers": (npy(np.ones(3, dtype=complex)), "no array of plain numbers"),
+    "dates": (npy(np.zeros(3, dtype="M8[s]")), "no array of plain numbers"),
+    "truth values": (npy(np.ones(3, dtype=bool)), "no array of plain numbers"),
+    "no entries": (npy(np.ones((0, 3))), r"1 to 1,099,"),
+    "five dimensions": (npy(np.ones((1, 1, 1, 1, 1))), "4 dimensions at most"),
+    "an expression": (header("(1+1, 3)"), "no array of plain numbers"),
+    "a negative size": (header("(-2, -3)"), "no array of plain numbers"),
+    "a huge size": (header("(999999999999999999, 999999999999999999)"), "the file has 24"),
+    "5000 digits": (header(f"({'9' * 5000},)"), "no array of plain numbers"),
+    "one more row": (header("(3, 3)"), "36 bytes, and the file has 24"),
+    "one less row": (header("(1, 3)"), "12 bytes, and the file has 24"),
+    "a nested header": (header("(" * 5000), "no array of plain numbers"),
+    "a call": (header("(2, 3)", descr="__import__('os')"), "no array of plain numbers"),
+    "an unknown order": (header("(2, 3)", order="None"), "no array of plain numbers"),
+    "two headers": (with_header(FLOATS * 2, bytes(24)), "no array of plain numbers"),
+    "no header": (with_header("", bytes(24)), "no array of plain numbers"),
+    "a header of 1 GiB": (b"\x93NUMPY\x02\x00\x00\x00\x00\x40" + bytes(99), "header of 1,073,"),
+    "a header cut short": (GOOD[:40], "bytes are missing"),
+    "only the sign": (GOOD[:8], "2 bytes are missing"),
+    "another version": (with_header(FLOATS, bytes(24), version=b"\x04\x00"), "no array of NumPy"),
+    "no array": (b"hello", "3 bytes are missing"),
+    "an empty entry": (b"", "8 bytes are missing"),
+}  # fmt: skip
+"""Bytes of an .npy file that holds no array of plain numbers, and what is said of it."""

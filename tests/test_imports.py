@@ -133,6 +133,7 @@ def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_
         ("sample", "--cfg-scale"),
         ("build", "--opt-level"),
         ("compare", "--linear-db"),
+        ("evaluate", "--resamples"),
         ("cache", "verify"),
         ("embed", "--prompts"),
     ],

@@ -25,7 +25,8 @@ from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_
 from ditas_export.engine.options import BuildOptions
 from ditas_export.errors import ArtifactError
 from ditas_export.evaluation.compare import job_files as compare_files
-from ditas_export.evaluation.options import CompareOptions
+from ditas_export.evaluation.evaluate import job_files as evaluate_files
+from ditas_export.evaluation.options import CompareOptions, EvaluateOptions
 from ditas_export.generation.job import _check_files
 from ditas_export.generation.options import SampleOptions
 from ditas_export.job_files import JobFiles, Output, same_file
@@ -394,7 +395,7 @@ def no_file(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
-@pytest.mark.parametrize("command", ["sample", "compare", "inputs", "build", "image"])
+@pytest.mark.parametrize("command", ["sample", "compare", "inputs", "evaluate", "build", "image"])
 def test_no_command_writes_to_what_is_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, kind: str
 ) -> None:
@@ -407,10 +408,12 @@ def test_no_command_writes_to_what_is_no_file(
         monkeypatch.chdir(folder)
     no_file(Path(output.name), kind)
     pair: Any = {"reference": Path("a.onnx"), "model": Path("b.onnx")}
+    both: Any = {"samples": Path("a.npz"), "reference": Path("b.npz")}
     checks = {
         "sample": lambda: _check_files(SampleOptions(model="digits", output=folder, npz=output)),
         "compare": lambda: compare_files(CompareOptions(**pair), output).check(),
         "inputs": lambda: compare_files(CompareOptions(**pair, gen_inputs=output)).check(),
+        "evaluate": lambda: evaluate_files(EvaluateOptions(**both), output).check(),
         "build": lambda: build_files(Path("a.onnx"), output, BuildOptions()).check(),
         "image": lambda: _check_files(SampleOptions(model="digits", output=folder)),
     }

@@ -30,7 +30,7 @@ from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationStates, collect_states
 from ditas_export.engine.metadata import EngineMetadata, is_plan_file, metadata_of, metadata_path
 from ditas_export.engine.options import BuildOptions
-from ditas_export.evaluation.options import CompareOptions
+from ditas_export.evaluation.options import CompareOptions, EvaluateOptions
 from ditas_export.evaluation.verify import VerificationSettings, verify_file
 from ditas_export.families.identity import identity_of
 from ditas_export.families.load import load_model
@@ -56,6 +56,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
     ExportOptions: {},
     SampleOptions: {"model": Path("folder/out.onnx")},
     CompareOptions: {},
+    EvaluateOptions: {},
     BuildOptions: {},
 }
 

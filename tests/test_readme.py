@@ -22,7 +22,7 @@ import yaml
 from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, compare, embed, sample
+from ditas_export.cli import build, compare, embed, evaluate, sample
 from ditas_export.cli.export import app
 from ditas_export.families.load import load_model
 from ditas_export.onnx_export.expand import expand
@@ -41,8 +41,13 @@ PROGRAMS = {
     "ditas-build": build.app,
     "ditas-compare": compare.app,
     "ditas-embed": embed.app,
+    "ditas-eval": evaluate.app,
 }
-MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in PROGRAMS}
+MODULES = {
+    f"ditas_export.cli.{name.removeprefix('ditas-')}": name
+    for name in PROGRAMS
+    if name != "ditas-eval"
+} | {"ditas_export.cli.evaluate": "ditas-eval"}
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it
 LAUNCHER = torch.distributed.run.get_args_parser()
 
@@ -192,6 +197,9 @@ def test_the_sampling_commands_make_images(
         assert result.exit_code == 0, result.output
     for folder in ("samples", "float-samples"):
         assert len(list((first_command / folder).glob("0*.png"))) == 10
+    judged = CliRunner().invoke(evaluate.app, commands("ditas-eval")[0])
+    assert judged.exit_code == 0, judged.output
+    assert "10 images against 10 images; features: the bundled digit classifier" in judged.stdout
 
 
 def test_the_accuracy_commands_run(first_command: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ditas_export.evaluation.bootstrap import Figure
@@ -24,7 +25,8 @@ _ROWS = {
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print the figures that there are, what they are of, and why others are missing."""
     options = evaluation.options
-    table = Table(title=f"{options.samples} against {options.reference}")
+    title = escape(f"{options.samples} against {options.reference}")
+    table = Table(title=title)
     for title in ("figure", "value", "95 % interval", "better"):
         table.add_column(title, justify="left" if title in ("figure", "better") else "right")
     for name, figure in evaluation.figures.items():

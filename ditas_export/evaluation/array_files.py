@@ -46,6 +46,7 @@ _HEADER = re.compile(
 )
 
 _READ_BYTES = 2**24
+"""Bytes that are unpacked at once."""
 
 _TROUBLE = (
     OSError,
@@ -101,7 +102,7 @@ class ArrayFile:
                 f"are read"
             )
         with self._numbers(name) as file:
-            flat = np.frombuffer(_exactly(file, header.size_bytes), header.dtype)
+            flat = _numbers_of(file, header.dtype, math.prod(header.shape))
         order: Any = "F" if header.turned else "C"
         return flat.reshape(header.shape, order=order)
 
@@ -117,12 +118,10 @@ class ArrayFile:
         """
         header = self.arrays[name]
         count, *rest = header.shape
-        entry_bytes = math.prod(rest) * header.dtype.itemsize
         with self._numbers(name) as file:
             for first in range(0, count, most):
                 part = min(most, count - first)
-                flat = np.frombuffer(_exactly(file, part * entry_bytes), header.dtype)
-                yield flat.reshape(part, *rest)
+                yield _numbers_of(file, header.dtype, part * math.prod(rest)).reshape(part, *rest)
 
     @contextmanager
     def _numbers(self, name: str) -> Iterator[IO[bytes]]:
@@ -195,13 +194,23 @@ def _header(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Arr
 
 def _exactly(file: IO[bytes], size: int) -> bytes:
     """Return the next bytes of a file, all of them there."""
-    parts, left = [], size
-    while left and (part := file.read(min(left, _READ_BYTES))):
-        parts.append(part)
-        left -= len(part)
-    if left:
-        raise EOFError(f"{left:,} bytes are missing")
-    return b"".join(parts)
+    found = file.read(size)
+    if len(found) < size:
+        raise EOFError(f"{size - len(found):,} bytes are missing")
+    return found
+
+
+def _numbers_of(file: IO[bytes], dtype: np.dtype[Any], count: int) -> Array:
+    """Return the next numbers of a file, (count,), all of them there."""
+    numbers = np.empty(count, dtype)
+    raw, filled = numbers.view(np.uint8).data, 0
+    while filled < len(raw):
+        part = file.read(min(len(raw) - filled, _READ_BYTES))
+        if not part:
+            raise EOFError(f"{len(raw) - filled:,} bytes are missing")
+        raw[filled : filled + len(part)] = part
+        filled += len(part)
+    return numbers
 
 
 @contextmanager

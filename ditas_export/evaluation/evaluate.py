@@ -23,7 +23,7 @@ from ditas_export.errors import EvaluationError
 from ditas_export.evaluation.array_files import ArrayFile, open_arrays
 from ditas_export.evaluation.bootstrap import Figure, resample_counts
 from ditas_export.evaluation.digit_features import SIDE
-from ditas_export.evaluation.extractors import open_extractor
+from ditas_export.evaluation.extractors import Extractor, open_extractor
 from ditas_export.evaluation.judged_sets import (
     ARRAYS,
     FEATURES,
@@ -152,6 +152,7 @@ def _evaluate(
     """Judge the images of an open file by another."""
     numbers = [_images(file) for file in (samples, reference)]
     is_paired, why_not = _pairing(options, samples, reference)
+    extractor = _extractor(options, samples, reference)
     generator = torch.Generator().manual_seed(options.seed)
     draw = partial(resample_counts, resamples=options.resamples, generator=generator)
     sample_counts = draw(numbers[0] or 1)
@@ -165,9 +166,16 @@ def _evaluate(
             device=options.device,
             on_pairs=partial(advance, "Comparing pairs"),
         )
-    judged, features = _judged_sets(options, samples, reference, advance)
+
+    def judged(file: ArrayFile, name: str) -> JudgedSet:
+        if extractor is None:
+            return given_set(file, device=options.device)
+        on_images = partial(advance, f"Features of {name}")
+        return extracted_set(file, extractor, device=options.device, on_images=on_images)
+
     sets = set_figures(
-        *judged,
+        judged(samples, "samples"),
+        judged(reference, "reference"),
         sample_counts.to(options.device),
         reference_counts.to(options.device),
         on_progress=advance,
@@ -177,7 +185,7 @@ def _evaluate(
         options=options,
         images=numbers[0],
         reference_images=numbers[1],
-        features=features,
+        features="given in the files" if extractor is None else extractor.description,
         pairs=pairs,
         sets=sets,
         notes=tuple(notes),
@@ -227,16 +235,19 @@ def _pairing(
     return True, None
 
 
-def _judged_sets(
-    options: EvaluateOptions, samples: ArrayFile, reference: ArrayFile, advance: OnProgress
-) -> tuple[tuple[JudgedSet, JudgedSet], str]:
-    """Return the features of both files, and what they are."""
+def _extractor(
+    options: EvaluateOptions, samples: ArrayFile, reference: ArrayFile
+) -> Extractor | None:
+    """Return what makes features of images; None where those that are given are judged.
+
+    Raises:
+        EvaluationError: features of images that it does not take, or one that is not at hand.
+    """
     source = options.features
     if source == "auto":
         source = _source_for(samples, reference)
     if source == "given":
-        given = partial(given_set, device=options.device)
-        return (given(samples), given(reference)), "given in the files"
+        return None
     for file in (samples, reference):
         shape = file.arrays[IMAGES].shape[1:] if IMAGES in file.arrays else None
         if source == "digits" and shape not in (None, (SIDE, SIDE, 1)):
@@ -244,14 +255,7 @@ def _judged_sets(
                 f"{file.path} has images of {shape}; the digit classifier takes {(SIDE, SIDE, 1)}, "
                 f"others take --features inception"
             )
-    extractor = open_extractor(source, device=options.device)
-
-    def extracted(file: ArrayFile, name: str) -> JudgedSet:
-        on_images = partial(advance, f"Features of {name}")
-        return extracted_set(file, extractor, device=options.device, on_images=on_images)
-
-    pair = (extracted(samples, "samples"), extracted(reference, "reference"))
-    return pair, extractor.description
+    return open_extractor(source, device=options.device)
 
 
 def _source_for(*files: ArrayFile) -> FeatureSource:

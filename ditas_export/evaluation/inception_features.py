@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditas_export.dit.tensor_files import read_tensor_file
 from ditas_export.errors import EvaluationError
-from ditas_export.file_signs import why_unreadable
 from ditas_export.temporary_files import temporary_folder
 
 PACKAGE = "torch_fidelity"
@@ -85,13 +85,12 @@ def _load_network() -> Any:
     """Return the network; torch-fidelity unpickles what it is given, so it gets a file of ours.
 
     Raises:
-        EvaluationError: the weights are damaged, or of another kind.
+        CheckpointError: the weights' file is damaged.
+        EvaluationError: it holds other tensors.
     """
     path = weights_path()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise EvaluationError(f"cannot read {path}: {why_unreadable(path, error)}") from error
+    content = read_tensor_file(path).content
+    state = {name: each for name, each in content.items() if isinstance(each, Tensor)}
     module = importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
     with temporary_folder(room=_ROOM) as folder:
         torch.save(state, folder / WEIGHTS)

@@ -138,7 +138,7 @@ def extracted_set(
     pooled, spatial, done = [], [], 0
     if IMAGES in file.arrays:
         for batch in file.batches(IMAGES, most=BATCH):
-            pixels = torch.tensor(batch).permute(0, 3, 1, 2).to(device)
+            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)
             with torch.inference_mode():
                 rows, patches = extractor(pixels)
             pooled.append(rows.double())

@@ -68,7 +68,7 @@ def pair_figures(
     errors, similarities, distances, done = [], [], [], 0
     parts = (file.batches(IMAGES, most=BATCH) for file in (samples, reference))
     for pair in zip(*parts, strict=True):
-        x, y = (torch.tensor(part).permute(0, 3, 1, 2).to(device) for part in pair)
+        x, y = (torch.from_numpy(part).permute(0, 3, 1, 2).to(device) for part in pair)
         errors.append(squared_errors(x, y))
         similarities += [structural_similarities(x, y)] if has_ssim else []
         distances += [lpips(x, y)] if lpips else []
