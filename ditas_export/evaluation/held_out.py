@@ -129,6 +129,7 @@ class HeldOut:
     floats: KeptParts  # of the float model, for whatever file of it
     others: KeptParts  # of one file and its fake-quantized forward
     count: Callable[[int], None] = lambda _: None
+    probes: int = PROBES  # of the steps of a trajectory, at most twice as many
     inputs: list[ModelInputs] = field(default_factory=list)
 
     def sampled(self, name: str, runner: Callable[[], Runner], seeds: Sequence[int]) -> Sampled:
@@ -216,7 +217,7 @@ class HeldOut:
     @property
     def _probed_every(self) -> int:
         """Steps from one probe to the next."""
-        return max(1, self.settings.steps // PROBES)
+        return max(1, self.settings.steps // self.probes)
 
     def _trajectory(self, name: str, runner: Callable[[], Runner], seed: int) -> Part:
         """Sample one seed; with its final latents goes what the very first run is probed at."""

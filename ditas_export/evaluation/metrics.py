@@ -76,6 +76,20 @@ class Difference:
         return math.inf if self.error_sum else 0.0
 
 
+def psnr_db(reference: Tensor, output: Tensor) -> float:
+    """Return 10 · log10((max − min of the reference)² / mean squared error) in dB.
+
+    Infinity if equal, minus infinity if not finite.
+
+    Args:
+        reference: any shape.
+        output: the same shape.
+    """
+    found = Difference.between(reference, output)
+    spread = float(reference.max()) - float(reference.min())
+    return decibels(found.count * spread**2, found.noise)
+
+
 def snr_db(reference: Tensor, output: Tensor) -> float:
     """Return 10 · log10(Σ reference² / Σ (output − reference)²) in dB; infinity if equal.
 

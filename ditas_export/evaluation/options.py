@@ -40,6 +40,29 @@ class CompareOptions:
         check_fields(self, VerificationError)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LadderOptions:
+    """What `ditas-compare --ladder` is asked for; the fields are its options."""
+
+    model: str
+    artifact: Path
+    plan: Path | None = None
+    classes: str = "random"
+    images: Annotated[int, Within(1, 4096)] = 2  # of each of two seeds
+    steps: Annotated[int, Within(1, 100_000)] = 25
+    cfg_scale: float | None = None  # CFG_SCALE; none where a model cannot be guided
+    seed: Annotated[int, Within(0, LARGEST_SEED - 1)] = 1000  # calibration takes 0 by default
+    embeddings: Path | None = None  # of the prompts that classes are then the numbers of
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing takes.
+
+        Raises:
+            VerificationError: one beyond its bounds.
+        """
+        check_fields(self, VerificationError)
+
+
 FeatureSource = Literal["auto", "given", "digits", "inception"]
 """What the features are of: those in the files, or a network's by name."""
 
