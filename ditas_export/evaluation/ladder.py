@@ -55,8 +55,8 @@ from ditas_export.job_files import JobFiles, Output, existing, json_kind
 from ditas_export.kept_parts import KeptParts
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.onnx_export.form import Layout
-from ditas_export.onnx_export.forms.floats import BLOCK_SIZES
 from ditas_export.options import CFG_SCALE, NO_HINTS, CheckpointHints, Target
+from ditas_export.quantization.weight_only import BLOCK_SIZES
 from ditas_export.runtime.fastest_form import FASTEST
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ditas_export.runtime.openvino_runner import INSTALL, OpenVINORunner
