@@ -108,6 +108,18 @@ def test_a_file_that_is_damaged(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_checksum_of_packed_numbers_that_is_wrong(tmp_path: Path, most: int) -> None:
+    """Which is known at their end alone."""
+    value = np.random.default_rng(0).normal(size=(2, 5000))
+    path = archive(tmp_path / "a.npz", [("x.npy", npy(value))], compression=zipfile.ZIP_DEFLATED)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 16] ^= 1
+    path.write_bytes(raw)
+    with open_arrays(path, ["x"]) as file, pytest.raises(EvaluationError, match="Bad CRC-32"):
+        list(file.batches("x", most=most))
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_arrays_of_one_name(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.npz", [("x.npy", GOOD), ("x.npy", GOOD)])

@@ -18,7 +18,7 @@ from ditas_export.evaluation.bootstrap import Figure, resample_counts
 from ditas_export.evaluation.gaussians import Moments, frechet_distance
 from ditas_export.evaluation.image_pairs import psnr_db, squared_errors, structural_similarities
 from ditas_export.evaluation.kernel_distance import kernel_distances
-from ditas_export.evaluation.manifolds import memberships
+from ditas_export.evaluation.manifolds import memberships, squared_distances
 
 RELATIVE = 1e-9
 """Float64 on both sides, sums of some thousand terms; the square root of a matrix loses more."""
@@ -111,6 +111,20 @@ def test_precision_and_recall_are_adms(block: int, monkeypatch: pytest.MonkeyPat
     assert 0 < wanted[1] < 1
     precision, recall = (each.double().mean().item() for each in (found.samples, found.reference))
     assert (precision, recall) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_equal_rows_are_at_no_distance_at_all() -> None:
+    """Sums in two orders differ in their last digits, of which a ball of radius 0 would know."""
+    x = rows(40, 300, 0) * 100
+    y = torch.cat([x[7:], x[:7] + 1e-3])
+    found = squared_distances(x, y)
+    equal = (x[:, None] == y).all(2)
+    assert equal.sum() == 33
+    assert (found[equal] == 0).all()
+    direct = (x[:, None] - y).square().sum(2)
+    torch.testing.assert_close(found, direct, rtol=1e-5, atol=0)  # the smallest is 3e-4 of 3e6
+    plain = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+    assert (plain[equal] != 0).any()  # the test tells something
 
 
 def test_images_that_are_there_many_times() -> None:
