@@ -125,7 +125,7 @@ class ArrayFile:
 
     @contextmanager
     def _numbers(self, name: str) -> Iterator[IO[bytes]]:
-        """Yield the numbers of an array as a file; their last byte is tested by the checksum."""
+        """Yield the numbers of an array as a file; with the last one its checksum is tested."""
         with _refusing(self.path, name), self._archive.open(f"{name}.npy") as file:
             _exactly(file, self.arrays[name].start)
             yield file
