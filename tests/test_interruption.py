@@ -282,7 +282,7 @@ def test_a_plan_replaces_a_plan_without_a_moment_of_disagreement(
     assert seen == [b"a plan", b"plan 2", b"plan 3"]
     make(b"at last")
     assert metadata_of(plan).replaces is None
-    assert names(tmp_path) == {"out.onnx", "out.json", "out.plan", "out.plan.json"}
+    assert names(tmp_path) == {"out.onnx", "out.json", STATS, "out.plan", "out.plan.json"}
 
 
 def test_a_rejected_pair_has_data_of_its_own(
