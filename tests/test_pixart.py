@@ -99,9 +99,7 @@ def calibrated(config: PixArtConfig = SIGMA, **changes: Any) -> QuantizedModel:
     model, asked = pixart(config), prompts(config)
     settings = CalibrationSettings(steps=4, classes=(0, 3, 4), embeddings=asked.identity)
     states = collect_states(model, settings, identity=identity_of(model), conditions=asked)
-    wanted = replace(
-        QuantizationSettings(rank=4, alpha_grid=(0.4, 0.5), block_size=24), **changes
-    )
+    wanted = replace(QuantizationSettings(rank=4, alpha_grid=(0.4, 0.5), block_size=24), **changes)
     return quantize_model(model, states, wanted, conditions=asked)
 
 
