@@ -84,9 +84,21 @@ def prove_folds(
         for name in exact.modulations:
             del left[name]
         wanted = _outputs(
-            unfolded, block, _unfolded_linears(quantized, block, exact), state, constants
+            unfolded,
+            block,
+            _unfolded_linears(quantized, block, exact),
+            quantized.float_parameters,
+            state,
+            constants,
         )
-        found = _outputs(folded, block, _folded_linears(quantized, exact), state, constants)
+        found = _outputs(
+            folded,
+            block,
+            _folded_linears(quantized, exact),
+            {**quantized.float_parameters, **exact.parameters},
+            state,
+            constants,
+        )
         for name, output in wanted.items():
             worst = _worse(worst, name, output, found[name])
         on_block(index + 1, len(blocks))
@@ -172,20 +184,21 @@ def _outputs(
     model: nn.Module,
     block: Block,
     linears: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
     state: State,
     constants: State,
 ) -> dict[str, Tensor]:
     """Return what every quantized linear of a block gives, by module path; `model` is on no device.
 
+    Of `parameters` those of the block are used that are no linear's: tables and norms.
+
     Rows into which smoothing folds are left out: they are meant to differ, by an s that its reader
     shows.
     """
-    folded = {
-        block.name(fold.linear): fold.rows
-        for group in block.groups()
-        for fold in group.folds
-        if isinstance(fold, Rows)
-    }
+    folded: dict[str, list[slice]] = {}
+    for fold in (fold for group in block.groups() for fold in group.folds):
+        if isinstance(fold, Rows):
+            folded.setdefault(block.name(fold.linear), []).append(fold.rows)
     found: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, linear in linears.items():
@@ -195,14 +208,26 @@ def _outputs(
 
                 def keep(_module: nn.Module, _x: Any, y: Tensor, name: str = name) -> None:
                     kept = torch.ones(y.shape[-1], dtype=torch.bool)
-                    kept[folded.get(name, slice(0))] = False
+                    for rows in folded.get(name, ()):
+                        kept[rows] = False
                     found[name] = y[..., kept]
 
                 linear.register_forward_hook(keep)
         module = model.get_submodule(block.path)
+        for name in [name for name, _ in module.named_parameters()]:
+            _lend(stack, module, name, parameters[block.name(name)].double())
         for stage in block.stages:
             state = stage.run(module, state, constants)
     return found
+
+
+def _lend(stack: ExitStack, module: nn.Module, path: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter until the stack is left."""
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    before = getattr(holder, name)
+    setattr(holder, name, nn.Parameter(value, requires_grad=False))
+    stack.callback(setattr, holder, name, before)
 
 
 def _plain_outputs(

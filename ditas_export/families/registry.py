@@ -14,10 +14,15 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError
 from ditas_export.families.base import AnyFamily, Conditions, ModelConfig
 from ditas_export.families.dit import DiTFamily
+from ditas_export.families.pixart import PixArtFamily
 from ditas_export.process import FlowProcess, Process
 from ditas_export.saved_records import from_record
 
-FAMILIES: list[AnyFamily] = [DiTFamily("dit", Process), DiTFamily("sit", FlowProcess)]
+FAMILIES: list[AnyFamily] = [
+    DiTFamily("dit", Process),
+    DiTFamily("sit", FlowProcess),
+    PixArtFamily(),
+]
 """All that are known; the first that serves a configuration is its family."""
 
 _FAMILY = "family"
