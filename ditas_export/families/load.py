@@ -24,6 +24,7 @@ from ditas_export.dit.diffusers_folder import (
     CLASSES,
     HUB_ID,
     HUB_PATTERNS,
+    PIXART,
     class_of,
     find_weights,
     transformer_folders,
@@ -31,6 +32,7 @@ from ditas_export.dit.diffusers_folder import (
 from ditas_export.errors import CheckpointError
 from ditas_export.families.base import FamilyModel
 from ditas_export.families.identity import ModelIdentity, identity_of
+from ditas_export.families.pixart_folder import read_pixart
 from ditas_export.family_model import ReadCheckpoint
 from ditas_export.options import NO_HINTS, CheckpointHints
 
@@ -55,7 +57,10 @@ class FolderReader(Protocol):
         ...
 
 
-FOLDERS: Mapping[str, FolderReader] = dict.fromkeys(CLASSES, read_folder)
+FOLDERS: Mapping[str, FolderReader] = {
+    **dict.fromkeys(CLASSES, read_folder),
+    PIXART: read_pixart,
+}
 """By the class of diffusers that a transformer's config.json names."""
 
 
