@@ -11,7 +11,6 @@ from joint_families import JointFamily, joint_model
 from quantized_fixture import tiny_dit
 
 from ditas_export.calibration.family_proof import prove_folds
-from ditas_export.calibration.solve import LinearSettings
 from ditas_export.calibration.walk import walk
 from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.families import registry
@@ -104,7 +103,7 @@ def test_the_walk_refuses_two_inputs_under_one_s(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "FAMILIES", [JointFamily("flux")])
     model = joint_model("flux")
     inputs = ModelInputs({"hidden_states": torch.zeros(1, 16, 16), "timestep": torch.zeros(1)})
-    walked = walk(model, model.config, inputs, {}, lambda _: LinearSettings(), known={})
+    walked = walk(model, model.config, inputs, {}, pytest.fail, known={})
     with pytest.raises(
         CalibrationError, match=r"to_out\.0 and \S*to_add_out read different inputs"
     ):
