@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ditas_export.errors import OnnxExportError
-from ditas_export.saved_records import Within, check_fields
+from ditas_export.saved_records import Above, Within, check_fields
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -80,6 +80,8 @@ class CheckpointHints:
     no_null_class: bool = False  # every row of the label table is a class
     betas: str | None = None  # NAME[,START,END[,STEPS]]
     family: FamilyChoice | None = None
+    lora: Path | None = None  # a folder or a file, merged before anything else
+    lora_alpha: Annotated[float, Above(0, 1e6)] | None = None  # where nothing else says it
 
     @property
     def given(self) -> list[str]:
@@ -108,6 +110,8 @@ class ExportOptions:
     no_null_class: bool = False
     betas: str | None = None
     family: FamilyChoice | None = None
+    lora: Path | None = None
+    lora_alpha: Annotated[float, Above(0, 1e6)] | None = None
     classes: str | None = None
     embeddings: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -167,6 +171,8 @@ class ExportOptions:
             no_null_class=self.no_null_class,
             betas=self.betas,
             family=self.family,
+            lora=self.lora,
+            lora_alpha=self.lora_alpha,
         )
 
     @property

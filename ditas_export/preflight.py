@@ -56,6 +56,7 @@ def job_files(options: ExportOptions) -> JobFiles:
             artifact=options.artifact,
             vae=options.vae,
             embeddings=options.embeddings,
+            lora=options.lora,
         ),
         outputs=tuple(
             Output(path=path, what=what, is_ours=kind)

@@ -3,6 +3,8 @@
     python scripts/evaluate_digits.py digits --picture docs/images/digits.png
     python scripts/evaluate_digits.py digits-sit --picture docs/images/digits-sit.png
     python scripts/evaluate_digits.py fp32.onnx out.onnx --picture docs/images/float_above_w4a8.png
+    python scripts/evaluate_digits.py digits-pixart \
+        --embeddings ditas_export/dit/bundled/digits-pixart/embeddings.safetensors
 
 Models are what `ditas-sample` takes; each is sampled by the first sampler of its process (DDPM, or
 Euler for a flow). All sample the same noise; a batch of one, then the same batch of the next, one
@@ -10,6 +12,10 @@ live session at a time, so that their speeds compare. The classifier is a suppor
 trained on the training split of `train_digits.py`; its accuracy on the held-out split is printed
 first, and bounds what the agreement can mean. One model is drawn as eight rows of the ten digits,
 several as rows of digits under each other, first model on top.
+
+A text-conditioned model is asked by the rows of its embeddings in turn, of which row r asks for the
+digit r % 10. `--ask-for 3` asks for another digit, 3 more than the one that is looked for: a model
+that listens to its words then agrees as often as chance has it, or less.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 from train_digits import digit_images
 
+from ditas_export.families.registry import conditions_of
 from ditas_export.generation.pixels import grid, to_pixels, write_png
 from ditas_export.generation.sampler import Sampler, SamplingSettings
 from ditas_export.runtime.open_runner import open_runner
@@ -54,7 +61,12 @@ def train_classifier() -> tuple[SVC, float]:
 
 
 def sample_in_turns(
-    models: list[str], settings: SamplingSettings, *, runtime: str, threads: int
+    models: list[str],
+    settings: SamplingSettings,
+    *,
+    embeddings: Path | None,
+    runtime: str,
+    threads: int,
 ) -> dict[str, Judged]:
     """Sample every batch with every model before the next batch."""
     found = {model: Judged() for model in models}
@@ -63,15 +75,23 @@ def sample_in_turns(
         for model, judged in found.items():
             opened = open_runner(model, runtime=runtime, threads=threads)
             with opened.runner as runner:
-                sampler = Sampler(runner, settings)
+                conditions = conditions_of(runner.config, embeddings)
+                sampler = Sampler(runner, settings, conditions=conditions)
                 judged.runtime, judged.sha256 = runner.description, opened.sha256
-                Sampler(runner, replace(settings, steps=2)).run(batch)  # the first run allocates
+                first = replace(settings, steps=2)  # the first run allocates
+                Sampler(runner, first, conditions=conditions).run(batch)
                 start = time.perf_counter()
                 made = sampler.run(batch).latents
                 judged.images_per_second.append(len(made) / (time.perf_counter() - start))
                 judged.images.append(made)
         print(f"batch {batch + 1}/{batches}", flush=True)
     return found
+
+
+def asked(index: int, rows: int, shift: int) -> int:
+    """Return the label that asks for an image's digit, or for the one `shift` after it."""
+    row = index % rows
+    return row - row % CLASSES + (row + shift) % CLASSES
 
 
 def agreement(classifier: SVC, images: Tensor) -> Tensor:
@@ -94,6 +114,12 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--num", type=int, default=400)
     parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--embeddings", type=Path, help="of a text-conditioned model")
+    parser.add_argument("--rows", type=int, default=CLASSES, help="classes or prompts, in turn")
+    parser.add_argument(
+        "--ask-for", type=int, default=0, help="digits more than the one looked for"
+    )
+    parser.add_argument("--sampler", help="of ditas-sample (default: the first of the process)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -105,13 +131,20 @@ def main() -> None:
     classifier, accuracy = train_classifier()
     print(f"classifier: {accuracy:.1%} right on held-out images")
     settings = SamplingSettings(
-        classes=tuple(index % CLASSES for index in range(args.num)),
+        classes=tuple(asked(index, args.rows, args.ask_for) for index in range(args.num)),
+        sampler=args.sampler,
         steps=args.steps,
         cfg_scale=args.cfg_scale,
         seed=args.seed,
         batch=args.batch,
     )
-    found = sample_in_turns(args.models, settings, runtime=args.runtime, threads=args.threads)
+    found = sample_in_turns(
+        args.models,
+        settings,
+        embeddings=args.embeddings,
+        runtime=args.runtime,
+        threads=args.threads,
+    )
     print(
         f"{args.num} samples, seed {args.seed}, {args.steps} steps, CFG {args.cfg_scale}, "
         f"batches of {args.batch}; {platform.machine()}, {args.threads} threads"

@@ -5,23 +5,26 @@
 Loss: the simple noise loss plus the variational bound for the learned variance, mean detached
 (Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021). Writes the
 exponential moving average of the weights in fp16. Prints its own progress; on Ctrl-C nothing is
-written. Same seed, thread count and versions: the same bytes.
+written, and with `--checkpoint FILE` the same command goes on. Same seed, thread count and
+versions: the same bytes, taken up or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ditas_export.artifact_files import atomic_path
@@ -41,7 +44,23 @@ CLASS_DROPOUT = 0.1
 HELD_OUT = 397
 """Images kept from training; the classifier that judges samples is scored on them."""
 
-Loss = Callable[[DiT, Tensor, Tensor], Tensor]
+CHECKPOINT_STEPS = 250
+"""Steps between two states of an unfinished training."""
+
+
+class Stateful(Protocol):
+    """What an unfinished training keeps: models, the optimizer, its schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take up a state."""
+        ...
+
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Draws times and noise for images (N, 1, 16, 16) and labels (N,); returns the mean loss."""
 
 
@@ -76,7 +95,7 @@ class DiffusionLoss:
         # Squared error of the posterior mean per squared error of ε.
         self.mean_weight = (betas**2 / ((1 - betas) * (1 - alphas_cumprod))).float()
 
-    def __call__(self, model: DiT, x_start: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x_start: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of one batch."""
         t = torch.randint(TRAIN_TIMESTEPS, (len(x_start),))
         eps = torch.randn_like(x_start)
@@ -98,27 +117,44 @@ class DiffusionLoss:
         return squared_error.mean() + kl.mean()
 
 
-def train(
-    config: DiTConfig, loss_of: Loss, *, steps: int, batch: int, seed: int, learning_rate: float
-) -> DiT:
-    """Train and return the averaged model in float32."""
-    torch.manual_seed(seed)
-    images, labels, _, _ = digit_images()
+def new_dit(config: DiTConfig, seed: int) -> DiT:
+    """Return an untrained model with the published initial values."""
     model = DiT(config)
     initialize_adaln_zero(model, seed=seed)
+    return model
+
+
+def train(
+    new_model: Callable[[int], nn.Module], loss_of: Loss, args: argparse.Namespace
+) -> nn.Module:
+    """Train and return the averaged model in float32.
+
+    Args:
+        new_model: an untrained model, from a seed.
+        loss_of: called with the label 10 where the class was dropped.
+        args: of `training_parser`.
+    """
+    torch.manual_seed(args.seed)
+    images, labels, _, _ = digit_images()
+    model = new_model(args.seed)
     average = copy.deepcopy(model).requires_grad_(requires_grad=False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averaged = [p for n, p in average.named_parameters() if n != "pos_embed"]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    warmup = min(200, steps // 10)
+    pairs = zip(average.parameters(), model.parameters(), strict=True)
+    averaged = [mean for mean, p in pairs if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
+    )
+    warmup = min(200, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps))),
     )
+    states = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    first = taken_up(states, args.checkpoint)
     start, running = time.perf_counter(), 0.0
-    for step in range(steps):
-        chosen = torch.randint(len(images), (batch,))
-        y = labels[chosen].masked_fill(torch.rand(batch) < CLASS_DROPOUT, config.null_class)
+    for step in range(first, args.steps):
+        chosen = torch.randint(len(images), (args.batch,))
+        y = labels[chosen].masked_fill(torch.rand(args.batch) < CLASS_DROPOUT, CONFIG.null_class)
         loss = loss_of(model, images[chosen], y)
         optimizer.zero_grad()
         loss.backward()
@@ -129,38 +165,60 @@ def train(
         torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
         running += loss.item()
         if (step + 1) % 100 == 0:
-            pace = (time.perf_counter() - start) / (step + 1)
+            pace = (time.perf_counter() - start) / (step + 1 - first)
             print(
-                f"step {step + 1}/{steps}  loss {running / 100:.4f}  {pace:.3f} s/step  "
-                f"{pace * (steps - step - 1) / 60:.0f} min left",
+                f"step {step + 1}/{args.steps}  loss {running / 100:.4f}  {pace:.3f} s/step  "
+                f"{pace * (args.steps - step - 1) / 60:.0f} min left",
                 flush=True,
             )
             running = 0.0
+        if (step + 1) % CHECKPOINT_STEPS == 0:
+            keep(states, step + 1, args.checkpoint)
     return average
 
 
-def train_and_write(
-    config: DiTConfig, loss_of: Loss, summary: str, *, metadata: Mapping[str, str]
-) -> None:
-    """Train as the command line says and write the average in fp16.
+def keep(states: Mapping[str, Stateful], step: int, path: Path | None) -> None:
+    """Write an unfinished training, the random numbers' state included, if it is to be kept."""
+    if path is None:
+        return
+    kept = {name: each.state_dict() for name, each in states.items()}
+    with atomic_path(path) as partial:
+        torch.save(kept | {"step": step, "random": torch.get_rng_state()}, partial)
 
-    The metadata have one entry: safetensors writes several in any order.
-    """
+
+def taken_up(states: Mapping[str, Stateful], path: Path | None) -> int:
+    """Take up an unfinished training, if there is one; return how many steps it has made."""
+    if path is None or not path.exists():
+        return 0
+    kept = torch.load(path, weights_only=True)
+    for name, each in states.items():
+        each.load_state_dict(kept[name])
+    torch.set_rng_state(kept["random"])
+    print(f"goes on at step {kept['step']} of {path}", flush=True)
+    return int(kept["step"])
+
+
+def training_parser(summary: str) -> argparse.ArgumentParser:
+    """Return the command line of a training, but for what it writes."""
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--checkpoint", type=Path, help="where unfinished work is kept")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    model = train(
-        config,
-        loss_of,
-        steps=args.steps,
-        batch=args.batch,
-        seed=args.seed,
-        learning_rate=args.learning_rate,
-    )
+    return parser
+
+
+def train_and_write(
+    config: DiTConfig, loss_of: Loss, summary: str, *, metadata: Mapping[str, str]
+) -> None:
+    """Train a DiT as the command line says and write the average in fp16.
+
+    The metadata have one entry: safetensors writes several in any order.
+    """
+    args = training_parser(summary).parse_args()
+    model = train(functools.partial(new_dit, config), loss_of, args)
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(args.output) as partial:
         save_file(tensors, partial, metadata=dict(metadata))

@@ -15,18 +15,17 @@ import json
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_digits import CONFIG, train_and_write
 
-from ditas_export.dit.model import DiT
 from ditas_export.process import FlowProcess
 
 SIT_CONFIG = replace(CONFIG, learn_sigma=False, process=FlowProcess())
 
 
-def velocity_loss(model: DiT, x_start: Tensor, labels: Tensor) -> Tensor:
+def velocity_loss(model: nn.Module, x_start: Tensor, labels: Tensor) -> Tensor:
     """Return the mean loss of one batch; images (N, 1, 16, 16), labels (N,)."""
     t = torch.rand(len(x_start))
     noise = torch.randn_like(x_start)

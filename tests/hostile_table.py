@@ -56,7 +56,7 @@ def all_cases() -> list[Case]:
     """Return every case."""
     makers = (
         _safetensors, _pickles, _folders, _indices, _onnx, _artifacts, _states, _plans, _recipes,
-        _profiles, _options, _lists,
+        _profiles, _options, _lists, _loras,
     )  # fmt: skip
     return [case for maker in makers for case in maker()]
 
@@ -865,7 +865,8 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["--w", "3"], ["--a", "4"], ["--adaln", "5"], ["--classes", "²"], ["--classes", DIGITS],
         ["--classes", "0-99999999999"], ["--betas", "linear,nan,1"], ["--device", "cuda:x"],
         ["--betas", "linear,²"], ["--betas", f"linear,0.1,0.2,{DIGITS}"], ["--family", "flux"],
-        ["--family", ""], ["--family", "sit", "--betas", "linear"],
+        ["--family", ""], ["--family", "sit", "--betas", "linear"], ["--lora-alpha", "2"],
+        ["--lora-alpha", "nan"], ["--lora-alpha", "0"], ["--lora", "/dev/null"], ["--lora", ""],
     ],
     "sample": [
         ["--threads", "2147483648"], ["--threads", "0"], ["--threads", "-1"],
@@ -921,3 +922,60 @@ def _lists() -> Iterator[Case]:
         yield Case(loader="list of images", kind="lists", name=repr(raw[:12]), make=written(raw))
     sound = written(b"1 5\n# more\n2, 7\n")
     yield Case(loader="list of images", kind="sound", name="two", make=sound, is_sound=True)
+
+
+# LoRAs -------------------------------------------------------------------------------------------
+
+LORA_CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+ADAPTED = "base_model.model.blocks.0.attn.qkv.lora_{}.weight"
+
+
+def _lora_tensors(**changes: Any) -> dict[str, torch.Tensor]:
+    width = bases.TINY.hidden_size
+    factors = {"A": torch.ones(2, width), "B": torch.ones(3 * width, 2)}
+    return {ADAPTED.format(side): each for side, each in (factors | changes).items()}
+
+
+LORA_CONFIGS: dict[str, list[str]] = {
+    "json": ["", "{", "[]", "null", DEEP, f'{{"r": {DIGITS}}}', '{"r": 1e999}', "\ufeff\0"],
+    "values": [
+        json.dumps(LORA_CONFIG | change)
+        for change in (
+            {"r": -1}, {"r": True}, {"r": "2"}, {"lora_alpha": None}, {"lora_alpha": [4]},
+            {"lora_alpha": float("nan")}, {"lora_alpha": 1e300}, {"use_dora": 1},
+            {"rank_pattern": []}, {"rank_pattern": {"(x+x+)+y": 2}}, {"alpha_pattern": {"": 4}},
+            {"alpha_pattern": {"qkv": {}}}, {"peft_type": {}}, {"init_lora_weights": [[]]},
+            {"bias": ["all"]}, {"\x1b[31m": 1}, {"layer_replication": [[0, 1]]},
+        )
+    ],
+}  # fmt: skip
+
+
+def _loras() -> Iterator[Case]:
+    def written(config: str, tensors: dict[str, torch.Tensor]) -> Make:
+        def make(folder: Path) -> list[str]:
+            (folder / "lora").mkdir()
+            (folder / "lora" / "adapter_config.json").write_text(config)
+            save_file(tensors, folder / "lora" / "adapter_model.safetensors")
+            return sample_of(bases.checkpoint(folder), "--lora", str(folder / "lora"))
+
+        return make
+
+    sound = json.dumps(LORA_CONFIG)
+    for kind, texts in LORA_CONFIGS.items():
+        for text in texts:
+            make = written(text, _lora_tensors())
+            yield Case(loader="lora", kind=kind, name=text[:40], make=make)
+    for name, change in {
+        "NaN": {"B": torch.full((3 * bases.TINY.hidden_size, 2), torch.nan)},
+        "a huge product": {"A": torch.ones(2, 10**6), "B": torch.ones(10**6, 2)},
+        "no rank": {"A": torch.ones(0, bases.TINY.hidden_size)},
+        "whole numbers": {"A": torch.ones(2, bases.TINY.hidden_size).long()},
+        "another linear": {"A": torch.ones(2, 5)},
+    }.items():
+        make = written(sound, _lora_tensors(**change))
+        yield Case(loader="lora", kind="tensors", name=name, make=make)
+    for name, config in {"plain": LORA_CONFIG, "empty": {}}.items():
+        text = json.dumps(config | {"lora_alpha": 4})
+        make = written(text, _lora_tensors())
+        yield Case(loader="lora", kind="sound", name=name, make=make, is_sound=True)

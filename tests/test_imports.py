@@ -84,6 +84,23 @@ def test_imports_point_one_way(path: Path) -> None:
             assert ORDER.index(imported.split(".")[0]) <= ORDER.index(room), (path, imported)
 
 
+def test_only_what_encodes_prompts_asks_for_transformers() -> None:
+    """It has a process of its own: `ditas-embed`, which nothing else imports."""
+    texts = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    asks = {path.name for path, text in texts.items() if 'module("transformers")' in text}
+    imports = {
+        path.name
+        for path, text in texts.items()
+        for node in ast.walk(ast.parse(text))
+        if "conditions.text_encoder" in (getattr(node, "module", "") or "")
+    }
+    named = [node for text in texts.values() for node in ast.walk(ast.parse(text))]
+    modules = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
+    assert asks == {"text_encoder.py"}
+    assert imports == {"embed.py"}
+    assert "transformers" not in modules
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_path: Path) -> None:
     """Half a second each: PyTorch's compiler, which diffusers asks for; onnx-ir; the exporter."""
@@ -117,6 +134,7 @@ def test_a_prepared_model_is_sampled_without_what_prepares_it(runtime: str, tmp_
         ("build", "--opt-level"),
         ("compare", "--linear-db"),
         ("cache", "verify"),
+        ("embed", "--prompts"),
     ],
 )
 def test_help_imports_nothing_heavy(program: str, flag: str) -> None:

@@ -22,7 +22,7 @@ import yaml
 from quantized_fixture import snr_db
 from typer.testing import CliRunner
 
-from ditas_export.cli import build, compare, sample
+from ditas_export.cli import build, compare, embed, sample
 from ditas_export.cli.export import app
 from ditas_export.families.load import load_model
 from ditas_export.onnx_export.expand import expand
@@ -40,6 +40,7 @@ PROGRAMS = {
     "ditas-sample": sample.app,
     "ditas-build": build.app,
     "ditas-compare": compare.app,
+    "ditas-embed": embed.app,
 }
 MODULES = {f"ditas_export.cli.{name.removeprefix('ditas-')}": name for name in PROGRAMS}
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Click's, or that of typer's copy of it

@@ -83,6 +83,17 @@ def export(
             shown="dit",
         ),
     ] = None,
+    lora: Annotated[
+        Path | None,
+        _option(
+            "A LoRA of PEFT or diffusers, a folder or a file, merged into the checkpoint first.",
+            "lora",
+            metavar="PATH",
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, _option("Alpha of the LoRA, where nothing says it.", "lora_alpha")
+    ] = None,
     classes: Annotated[
         str | None, _option("Classes to calibrate with: 3,7 or 0-9 or random.", "classes")
     ] = None,

@@ -87,6 +87,17 @@ def sample(
             shown="dit",
         ),
     ] = None,
+    lora: Annotated[
+        Path | None,
+        _option(
+            "A LoRA of PEFT or diffusers, a folder or a file, merged into the checkpoint first.",
+            "lora",
+            metavar="PATH",
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, _option("Alpha of the LoRA, where nothing says it.", "lora_alpha")
+    ] = None,
     classes: Annotated[
         str | None, _option("3,7 or 0-9 or random.", "classes", shown="random")
     ] = None,

@@ -23,6 +23,7 @@ from ditas_export.dit.diffusers_folder import open_folder
 from ditas_export.dit.facts import Fact, Facts, merged
 from ditas_export.dit.flow_tensors import velocity_alone, without_projectors
 from ditas_export.dit.layouts import DIFFUSERS, OFFICIAL, Geometry, assemble, infer_geometry
+from ditas_export.dit.lora_files import with_lora
 from ditas_export.dit.model import DiT, DiTConfig
 from ditas_export.dit.record_parts import record_parts
 from ditas_export.dit.records import (
@@ -79,7 +80,8 @@ def read_file(
         raise CheckpointError(
             f"{path} has diffusers' tensor names; pass its folder, whose config.json is needed"
         )
-    network = without_projectors(weights.tensors, where=what)
+    adapted = with_lora(weights.tensors, hints)
+    network = without_projectors(adapted.tensors, where=what)
     record = merged(
         known or {},
         facts_of_metadata(file.metadata, where=what),
@@ -105,7 +107,7 @@ def read_file(
         _official_state(network.tensors, geometry, config, where=what),
         source=f"{what}, part {weights.part!r}" if weights.part else what,
         dtype=weights.tensors[OFFICIAL.fc1_weight].dtype,
-        notes=(*weights.notes, *network.notes, *notes),
+        notes=(*weights.notes, *adapted.notes, *network.notes, *notes),
         vae=None,
     )
 
@@ -127,9 +129,10 @@ def read_folder(
     opened = open_folder(path)
     file = read_tensor_file(opened.weights)
     weights = choose_weights(file, (DIFFUSERS.patch_weight,), where=what)
+    adapted = with_lora(weights.tensors, hints)
     config, notes = resolve(
         Source(
-            geometry=infer_geometry(weights.tensors, DIFFUSERS, where=what),
+            geometry=infer_geometry(adapted.tensors, DIFFUSERS, where=what),
             positions=None,
             record=opened.facts,
             hints=facts_of_hints(hints),
@@ -141,10 +144,10 @@ def read_folder(
     )
     return _loaded(
         config,
-        assemble(weights.tensors, DIFFUSERS, config, where=what),
+        assemble(adapted.tensors, DIFFUSERS, config, where=what),
         source=f"{what} (diffusers)",
         dtype=weights.tensors[DIFFUSERS.fc1_weight].dtype,
-        notes=(*opened.notes, *weights.notes, *notes),
+        notes=(*opened.notes, *weights.notes, *adapted.notes, *notes),
         vae=None if opened.vae is None else vae or str(opened.vae),
     )
 

@@ -229,9 +229,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"{folder} holds a LoRA adapter (adapter_config.json), not a model; merge it "
-                f"first, W + (alpha/r) B A for every adapted linear (in PEFT: merge_and_unload()), "
-                f"and save that"
+                f"{folder} holds a LoRA adapter (adapter_config.json), not a model; pass the "
+                f"model and this as --lora, or merge it first, W + (alpha/r) B A for every adapted "
+                f"linear (in PEFT: merge_and_unload())"
             )
         raise CheckpointError(
             f"{folder} is a folder without config.json; expected one written by diffusers, or "

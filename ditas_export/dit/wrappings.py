@@ -167,6 +167,6 @@ def _refuse_adapters(names: Iterable[str], where: str) -> None:
     if found := [name for name in names if _ADAPTER.search(name)]:
         raise CheckpointError(
             f"{where} holds adapters (LoRA or its kind: {abbreviated(found)}), not merged weights; "
-            f"merge them first, W + (alpha/r) B A for every adapted linear (in PEFT: "
-            f"merge_and_unload()), and write that model's state_dict()"
+            f"pass the model and a plain LoRA as --lora, or merge them first, W + (alpha/r) B A "
+            f"for every adapted linear (in PEFT: merge_and_unload())"
         )

@@ -140,6 +140,7 @@ def _check_files(options: SampleOptions) -> None:
             vae=options.vae,
             list=options.list,
             embeddings=options.embeddings,
+            lora=options.lora,
         ),
         outputs=(Output(path=npz, what="stack of samples", is_ours=is_npz_file),),
     ).check()

@@ -10,7 +10,7 @@ from ditas_export.diffusion.options import CfgChannels, SamplerName
 from ditas_export.errors import RunnerError
 from ditas_export.options import LARGEST_SEED, CheckpointHints, FamilyChoice
 from ditas_export.runtime.options import Runtime
-from ditas_export.saved_records import Within, check_fields
+from ditas_export.saved_records import Above, Within, check_fields
 
 DeviceChoice = Literal["cpu", "cuda"]
 
@@ -35,6 +35,8 @@ class SampleOptions:
     no_null_class: bool = False
     betas: str | None = None
     family: FamilyChoice | None = None
+    lora: Path | None = None
+    lora_alpha: Annotated[float, Above(0, 1e6)] | None = None
     classes: str | None = None  # random; of embeddings the prompts' numbers
     embeddings: Path | None = None
     images: Annotated[int, Within(1, MOST_IMAGES)] | None = None
@@ -75,4 +77,6 @@ class SampleOptions:
             no_null_class=self.no_null_class,
             betas=self.betas,
             family=self.family,
+            lora=self.lora,
+            lora_alpha=self.lora_alpha,
         )
