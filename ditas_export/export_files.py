@@ -14,7 +14,7 @@ from typing import Any
 
 from ditas_export.artifact_files import atomic_path
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.fold_proof import prove_folds
+from ditas_export.calibration.fold_proof import prove_model
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import ArtifactError, DitasExportError
@@ -84,7 +84,7 @@ def _written(job: ExportJob, solved: Solved) -> tuple[Verification, dict[str, An
     kept = KeptParts(folder=folder, parts=dict(proofs.known))
     dtype = FLOAT_TYPES[options.float_side]
     with job.timings.part("fold proof"):
-        fold_proof = prove_folds(
+        fold_proof = prove_model(
             quantized, dtype, on_block=lambda *done: job.on_progress("prove", *done)
         )
     folded = fold_smoothing(quantized, dtype=dtype)

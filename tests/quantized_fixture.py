@@ -20,7 +20,7 @@ from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedM
 from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.dit.model import DiT, DiTConfig, randomize
 from ditas_export.families.identity import identity_of
-from ditas_export.families.registry import linear_names
+from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.form import Layout
 from ditas_export.onnx_export.lowering import choose_form, lower_linear
@@ -70,7 +70,7 @@ def save_checkpoint(path: Path, model: DiT) -> None:
 
 
 def quantized_tiny_dit(
-    model: DiT,
+    model: FamilyModel,
     *,
     weight_bits: int = 4,
     activation_bits: int = 8,
@@ -78,19 +78,23 @@ def quantized_tiny_dit(
     rank: int = 4,
     seed: int = 0,
 ) -> QuantizedModel:
-    """Round a DiT's linears to nearest, under random smoothing and random low-rank factors."""
+    """Round a model's linears to nearest, under random smoothing and random low-rank factors."""
     generator = torch.Generator().manual_seed(seed)
     parameters = model.state_dict()
-    linears = {}
-    for name in linear_names(model.config):
-        linears[name] = _quantize_linear(
-            parameters.pop(f"{name}.weight"),
-            parameters.pop(f"{name}.bias"),
-            weight_bits=weight_bits,
-            block_size=block_size,
-            rank=rank,
-            generator=generator,
-        )
+    linears: dict[str, QuantizedLinear] = {}
+    for block in family_of(model.config).blocks(model.config):
+        for group in block.groups():
+            first = block.name(group.linears[0])
+            for name in map(block.name, group.linears):
+                linears[name] = _quantize_linear(
+                    parameters.pop(f"{name}.weight"),
+                    parameters.pop(f"{name}.bias"),
+                    weight_bits=weight_bits,
+                    block_size=block_size,
+                    rank=rank,
+                    generator=generator,
+                    s=linears[first].smoothing_scale if first in linears else None,
+                )
     return QuantizedModel(
         identity=identity_of(model),
         float_parameters=parameters,
@@ -108,9 +112,11 @@ def _quantize_linear(
     block_size: int,
     rank: int,
     generator: torch.Generator,
+    s: Tensor | None,
 ) -> QuantizedLinear:
     out_features, in_features = weight.shape
-    smoothing_scale = torch.exp(0.3 * torch.randn(in_features, generator=generator))
+    drawn = torch.exp(0.3 * torch.randn(in_features, generator=generator))
+    smoothing_scale = drawn if s is None else s
     smoothed = weight * smoothing_scale
     low_rank = None
     if rank:

@@ -23,6 +23,7 @@ from quantized_fixture import (
     TINY,
     exported,
     exported_reference,
+    fed,
     snr_db,
     tiny_dit,
     tiny_folded,
@@ -151,7 +152,7 @@ def test_outputs_are_compared_as_the_runners_give_them(close: Comparison) -> Non
     with OnnxRuntimeRunner(good()) as quantized, TorchRunner(tiny_dit()) as floating:
         for entry, step in zip(inputs, close.steps, strict=True):
             arguments = [torch.from_numpy(value) for value in entry.feed.values()]
-            expected = snr_db(floating(*arguments), quantized(*arguments))
+            expected = snr_db(floating(fed(*arguments)), quantized(fed(*arguments)))
             assert step.outputs["model_output"].snr_db == pytest.approx(expected, abs=0.1)
     assert close.total_db > 40
 
@@ -332,7 +333,9 @@ def test_files_of_two_shapes_of_an_earlier_version(tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     export_reference(tiny_dit(replace(TINY, num_classes=4)), other)
     without_identity(other)
-    with pytest.raises(VerificationError, match=r"another DiT than .*: num_classes 4, now 10\. W"):
+    with pytest.raises(
+        VerificationError, match=r"another model than .*: num_classes 4, now 10\. W"
+    ):
         compare(options(other))
 
 
@@ -347,7 +350,9 @@ def without_identity(path: Path) -> None:
 
 def test_an_engine_of_another_shape(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, product="rtx", config=replace(TINY, num_classes=4))
-    with pytest.raises(VerificationError, match=r"another DiT than .*: num_classes 4, now 10\. W"):
+    with pytest.raises(
+        VerificationError, match=r"another model than .*: num_classes 4, now 10\. W"
+    ):
         compare(options(plan))
 
 

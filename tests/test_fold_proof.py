@@ -14,7 +14,7 @@ from quantized_fixture import quantized_tiny_dit, tiny_dit
 from ditas_export import export_files
 from ditas_export.calibration import fold, fold_proof
 from ditas_export.calibration.adaln import quantize_adaln
-from ditas_export.calibration.fold_proof import BOUND, prove_folds
+from ditas_export.calibration.fold_proof import BOUND, prove_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.errors import QuantizationError
 from ditas_export.families.base import Block
@@ -32,7 +32,7 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 def test_folds_are_exact(dtype: torch.dtype, adaln: int, rank: int) -> None:
     quantized = quantize_adaln(quantized_tiny_dit(tiny_dit(), rank=rank), adaln)
     seen: list[tuple[int, int]] = []
-    proof = prove_folds(quantized, dtype, on_block=lambda *done: seen.append(done))
+    proof = prove_model(quantized, dtype, on_block=lambda *done: seen.append(done))
     assert 0 < proof.relative_error < 1e-13  # float64, K at most 384
     assert seen == [(1, 2), (2, 2)]
 
@@ -49,7 +49,7 @@ def test_a_power_of_two_that_goes_elsewhere_is_proved_too() -> None:
         fold.fold_block(quantized, first, torch.float16).linears[name].smoothing_scale,
         fold.fold_block(quantized, first, torch.float32).linears[name].smoothing_scale,
     )
-    assert prove_folds(quantized, torch.float16).relative_error < 1e-13
+    assert prove_model(quantized, torch.float16).relative_error < 1e-13
 
 
 def folded_wrong(quantized: QuantizedModel, block: Block, dtype: torch.dtype, name: str) -> Any:
@@ -87,7 +87,7 @@ def test_one_channel_that_is_folded_wrong_by_a_hundredth_is_found(
     quantized = quantize_adaln(quantized_tiny_dit(tiny_dit()), adaln)
     monkeypatch.setattr(fold_proof, "fold_block", planted(kind))
     with pytest.raises(QuantizationError, match=rf"changed what the model computes: \S*{kind}"):
-        prove_folds(quantized, dtype)
+        prove_model(quantized, dtype)
 
 
 @pytest.mark.parametrize("adaln", [16, 8])
@@ -103,7 +103,7 @@ def test_a_one_that_is_missing_in_the_last_modulation_is_found(
 
     monkeypatch.setattr(fold_proof, "plain_modulation", wrong)
     with pytest.raises(QuantizationError, match=FINAL_ADALN):
-        prove_folds(quantize_adaln(quantized_tiny_dit(tiny_dit()), adaln))
+        prove_model(quantize_adaln(quantized_tiny_dit(tiny_dit()), adaln))
 
 
 def test_a_multiplication_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_multiplication_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("ditas_export.calibration.fold_proof.fold_block", wrong)
     with pytest.raises(QuantizationError, match=r"mlp\.fc2 differs by 1\.0e-09"):
-        prove_folds(quantized_tiny_dit(tiny_dit()))
+        prove_model(quantized_tiny_dit(tiny_dit()))
 
 
 def test_nothing_is_written_where_a_fold_is_wrong(

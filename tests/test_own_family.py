@@ -19,7 +19,7 @@ from torch.nn import functional
 from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.calibrate import QuantizationSettings, quantize_model
 from ditas_export.calibration.fold import fold_smoothing
-from ditas_export.calibration.fold_proof import prove_folds
+from ditas_export.calibration.fold_proof import prove_model
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.states import CalibrationSettings, CalibrationStates, collect_states
@@ -151,7 +151,7 @@ def test_linears_of_one_input_are_solved_as_one(quantized: QuantizedModel) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_its_folds_are_proved(quantized: QuantizedModel, dtype: torch.dtype) -> None:
-    assert prove_folds(quantize_adaln(quantized, 8), dtype).relative_error < 1e-13
+    assert prove_model(quantize_adaln(quantized, 8), dtype).relative_error < 1e-13
 
 
 def test_its_file_computes_what_was_calibrated(quantized: QuantizedModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folding: what ships has no smoothing left but fc2's one multiplication.
+"""Folding: what ships has no smoothing left but the multiplications where nothing takes it.
 
 Exact in real arithmetic. Computed in float64 and rounded once, to the float side's type, as the
 last step; the fake-quantized forward and the ONNX file both read the rounded values.
@@ -8,6 +8,9 @@ Identities, for a group of linears whose input is divided by s (a family's table
   `b ← (b + 1)/s`. The 1 is in the bias, and x is multiplied by what comes out: in halves, 1 and a
   small (1 + scale)/s − 1 would lose its digits. Of integer rows the scales are divided, and the
   codes stay. A modulation with no s takes its 1 the same way.
+- a block's own table beside a vector that all blocks share: the same of the table's rows, and the
+  block multiplies the vector by 1/s in them.
+- an affine norm: weight and bias `/ s`.
 - rows of a linear whose output the input is linear in, as softmax(q kᵀ) v is in v: V's rows (bias,
   and the row scale that the low-rank output factor shares) `/ s`.
 
@@ -28,7 +31,16 @@ import torch
 from torch import Tensor
 
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
-from ditas_export.families.base import Block, Group, ModelConfig, Modulation, Rows
+from ditas_export.families.base import (
+    Block,
+    Group,
+    ModelConfig,
+    Modulation,
+    Multiply,
+    Norm,
+    Rows,
+    Table,
+)
 from ditas_export.families.identity import ModelIdentity
 from ditas_export.families.registry import family_of, linear_names
 from ditas_export.quantization.integer import IntegerWeight, LowRank, joined_rows, rounded_float
@@ -98,6 +110,7 @@ def fold_smoothing(quantized: QuantizedModel, *, dtype: torch.dtype = torch.floa
     for block in family.blocks(quantized.config):
         exact = fold_block(quantized, block, dtype)
         modulations |= exact.modulations
+        parameters |= exact.parameters
         for name, linear in exact.linears.items():
             folded[name] = _round_linear(name, linear, exact.multipliers.get(name), dtype)
     adaln: dict[str, WeightOnlyWeight] = {}
@@ -139,6 +152,7 @@ class ExactBlock:
     linears: Mapping[str, QuantizedLinear]  # module path -> linear, whose s is folded
     multipliers: Mapping[str, Tensor]  # module path -> what its input is multiplied by, (K,)
     modulations: Mapping[str, ExactModulation]  # module path -> what takes smoothing
+    parameters: Mapping[str, Tensor]  # name -> tables and their multipliers, norms
 
 
 def plain_modulation(quantized: QuantizedModel, name: str) -> ExactModulation:
@@ -162,21 +176,30 @@ def fold_block(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> E
         _spare_rows(linears, block, group, dtype)
     multipliers: dict[str, Tensor] = {}
     plain: dict[str, ExactModulation] = {}
+    parameters: dict[str, Tensor] = {}
     for group in block.groups():
         readers = [block.name(path) for path in group.linears]
-        s = linears[readers[0]].smoothing_scale
+        whole = linears[readers[0]].smoothing_scale
         for fold in group.folds:
-            if isinstance(fold, Rows):
-                name = block.name(fold.linear)
-                linears[name] = _divide_rows(linears[name], fold.rows, s)
-            elif isinstance(fold, Modulation):
-                name = block.name(fold.linear)
-                if name not in plain:
-                    plain[name] = plain_modulation(quantized, name)
-                divisor = plain[name].divisor
-                divisor[fold.shift] = divisor[fold.scale] = s
-            else:
-                multipliers |= dict.fromkeys(readers, s.reciprocal())
+            s = whole[fold.channels]
+            match fold:
+                case Rows():
+                    name = block.name(fold.linear)
+                    linears[name] = _divide_rows(linears[name], fold.rows, s)
+                case Modulation():
+                    name = block.name(fold.linear)
+                    if name not in plain:
+                        plain[name] = plain_modulation(quantized, name)
+                    divisor = plain[name].divisor
+                    divisor[fold.shift] = divisor[fold.scale] = s
+                case Table():
+                    _fold_into_table(quantized, block, fold, s, parameters)
+                case Norm():
+                    parameters |= _divided_norm(quantized, block.name(fold.norm), s)
+                case Multiply():
+                    multiplier = torch.ones_like(whole)
+                    multiplier[fold.channels] = s.reciprocal()
+                    multipliers |= dict.fromkeys(readers, multiplier)
     return ExactBlock(
         linears=linears,
         multipliers=multipliers,
@@ -184,7 +207,29 @@ def fold_block(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> E
             name: replace(modulation, bias=modulation.bias / modulation.divisor)
             for name, modulation in plain.items()
         },
+        parameters=parameters,
     )
+
+
+def _fold_into_table(
+    quantized: QuantizedModel, block: Block, fold: Table, s: Tensor, parameters: dict[str, Tensor]
+) -> None:
+    """Divide two rows of a table, the scale's 1 in it, and those of its multiplier, in place."""
+    name, multiplier = block.name(fold.table), block.name(fold.multiplier)
+    if name not in parameters:
+        parameters[name] = quantized.float_parameters[name].to(torch.float64, copy=True)
+        parameters[multiplier] = torch.ones_like(parameters[name])
+    parameters[name][fold.scale] += 1
+    for row in (fold.scale, fold.shift):
+        parameters[name][row] /= s
+        parameters[multiplier][row] = s.reciprocal()
+
+
+def _divided_norm(quantized: QuantizedModel, name: str, s: Tensor) -> dict[str, Tensor]:
+    """Return a norm's parameters divided by s, by name."""
+    parts = (f"{name}.weight", f"{name}.bias")
+    known = quantized.float_parameters
+    return {part: known[part].double() / s for part in parts if part in known}
 
 
 def require_representable(
@@ -192,8 +237,8 @@ def require_representable(
 ) -> None:
     """Refuse a float model whose unfolded parameters a float type does not hold.
 
-    Folding changes quantized linears, and the rows of modulations that take smoothing; the rest is
-    known beforehand.
+    Folding changes quantized linears, tables, norms, and the rows of modulations that take
+    smoothing; the rest is known beforehand.
 
     Raises:
         QuantizationError: names tensor, value and the remedy.
@@ -203,7 +248,11 @@ def require_representable(
     folded: dict[str, Tensor] = {}  # name of a parameter -> rows that folding leaves
     for block in family.blocks(config):
         for fold in (fold for group in block.groups() for fold in group.folds):
-            if isinstance(fold, Modulation):
+            if isinstance(fold, Table):
+                taken.add(block.name(fold.table))
+            elif isinstance(fold, Norm):
+                taken |= {f"{block.name(fold.norm)}.{part}" for part in ("weight", "bias")}
+            elif isinstance(fold, Modulation):
                 name = block.name(fold.linear)
                 for part in (f"{name}.weight", f"{name}.bias"):
                     left = torch.ones(len(parameters[part]), dtype=torch.bool)
@@ -236,12 +285,12 @@ def _spare_rows(
     """
     least = LEAST_ROW_SCALE.get(dtype, 0.0)
     readers = [block.name(path) for path in group.linears]
-    s = linears[readers[0]].smoothing_scale
+    whole = linears[readers[0]].smoothing_scale
     lowest: list[float] = []
-    grows: list[Tensor] = [linears[readers[0]].step_ranges.double()]
+    grows: list[Tensor] = [linears[name].step_ranges.double() for name in readers]
     for fold in group.folds:
         if isinstance(fold, Rows):
-            made = linears[block.name(fold.linear)]
+            made, s = linears[block.name(fold.linear)], whole[fold.channels]
             values = made.weight.row_scale[fold.rows]
             integers = joined_rows(made.weight, made.low_rank)[fold.rows].abs().amax(dim=1)
             lowest += (values / s)[(values >= least) & (integers > 0)].tolist()

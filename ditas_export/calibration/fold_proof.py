@@ -7,7 +7,7 @@ may cost less than the rounding. In float64, without any rounding, the two funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +46,7 @@ class FoldProof:
         }
 
 
-def prove_folds(
+def prove_model(
     quantized: QuantizedModel,
     dtype: torch.dtype = torch.float32,
     *,
@@ -65,8 +65,31 @@ def prove_folds(
     Raises:
         QuantizationError: a linear's output differs by more than `BOUND`; names the first.
     """
+    worst = FoldProof(relative_error=0.0, where="")
+    for where, relative in fold_errors(quantized, dtype, on_block=on_block):
+        if not relative <= BOUND:
+            raise QuantizationError(
+                f"folding changed what the model computes: {where} differs by {relative:.1e} in "
+                f"float64, where {BOUND:.0e} is allowed. This is a bug, nothing was written; "
+                f"please report it with the command"
+            )
+        if relative > worst.relative_error:
+            worst = FoldProof(relative_error=relative, where=where)
+    return worst
+
+
+def fold_errors(
+    quantized: QuantizedModel,
+    dtype: torch.dtype,
+    *,
+    on_block: Callable[[int, int], None] = lambda *_: None,
+) -> Iterator[tuple[str, float]]:
+    """Yield every linear that folding reaches, and the relative error of what it gives.
+
+    Modulations outside the blocks come last; arguments as `prove_model`'s.
+    """
     generator = torch.Generator().manual_seed(0)
-    config, worst = quantized.config, FoldProof(relative_error=0.0, where="")
+    config = quantized.config
     family = family_of(config)
     blocks = family.blocks(config)
     left = dict.fromkeys(family.modulations(config))
@@ -84,30 +107,32 @@ def prove_folds(
         for name in exact.modulations:
             del left[name]
         wanted = _outputs(
-            unfolded, block, _unfolded_linears(quantized, block, exact), state, constants
+            unfolded,
+            block,
+            _unfolded_linears(quantized, block, exact),
+            quantized.float_parameters,
+            state,
+            constants,
         )
-        found = _outputs(folded, block, _folded_linears(quantized, exact), state, constants)
+        found = _outputs(
+            folded,
+            block,
+            _folded_linears(quantized, exact),
+            {**quantized.float_parameters, **exact.parameters},
+            state,
+            constants,
+        )
         for name, output in wanted.items():
-            worst = _worse(worst, name, output, found[name])
+            yield name, _relative_error(output, found[name])
         on_block(index + 1, len(blocks))
     for name in left:
-        worst = _worse(worst, name, *_plain_outputs(quantized, name, generator))
-    return worst
+        yield name, _relative_error(*_plain_outputs(quantized, name, generator))
 
 
-def _worse(worst: FoldProof, where: str, wanted: Tensor, found: Tensor) -> FoldProof:
-    """Return the finding of the larger error; refuse one beyond the bound, or not a number."""
+def _relative_error(wanted: Tensor, found: Tensor) -> float:
+    """Return how far a tensor is from what it should be, in the norm; NaN where it is none."""
     error = float((found - wanted).norm())
-    relative = error / float(wanted.norm()) if error else 0.0
-    if not relative <= BOUND:
-        raise QuantizationError(
-            f"folding changed what the model computes: {where} differs by {relative:.1e} in "
-            f"float64, where {BOUND:.0e} is allowed. This is a bug, nothing was written; please "
-            f"report it with the command"
-        )
-    if relative <= worst.relative_error:
-        return worst
-    return FoldProof(relative_error=relative, where=where)
+    return error / float(wanted.norm()) if error else 0.0
 
 
 class _Linear(nn.Module):
@@ -172,20 +197,21 @@ def _outputs(
     model: nn.Module,
     block: Block,
     linears: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
     state: State,
     constants: State,
 ) -> dict[str, Tensor]:
     """Return what every quantized linear of a block gives, by module path; `model` is on no device.
 
+    Of `parameters` those of the block are used that are no linear's: tables and norms.
+
     Rows into which smoothing folds are left out: they are meant to differ, by an s that its reader
     shows.
     """
-    folded = {
-        block.name(fold.linear): fold.rows
-        for group in block.groups()
-        for fold in group.folds
-        if isinstance(fold, Rows)
-    }
+    folded: dict[str, list[slice]] = {}
+    for fold in (fold for group in block.groups() for fold in group.folds):
+        if isinstance(fold, Rows):
+            folded.setdefault(block.name(fold.linear), []).append(fold.rows)
     found: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, linear in linears.items():
@@ -195,14 +221,26 @@ def _outputs(
 
                 def keep(_module: nn.Module, _x: Any, y: Tensor, name: str = name) -> None:
                     kept = torch.ones(y.shape[-1], dtype=torch.bool)
-                    kept[folded.get(name, slice(0))] = False
+                    for rows in folded.get(name, ()):
+                        kept[rows] = False
                     found[name] = y[..., kept]
 
                 linear.register_forward_hook(keep)
         module = model.get_submodule(block.path)
+        for name in [name for name, _ in module.named_parameters()]:
+            _lend(stack, module, name, parameters[block.name(name)].double())
         for stage in block.stages:
             state = stage.run(module, state, constants)
     return found
+
+
+def _lend(stack: ExitStack, module: nn.Module, path: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter until the stack is left."""
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    before = getattr(holder, name)
+    setattr(holder, name, nn.Parameter(value, requires_grad=False))
+    stack.callback(setattr, holder, name, before)
 
 
 def _plain_outputs(

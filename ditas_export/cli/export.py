@@ -279,7 +279,12 @@ def _report(result: ExportResult, options: ExportOptions, *, as_json: bool, quie
         with printing():
             print_summary(stdout(), result, options)
             if reason is None and result.verification.matches:
-                typer.echo(f"next: ditas-sample {shlex.quote(str(result.file))} -o samples")
+                asked = (
+                    ""
+                    if options.embeddings is None
+                    else (f" --embeddings {shlex.quote(str(options.embeddings))}")
+                )
+                typer.echo(f"next: ditas-sample {shlex.quote(str(result.file))}{asked} -o samples")
 
 
 def _failure(result: ExportResult, options: ExportOptions) -> str | None:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from ditas_export.errors import OnnxExportError
 from ditas_export.families.base import ModelConfig, Rows
-from ditas_export.families.registry import family_of, linear_names
+from ditas_export.families.registry import family_of, linear_shapes
 from ditas_export.onnx_export.interface import OUTPUT_PART
 
 
 def linear_outputs(path: Path, config: ModelConfig) -> dict[str, list[str]]:
     """Return linear -> names of the values it gives, in the order of the network.
 
-    Several values are equal parts of its output channels, in order.
+    Several values are equal parts of its output channels, in order. A linear of which nothing can
+    be compared is left out: see `comparable_part`.
 
     Raises:
         OnnxExportError: a linear that has no nodes of its own in the file.
@@ -34,7 +35,11 @@ def linear_outputs(path: Path, config: ModelConfig) -> dict[str, list[str]]:
         linear, _, place = node.name.partition("/")
         part = place.partition("/")[0] if place.startswith(OUTPUT_PART) else ""
         last[linear][part] = node.output[0]
-    linears = linear_names(config)
+    linears = [
+        name
+        for name, (rows, _) in linear_shapes(config).items()
+        if bool(_comparable_rows(name, rows, config).any())
+    ]
     if absent := [name for name in linears if name not in last]:
         raise OnnxExportError(
             f"{path} has no nodes named {absent[0]}/…; compare files as ditas-export wrote them, "
@@ -70,9 +75,14 @@ def comparable_part(linear: str, output: Tensor, config: ModelConfig) -> Tensor:
         output: (N, T, out).
         config: of the model.
     """
-    kept = torch.ones(output.shape[-1], dtype=torch.bool)
+    return output[..., _comparable_rows(linear, output.shape[-1], config)]
+
+
+def _comparable_rows(linear: str, rows: int, config: ModelConfig) -> Tensor:
+    """Return which of a linear's outputs folding leaves as they are, (rows,) of bools."""
+    kept = torch.ones(rows, dtype=torch.bool)
     for block in family_of(config).blocks(config):
         for fold in (fold for group in block.groups() for fold in group.folds):
             if isinstance(fold, Rows) and block.name(fold.linear) == linear:
                 kept[fold.rows] = False
-    return output[..., kept]
+    return kept

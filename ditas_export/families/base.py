@@ -11,7 +11,7 @@ comparison) reads these tables, and knows no family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,11 +23,18 @@ from ditas_export.family_model import FamilyModel as FamilyModel
 from ditas_export.family_model import Input as Input
 from ditas_export.family_model import ModelConfig as ModelConfig
 from ditas_export.family_model import ModelInputs as ModelInputs
+from ditas_export.family_model import ReadCheckpoint as ReadCheckpoint
 from ditas_export.family_model import is_image as is_image
 from ditas_export.family_model import output_shape as output_shape
 from ditas_export.family_model import plural as plural
 
 ALL = slice(None)
+
+
+def _all() -> slice:
+    """Return every channel."""
+    return ALL
+
 
 State = Mapping[str, Tensor]
 """Tensors by name, rows first: what passes from stage to stage, or stays the same in all."""
@@ -43,6 +50,7 @@ class Rows:
 
     linear: str
     rows: slice
+    channels: slice = field(default_factory=_all)  # of the input that they make: s of these is what goes there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,29 +63,65 @@ class Modulation:
     linear: str
     scale: slice
     shift: slice
+    channels: slice = field(default_factory=_all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """1/s goes into rows of a block's own table, and of the vector that all blocks add theirs to.
+
+    With table T and vector t, both (6, D) and the vector one a row of the batch, a block computes
+    `x(1 + T_scale + t_scale) + T_shift + t_shift`. Folded: `T_shift ← T_shift/s`,
+    `T_scale ← (T_scale + 1)/s`, the 1 in the table, and `t ← t · multiplier`, 1/s in both rows and
+    1 elsewhere. The multiplier, of the table's shape, is a parameter of the folded block.
+    """
+
+    table: str  # the parameter's path in the block
+    multiplier: str  # that of the folded block
+    vector: str  # module path, in the model, of the linear that makes the vector
+    scale: int  # rows of the table
+    shift: int
+    channels: slice = field(default_factory=_all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """1/s goes into a norm's weight, and its bias where it has one: `w, b ← w/s, b/s`."""
+
+    norm: str
+    channels: slice = field(default_factory=_all)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multiply:
-    """Nothing that makes the input takes 1/s: one multiplication of x by it stays."""
+    """Nothing that makes the input takes 1/s: one multiplication of x by it stays.
+
+    Of an input that other folds make a part of: by 1 there.
+    """
+
+    channels: slice = field(default_factory=_all)
 
 
-Fold = Rows | Modulation | Multiply
+Fold = Rows | Modulation | Table | Norm | Multiply
 """Where 1/s goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Linears that read one input, and so share one s."""
+    """Linears that share one s: they read one input, or inputs that are made by the same rows."""
 
     linears: tuple[str, ...]
-    folds: tuple[Fold, ...]  # each takes all of s: one for everything that makes the input
+    folds: tuple[Fold, ...]
+    """Each takes s of its channels: one for everything that makes the input."""
     is_token_wise: bool = False
     """Whether the input of a token depends on that token's state alone. The walk then computes no
     more of it than it looks at."""
     mask: str | None = None
     """The model's input, (N, tokens), that is 0 where a token of what the group reads is padding:
     such a token counts in no maximum and no moment. None: all tokens are real."""
+    reads_one_input: bool = True
+    """Whether its linears read one input. Joint attention's outputs are two: both are mixtures of
+    the values of both sides, so what divides those values divides both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 
@@ -35,7 +35,7 @@ from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.families.packaged import AnyPackagedFamily
 from ditas_export.families.registry import known_names
 from ditas_export.family_model import ReadCheckpoint
-from ditas_export.options import NO_HINTS, CheckpointHints, FamilyChoice
+from ditas_export.options import NO_HINTS, CheckpointHints
 
 
 class FolderReader(Protocol):
@@ -110,7 +110,7 @@ def load_model(
 
 def _read(source: str | Path, hints: CheckpointHints) -> ReadCheckpoint:
     """Let the family read that a checkpoint is of."""
-    if hints.family is not None and hints.family not in get_args(FamilyChoice):
+    if hints.family is not None and hints.family not in known_names():
         family = family_named(hints.family, known=known_names())
         return _require_read(_read_by(family, Path(source), hints), family.name, str(source))
     if is_bundled(source):

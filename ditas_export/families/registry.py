@@ -15,11 +15,16 @@ from ditas_export.errors import CheckpointError
 from ditas_export.families.base import AnyFamily, Conditions, ModelConfig
 from ditas_export.families.dit import DiTFamily
 from ditas_export.families.entry_points import family_named, loaded_families, package_of
+from ditas_export.families.pixart import PixArtFamily
 from ditas_export.options import FamilyChoice
 from ditas_export.process import FlowProcess, Process
 from ditas_export.saved_records import from_record
 
-FAMILIES: list[AnyFamily] = [DiTFamily("dit", Process), DiTFamily("sit", FlowProcess)]
+FAMILIES: list[AnyFamily] = [
+    DiTFamily("dit", Process),
+    DiTFamily("sit", FlowProcess),
+    PixArtFamily(),
+]
 """All that come with the package; the first that serves a configuration is its family, before those
 of other packages."""
 

@@ -34,7 +34,7 @@ def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool)
     """Put one `Attention` where attention is, and cut what is wide; in place.
 
     Args:
-        model: a skeleton, its linears placeholders; becomes opset 23.
+        model: a skeleton, its linears placeholders; becomes opset 23 where attention is fused.
         config: of the model, whose family says where attention and wide activations are.
         in_parts: what gives q, k and v, or a wide activation, gives several outputs, and what
             reads the activation several inputs, in the order of their channels.
@@ -48,7 +48,8 @@ def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool)
         if node.domain == PLACEHOLDER_DOMAIN
     }
     family = family_of(config)
-    for attention in family.attentions(config):
+    attentions = family.attentions(config)
+    for attention in attentions:
         reads, feeds = linears[attention.reads], linears[attention.feeds]
         graph = Subgraph(feeds, attention.feeds.rpartition(".")[0])
         parts = _cut(reads, 3) if in_parts else graph.split(reads.outputs[0], 3)
@@ -59,8 +60,9 @@ def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool)
         if wide.parts > 1:
             _cut_wide(linears[wide.makes], linears[wide.reads], wide.parts)
     RemoveUnusedNodesPass()(model)
-    model.graph.opset_imports[""] = OPSET
-    model.ir_version = IR_VERSION
+    if attentions:
+        model.graph.opset_imports[""] = OPSET
+        model.ir_version = IR_VERSION
 
 
 def _cut_wide(makes: ir.Node, reads: ir.Node, parts: int) -> None:

@@ -38,6 +38,9 @@ PLACEHOLDER = "Linear"
 _TRACED_SIZE = 7
 """Of the first dynamic dimension beside the batch while tracing: unlike any other size."""
 
+_LEAST_SCORE = -10_000.0
+"""Score of what a mask of true and false leaves out: exp of it is 0 in every float type."""
+
 _MODEL = "model"
 """Attribute under which `_Interface` holds the model; taken off every name again."""
 
@@ -168,7 +171,8 @@ def _trace(interface: _Interface, inputs: Sequence[Input]) -> ir.Model:
             output_names=(OUTPUT_NAME,),
             dynamic_shapes=(tuple(_dynamic(each, dims) for each in inputs),),
             custom_translation_table={
-                torch.ops.aten.scaled_dot_product_attention.default: _attention
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                torch.ops.aten.squeeze.dim: _squeeze,
             },
             verbose=False,
         )
@@ -221,13 +225,13 @@ def _attention(
 ) -> Any:
     """Translate attention to MatMul – Softmax – MatMul, the scale on q before the first product.
 
-    This is the form that the builders fuse to one kernel, and in which no half overflows.
+    This is the form that the builders fuse to one kernel, and in which no half overflows. A mask is
+    added to the scores: it is a bias, or its false entries are left out.
 
     Raises:
         OnnxExportError: attention that is more than that.
     """
     asked = {
-        "a mask": attn_mask is not None,
         "dropout": dropout_p != 0.0,
         "causal order": is_causal,
         "grouped queries": enable_gqa,
@@ -241,7 +245,19 @@ def _attention(
     factor = op.CastLike(factor, query)
     keys = op.Transpose(key, perm=[0, 1, 3, 2])
     scores = op.MatMul(op.Mul(query, factor), keys)
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        least = op.CastLike(op.Constant(value_float=_LEAST_SCORE), query)
+        scores = op.Where(attn_mask, scores, least)
+    elif attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _squeeze(value: Any, dim: int) -> Any:
+    """Translate a squeeze of one dimension, which leaves one of another size than 1 as it is."""
+    if value.shape[dim] != 1:
+        return op.Identity(value)
+    return op.Squeeze(value, op.Constant(value_ints=[dim]))
 
 
 def _drop_allowzero(graph: ir.Graph) -> None:
