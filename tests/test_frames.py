@@ -32,7 +32,6 @@ from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
 from ditas_export.conditions.embeddings import PromptEmbeddings
 from ditas_export.diffusion.sampling import sample
-from ditas_export.errors import NonFiniteError
 from ditas_export.families.base import ModelInputs
 from ditas_export.families.entry_points import family_named
 from ditas_export.families.identity import identity_of
@@ -192,12 +191,6 @@ def test_an_activation_of_100000_needs_a_float32_side(tmp_path: Path) -> None:
         for name, value in inputs.items()
     }
     assert not half(**features).isfinite().all()
-    export_onnx(fold_smoothing(quantized, dtype=torch.float16), tmp_path / "half.onnx")
-    with (
-        OnnxRuntimeRunner(tmp_path / "half.onnx", threads=2, as_is=True) as runner,
-        pytest.raises(NonFiniteError, match="use bf16 or fp32"),
-    ):
-        runner(inputs)
 
 
 def test_guidance_asks_for_two_rows() -> None:
