@@ -46,6 +46,7 @@ from ditas_export.calibration.states import (
     sample_batches,
 )
 from ditas_export.cli.console import clean_errors
+from ditas_export.conditions.labels import ClassLabels
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.diffusion.sampling import sample
 from ditas_export.dit.model import DiT
@@ -295,8 +296,8 @@ def pick_models(loaded: LoadedModel, wanted: str) -> dict[str, DiT]:
 
 def classes_in_turn(model: DiT, count: int) -> tuple[int, ...]:
     """Return one class per image: every class of the model in turn."""
-    known = model.config.num_labels
-    return parse_classes(f"0-{known - 1}", num_labels=known, count=count, seed=0)
+    classes = ClassLabels(model.config)
+    return parse_classes(f"0-{classes.count - 1}", conditions=classes, count=count, seed=0)
 
 
 def prepare(name: str, model: DiT, protocol: Protocol, *, on_step: Callable[[], None]) -> Subject:

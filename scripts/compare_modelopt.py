@@ -127,7 +127,7 @@ def quantize(model: DiT, states: CalibrationStates, config: dict[str, Any]) -> D
 
     def forward_loop(quantized: DiT) -> None:
         for rows in row_batches(len(inputs.timesteps)):
-            quantized(inputs.latents[rows], inputs.timesteps[rows], inputs.class_labels[rows])
+            quantized(**inputs.rows(rows))
 
     report = io.StringIO()  # it reports on stdout, where the table goes
     with contextlib.redirect_stdout(report):

@@ -24,13 +24,13 @@ from ditas_export.calibration.adaln import quantize_adaln
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.cli.console import clean_errors
-from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import trajectory
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import Difference
 from ditas_export.families.base import ModelInputs
 from ditas_export.families.load import load_model
+from ditas_export.families.registry import conditions_of
 from ditas_export.figures import confidence_interval
 from ditas_export.onnx_export.export import export_onnx
 from ditas_export.runtime.onnxruntime_runner import BARE_SESSION, OnnxRuntimeRunner
@@ -100,7 +100,9 @@ def _sampled(
             runner, classes=classes, steps=STEPS, cfg_scale=CFG_SCALE, seed=seed
         ):
             if step.index % PROBED_EVERY == 0:
-                inputs.append(inputs_at(step, CFG_SCALE, runner.config))
+                inputs.append(
+                    inputs_at(step, CFG_SCALE, runner.config, conditions_of(runner.config))
+                )
             last = step.next_latents
         finals += list(last)
     return finals, inputs
@@ -108,12 +110,7 @@ def _sampled(
 
 def _answers(runner: Runner, inputs: list[ModelInputs]) -> Tensor:
     """Return what a model answers to the inputs, one after the other."""
-    return torch.cat(
-        [
-            runner(labelled_inputs(each.latents, each.timesteps, each.class_labels))
-            for each in inputs
-        ]
-    )
+    return torch.cat([runner(each) for each in inputs])
 
 
 if __name__ == "__main__":

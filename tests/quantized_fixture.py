@@ -19,6 +19,7 @@ from ditas_export.calibration.fold import FoldedLinear, FoldedModel, fold_smooth
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.conditions.labels import labelled_inputs
 from ditas_export.dit.model import DiT, DiTConfig, randomize
+from ditas_export.families.base import FamilyModel
 from ditas_export.families.identity import identity_of
 from ditas_export.families.registry import family_of
 from ditas_export.onnx_export.export import export_onnx, export_reference

@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 from conftest import random_vae
-from diffusers import PixArtSigmaPipeline
 from quantized_fixture import snr_db, tiny_dit
 from safetensors.torch import load_file, save_file
 from text_family import MASK, WORDS, TextConfig, TextFamily, TextModel, prompts, text_model
@@ -261,6 +260,9 @@ def test_engines_are_built_for_a_range_of_tokens() -> None:
 
 def test_diffusers_pipeline_makes_what_sample_makes(tmp_path: Path) -> None:
     """`PixArtSigmaPipeline` as it is: same noise, same scheduler, every channel of ε guided."""
+    pytest.importorskip("transformers", reason="extra [text]")
+    from diffusers import PixArtSigmaPipeline
+
     path, model, asked = tmp_path / "fp32.onnx", text_model(), prompts()
     export_reference(model, path)
     transformer = OnnxPixArtTransformer2DModel(path)
@@ -298,7 +300,7 @@ def test_diffusers_pipeline_makes_what_sample_makes(tmp_path: Path) -> None:
     )
     assert snr_db(expected, found) > 60  # float32, carried through the steps
     with pytest.raises(RunnerError, match="the file is fed encoder_attention_mask, which was not"):
-        transformer(found, 500, encoder_hidden_states=asked.tensors[WORDS][:2])
+        transformer(found, timestep=500, encoder_hidden_states=asked.tensors[WORDS][:2])
     with pytest.raises(RunnerError, match="which no DiTTransformer2DModel is"):
         OnnxDiTTransformer2DModel(path)
 

@@ -46,7 +46,7 @@ def test_float32_products_alone_are_made_by_onednn(
     inside: list[str] = []
     model = copy.deepcopy(tiny_dit).to(dtype)
     model.final_layer.register_forward_hook(lambda *_: inside.append(setting.fp32_precision))
-    TorchRunner(model)(*INPUTS)
+    TorchRunner(model)(fed(*INPUTS))
     assert inside == ["bf16" if by_onednn else before]
     assert setting.fp32_precision == before != "bf16"
 

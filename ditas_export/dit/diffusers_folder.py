@@ -50,6 +50,9 @@ STATISTICS = ("latents_mean", "latents_std")
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
 """diffusers' classes of a DiT."""
 
+PIXART = "PixArtTransformer2DModel"
+"""diffusers' class of a PixArt."""
+
 _FIXED = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -100,19 +103,40 @@ class DiffusersFolder:
 
 
 def open_folder(path: Path) -> DiffusersFolder:
-    """Find a transformer in a folder, its own or a pipeline's, and read what its files say.
+    """Find a DiT in a folder, its own or a pipeline's, and read what its files say.
 
     Raises:
         CheckpointError: no such folder, a class or setting of another model, no weights, or records
             that are not followed or differ.
     """
-    folders = transformer_folders(path)
-    folder = next((each for each in folders if find_weights(each)), folders[0])
+    folder = transformer_folder(path)
     settings = _settings(folder)
+    return opened(path, folder, _facts_of_settings(settings, folder), norm_eps=settings["norm_eps"])
+
+
+def transformer_folder(path: Path) -> Path:
+    """Return the folder of the transformer to take: the first that has weights."""
+    folders = transformer_folders(path)
+    return next((each for each in folders if find_weights(each)), folders[0])
+
+
+def opened(
+    path: Path, folder: Path, facts: Mapping[str, Fact], *, norm_eps: float
+) -> DiffusersFolder:
+    """Find a transformer's weights, and read what its pipeline's files say beside its own.
+
+    Args:
+        path: of the transformer, or of a pipeline.
+        folder: of the transformer.
+        facts: of its config.json.
+        norm_eps: of its config.json.
+
+    Raises:
+        CheckpointError: no weights, or records that are not followed or differ.
+    """
     weights, notes = _weights(folder)
     notes[:0] = _choice_notes(path, folder)
     pipeline = _pipeline_of(path, folder)
-    facts = _facts_of_settings(settings, folder)
     if pipeline is not None and (pipeline / "scheduler").is_dir():
         scheduler = pipeline / "scheduler" / "scheduler_config.json"
         facts = merged(facts, _facts_of_scheduler(scheduler), where=str(path))
@@ -126,7 +150,7 @@ def open_folder(path: Path) -> DiffusersFolder:
         folder=folder,
         weights=weights,
         facts=facts,
-        norm_eps=settings["norm_eps"],
+        norm_eps=norm_eps,
         vae=pipeline if has_vae else None,
         notes=tuple(notes),
     )
@@ -142,9 +166,15 @@ def transformer_folders(path: Path) -> list[Path]:
 
 
 def class_of(path: Path) -> str | None:
-    """Return the class of diffusers that a transformer's or a pipeline's folder says it holds."""
+    """Return the class of diffusers that a transformer's or a pipeline's folder says it holds.
+
+    A folder of before there were classes of their own says `Transformer2DModel` of a PixArt too.
+    """
     config = transformer_folders(path)[0] / "config.json"
-    name = read_json(config).get("_class_name") if config.is_file() else None
+    written = read_json(config) if config.is_file() else {}
+    name = written.get("_class_name")
+    if name == CLASSES[1] and written.get("norm_type") == "ada_norm_single":
+        return PIXART
     return name if isinstance(name, str) else None
 
 

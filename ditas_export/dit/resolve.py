@@ -264,11 +264,34 @@ def _bounded_size(source: Source, fact: Fact, size: int) -> int:
 
 def _process(source: Source, facts: Facts) -> Process:
     """Return the process, the published one where nothing is said."""
-    _refuse_rescaled(facts, source.where)
+    return process_of(
+        facts,
+        fixed_variance=None if source.geometry.learn_sigma else source.fixed_variance,
+        in_channels=source.geometry.in_channels,
+        where=source.where,
+    )
+
+
+def process_of(
+    facts: Facts, *, fixed_variance: Variance | None, in_channels: int, where: str
+) -> Process:
+    """Return the process that is recorded of a diffusion, the published one where nothing is said.
+
+    Args:
+        facts: of records and hints.
+        fixed_variance: of a model that puts no variance out, where no record says which; None where
+            it puts one out.
+        in_channels: C.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: a process that is not followed, or that the output contradicts.
+    """
+    _refuse_rescaled(facts, where)
     default = DIT_PROCESS.variance
-    if not source.geometry.learn_sigma:
-        default = _fixed_variance(source, facts)
-    with _naming(facts, source.where):
+    if fixed_variance is not None:
+        default = _fixed_variance(facts, fixed_variance, in_channels, where)
+    with _naming(facts, where):
         return Process(
             beta_schedule=_value(facts, "beta_schedule", DIT_PROCESS.beta_schedule),
             beta_start=_value(facts, "beta_start", DIT_PROCESS.beta_start),
@@ -279,19 +302,16 @@ def _process(source: Source, facts: Facts) -> Process:
         )
 
 
-def _fixed_variance(source: Source, facts: Facts) -> Variance:
+def _fixed_variance(facts: Facts, default: Variance, in_channels: int, where: str) -> Variance:
     """Return the variance of a model that puts none out: as recorded, under either name."""
     told, fixed = facts.get("variance"), facts.get("fixed_variance")
     if told is not None and told.value == "learned_range":
         raise CheckpointError(
-            f"{source.where}: record and tensors disagree: variance learned_range "
-            f"({told.where}), but the output has {source.geometry.in_channels} channels: no "
-            f"learned variance"
+            f"{where}: record and tensors disagree: variance learned_range "
+            f"({told.where}), but the output has {in_channels} channels: no learned variance"
         )
     both = [{"variance": fact} for fact in (told, fixed) if fact is not None]
-    variance: Variance = _value(
-        merged(*both, where=source.where), "variance", source.fixed_variance
-    )
+    variance: Variance = _value(merged(*both, where=where), "variance", default)
     return variance
 
 

@@ -24,6 +24,7 @@ from ditas_export.dit.diffusers_folder import (
     CLASSES,
     HUB_ID,
     HUB_PATTERNS,
+    PIXART,
     class_of,
     find_weights,
     transformer_folders,
@@ -33,6 +34,7 @@ from ditas_export.families.base import FamilyModel
 from ditas_export.families.entry_points import all_families, family_named, one_line
 from ditas_export.families.identity import ModelIdentity, identity_of
 from ditas_export.families.packaged import AnyPackagedFamily
+from ditas_export.families.pixart_folder import read_pixart
 from ditas_export.families.registry import known_names
 from ditas_export.family_model import ReadCheckpoint
 from ditas_export.options import NO_HINTS, CheckpointHints
@@ -58,7 +60,10 @@ class FolderReader(Protocol):
         ...
 
 
-FOLDERS: Mapping[str, FolderReader] = dict.fromkeys(CLASSES, read_folder)
+FOLDERS: Mapping[str, FolderReader] = {
+    **dict.fromkeys(CLASSES, read_folder),
+    PIXART: read_pixart,
+}
 """By the class of diffusers that a transformer's config.json names."""
 
 

@@ -149,7 +149,7 @@ def fold_block(block: nn.Module) -> None:
 
 def _chunks(block: nn.Module, constants: State) -> tuple[Tensor, ...]:
     """Return a block's six chunks, (N, 1, D) each, its scales as factors."""
-    vector = constants["t"].reshape(len(constants["t"]), CHUNKS, -1)
+    vector = constants["t"].unflatten(1, (CHUNKS, -1))
     if isinstance(block, FoldedBlock):
         made = block.scale_shift_table[None] + vector * block.scale_shift_multiplier[None]
         return made.chunk(CHUNKS, dim=1)
