@@ -5,9 +5,11 @@ The oracle is the example's own forward, which is plain PyTorch, and the fake-qu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -26,15 +28,19 @@ from own_frames import (
 )
 from quantized_fixture import snr_db
 from torch import Tensor
+from typer.testing import CliRunner
 
 from ditas_export.calibration.family_proof import prove_folds
 from ditas_export.calibration.fold import fold_smoothing
 from ditas_export.calibration.modules import fake_quantized_model
+from ditas_export.cli.export import app as export_app
+from ditas_export.cli.sample import app as sample_app
 from ditas_export.conditions.embeddings import PromptEmbeddings
 from ditas_export.diffusion.sampling import sample
 from ditas_export.families.base import ModelInputs
 from ditas_export.families.entry_points import family_named
 from ditas_export.families.identity import identity_of
+from ditas_export.families.packaged import save_checkpoint
 from ditas_export.families.registry import known_names, linear_names
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.onnx_export.file_facts import read_config
@@ -206,3 +212,26 @@ def test_guidance_asks_for_two_rows() -> None:
     unguided = sample(TorchRunner(expected()), **{**asked, "cfg_scale": 1.0})  # type: ignore[arg-type]
     channels = (wanted - unguided).abs().amax(dim=(0, 2))
     assert bool((channels > 1e-3).all())
+
+
+def test_the_commands_do_it_all(tmp_path: Path) -> None:
+    """A checkpoint and what it can be asked, to a verified file and to frames made by it."""
+    checkpoint, asked, out = (tmp_path / name for name in ("frames.st", "asked.st", "out.onnx"))
+    save_checkpoint(made().FRAMES, made().random_model(), checkpoint)
+    made().random_conditions().save(asked)
+    exporting = [
+        *(str(out), "--model", str(checkpoint), "--family", "frames", "--embeddings", str(asked)),
+        *("--steps", "4", "--samples", "4", "--rank", "4", "--alpha-grid", "0.4,0.5"),
+    ]
+    done = CliRunner().invoke(export_app, exporting)
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.with_suffix(".json").read_text())["verification"]["matches"] is True
+    sampling = [str(out), "--embeddings", str(asked), "--images", "2", "--steps", "3"]
+    done = CliRunner().invoke(sample_app, [*sampling, "-o", str(tmp_path / "made")])
+    assert done.exit_code == 0, done.output
+    latents = [np.load(path) for path in sorted((tmp_path / "made").glob("*.npy"))]
+    assert [each.shape for each in latents] == [made().CONFIG.latent_shape] * 2
+    without = CliRunner().invoke(
+        sample_app, [*sampling[:1], *sampling[3:], "-o", str(tmp_path / "n")]
+    )
+    assert "frames are asked for by --embeddings" in without.output
