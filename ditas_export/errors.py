@@ -9,6 +9,10 @@ class CheckpointError(DitasExportError):
     """A model file is missing, damaged, unsafe, or of no known family."""
 
 
+class UnrecognizedError(CheckpointError):
+    """A checkpoint that shows no sign of any family of this package."""
+
+
 class ConditionsError(DitasExportError):
     """Embeddings of prompts are missing, damaged, or do not fit the model."""
 

@@ -35,8 +35,8 @@ class ModelConfig(Protocol):
         ...
 
     @property
-    def input_size(self) -> int:
-        """Side of what is denoised: H and W."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one row of what is denoised, channels first: (C, H, W), or (C, frames)."""
         ...
 
     @property
@@ -61,8 +61,8 @@ class ModelConfig(Protocol):
 class FamilyModel(nn.Module):
     """A transformer of a family; modules and parameters have the checkpoint's own names.
 
-    It is called with the inputs of its family by name, N rows each, and returns (N, C or 2C, H, W):
-    ε and any learned variance, or the velocity.
+    It is called with the inputs of its family by name, N rows each, and returns (N, C or 2C, …), as
+    `output_shape` has it: ε and any learned variance, or the velocity.
     """
 
     config: ModelConfig
@@ -123,7 +123,7 @@ class ModelInputs(Mapping[str, Tensor]):
 
     @property
     def latents(self) -> Tensor:
-        """What is denoised, (N, C, H, W)."""
+        """What is denoised, (N, C, …)."""
         return next(iter(self.tensors.values()))
 
     @property
@@ -151,6 +151,16 @@ class ModelInputs(Mapping[str, Tensor]):
     def to(self, device: torch.device | str) -> ModelInputs:
         """Return the inputs on another device."""
         return ModelInputs({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def output_shape(config: ModelConfig) -> tuple[int, ...]:
+    """Return the shape of one row of a model's output, (C or 2C, …)."""
+    return (config.out_channels, *config.latent_shape[1:])
+
+
+def is_image(config: ModelConfig) -> bool:
+    """Return whether a row is an image or an image's latents, (C, H, W)."""
+    return len(config.latent_shape) == 3
 
 
 def plural(word: str) -> str:

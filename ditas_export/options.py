@@ -79,7 +79,7 @@ class CheckpointHints:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None  # the null row not counted
     no_null_class: bool = False  # every row of the label table is a class
     betas: str | None = None  # NAME[,START,END[,STEPS]]
-    family: FamilyChoice | None = None
+    family: str | None = None  # a `FamilyChoice`, or one of another package
     lora: Path | None = None  # a folder or a file, merged before anything else
     lora_alpha: Annotated[float, Above(0, 1e6)] | None = None  # where nothing else says it
 
@@ -109,7 +109,7 @@ class ExportOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
-    family: FamilyChoice | None = None
+    family: str | None = None  # a `FamilyChoice`, or one of another package
     lora: Path | None = None
     lora_alpha: Annotated[float, Above(0, 1e6)] | None = None
     classes: str | None = None

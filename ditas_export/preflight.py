@@ -5,6 +5,7 @@ Everything here takes seconds, and what it refuses would else be found after an 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +149,7 @@ def require_states_fit(steps: int, samples: int, config: ModelConfig) -> None:
     Raises:
         CalibrationError: says how many bytes they take.
     """
-    wanted = 4 * steps * samples * config.in_channels * config.input_size**2
+    wanted = 4 * steps * samples * math.prod(config.latent_shape)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > there:
         raise CalibrationError(

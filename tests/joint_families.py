@@ -44,7 +44,7 @@ class JointConfig:
     process: Process | FlowProcess = DIT_PROCESS
     in_channels: int = 4
     out_channels: int = 4
-    input_size: int = SIDE
+    latent_shape: tuple[int, ...] = (4, SIDE, SIDE)
     hidden_size: int = WIDTH
     num_tokens: int = TOKENS
 

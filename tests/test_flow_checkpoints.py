@@ -194,7 +194,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], Mapping[str, Any], dict[str, Any
         {"family": "flux"}, {}, {},
         "args.family='flux': the model is of another family than dit, sit, repa, which is not",
     ),
-    "hint": ({}, {}, {"family": "flux"}, "--family flux; expected dit or sit or repa"),
+    "hint": ({}, {}, {"family": "flux"}, "the family 'flux' is not known here: expected dit"),
     "qk_norm": (REPA_ARGS | {"qk_norm": True}, {}, {}, "args.qk_norm=True: the model computes"),
     "norms": (
         {}, {f"blocks.{index}.attn.{which}_norm.weight": torch.ones(12)

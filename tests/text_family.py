@@ -52,6 +52,10 @@ class TextConfig:
     process: Process | FlowProcess = DIT_PROCESS
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
     def num_tokens(self) -> int:
         return (self.input_size // 2) ** 2
 

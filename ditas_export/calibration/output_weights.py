@@ -28,7 +28,13 @@ LEAST = 1e-6
 
 
 def output_weights(
-    module: nn.Module, block: Block, floats: State, constants: State, share: Share
+    module: nn.Module,
+    block: Block,
+    floats: State,
+    constants: State,
+    share: Share,
+    *,
+    masks: State | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights of every quantized linear of a block by module path, alike on all ranks.
 
@@ -38,17 +44,27 @@ def output_weights(
         floats: this rank's rows of what passes into it.
         constants: this rank's rows of the constants.
         share: which rows they are.
+        masks: the masks that groups name, (rows of all ranks, tokens) each: what is padding counts
+            nothing. None where no group names one.
 
     Returns:
         (N,) float32 each, on the rows' device: root mean squares over tokens, `levelled`.
     """
     sums: dict[str, Tensor] = {}
+    of_path = {path: group.mask for group in block.groups() for path in group.linears}
+    passed_on = next(reversed(of_path.values()), None)  # what the last linears give is added to it
     rows = sampled_rows(share, next(iter(floats.values())).shape[1])
     for batch in row_batches(len(rows), next(iter(floats.values())).shape[1]):
         chosen = rows[batch]
         local = torch.tensor([row - share.rows.start for row in chosen])
-        for path, gradient in _gradients(module, block, floats, constants, local, chosen).items():
-            squares = gradient.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+        real = {name: mask[chosen] != 0 for name, mask in (masks or {}).items()}
+        counted = None if passed_on is None else real[passed_on]
+        for path, gradient in _gradients(
+            module, block, floats, constants, local, chosen, counted
+        ).items():
+            name = of_path[path]
+            kept = gradient if name is None else gradient[real[name]]
+            squares = kept.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             sums[path] = sums[path] + squares if path in sums else squares
     found: dict[str, Tensor] = {}
     for group in block.groups():
@@ -90,8 +106,12 @@ def _gradients(
     constants: State,
     local: Tensor,
     rows: list[int],
+    counted: Tensor | None,
 ) -> Mapping[str, Tensor]:
-    """Return Jᵀ r at the outputs of the block's linears, by path in the block."""
+    """Return Jᵀ r at the outputs of the block's linears, by path in the block.
+
+    `counted`, (rows, tokens), says which tokens of the block's output are looked at.
+    """
     leaves: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.enable_grad():
         for path in (path for group in block.groups() for path in group.linears):
@@ -105,15 +125,18 @@ def _gradients(
         fixed = {name: value[local.to(value.device)] for name, value in constants.items()}
         for stage in block.stages:
             state = dict(stage.run(module, state, fixed))
-        total = sum((value * _signs(value, rows)).sum() for value in state.values())
+        total = sum((value * _signs(value, rows, counted)).sum() for value in state.values())
     gradients = torch.autograd.grad(total, list(leaves.values()))  # type: ignore[arg-type]
     return dict(zip(leaves, gradients, strict=True))
 
 
-def _signs(like: Tensor, rows: list[int]) -> Tensor:
-    """Return random signs of a tensor's shape, those of a row by its number."""
+def _signs(like: Tensor, rows: list[int], counted: Tensor | None) -> Tensor:
+    """Return random signs of a tensor's shape, those of a row by its number; 0 at padding."""
     drawn = [
         torch.randint(0, 2, like.shape[1:], generator=torch.Generator().manual_seed(row))
         for row in rows
     ]
-    return (2 * torch.stack(drawn) - 1).to(like)
+    signs = (2 * torch.stack(drawn) - 1).to(like)
+    if counted is None or counted.shape != like.shape[:2]:
+        return signs
+    return signs * counted.to(like)[..., None]

@@ -48,7 +48,7 @@ SAMPLES_PER_BATCH = 2
 class CalibrationStates:
     """x_t of every step and sample, and running maxima of every linear's input."""
 
-    latents: Tensor  # (steps, samples, C, H, W) float32: x_t before each step
+    latents: Tensor  # (steps, samples, C, …) float32: x_t before each step
     timesteps: Tensor  # (steps,) int64, float32 of a flow: what the model was fed, noisiest first
     input_maxima: Mapping[str, Tensor]  # module path -> (steps, K) float32
     settings: CalibrationSettings
@@ -62,9 +62,8 @@ class CalibrationStates:
         """
         config, settings = self.identity.config, self.settings
         steps, samples = settings.steps, len(settings.classes)
-        side = config.input_size
         shapes = {
-            "latents": (self.latents, (steps, samples, config.in_channels, side, side)),
+            "latents": (self.latents, (steps, samples, *config.latent_shape)),
             "timesteps": (self.timesteps, (steps,)),
         }
         widths = {name: columns for name, (_, columns) in linear_shapes(config).items()}
@@ -154,12 +153,12 @@ class _Header:
 
 def _wanted(config: ModelConfig, settings: CalibrationSettings) -> dict[str, Wanted]:
     """Return what a file of states must hold, by name."""
-    steps, side = settings.steps, config.input_size
+    steps = settings.steps
     wanted = {
         f"maxima.{name}": Wanted((steps, columns), low=0)
         for name, (_, columns) in linear_shapes(config).items()
     }
-    latents = (steps, len(settings.classes), config.in_channels, side, side)
+    latents = (steps, len(settings.classes), *config.latent_shape)
     timesteps = Wanted((steps,), config.process.time_dtype, low=0)
     return wanted | {"latents": Wanted(latents), "timesteps": timesteps}
 

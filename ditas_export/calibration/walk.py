@@ -154,7 +154,9 @@ class _Walker:
         weights: Mapping[str, Tensor] = {}
         if any(name not in self.known for name in block.linears):
             with self.timings.part("passing on"):
-                weights = output_weights(module, block, self.floats, self.constants, self.share)
+                weights = output_weights(
+                    module, block, self.floats, self.constants, self.share, masks=self._masks(block)
+                )
         for stage in block.stages:
             steps = _StageWalk(self, block, stage)
             for group in stage.groups:
@@ -169,6 +171,11 @@ class _Walker:
                     yield linear.name, linear.finished()
         for name in block.linears:
             self.quantized.set_submodule(name, nn.Identity())  # its memory is given back
+
+    def _masks(self, block: Block) -> dict[str, Tensor]:
+        """Return the masks that a block's groups name, by input."""
+        names = {group.mask for group in block.groups() if group.mask is not None}
+        return {name: self.states[name] for name in names}
 
 
 class _StageWalk:

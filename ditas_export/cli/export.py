@@ -78,7 +78,8 @@ def export(
     family: Annotated[
         str | None,
         _option(
-            "Whose process, where the checkpoint does not say: dit, or the flows sit or repa.",
+            "Whose process, where the checkpoint does not say: dit, or the flows sit or repa; or a "
+            "family of another package, by name.",
             "family",
             shown="dit",
         ),

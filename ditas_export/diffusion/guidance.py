@@ -22,9 +22,9 @@ from torch import Tensor
 from ditas_export.diffusion.options import CfgChannels, Interval
 from ditas_export.diffusion.schedules import Time
 from ditas_export.errors import RunnerError
-from ditas_export.families.base import Conditions, ModelConfig, ModelInputs
+from ditas_export.families.base import Conditions, ModelConfig, ModelInputs, is_image
 from ditas_export.families.registry import family_of
-from ditas_export.process import FlowProcess, Process
+from ditas_export.process import FlowProcess
 
 
 def plain_inputs(
@@ -139,15 +139,17 @@ def scale_at(noise_level: float, *, cfg_scale: float, interval: Interval | None)
     return 1.0
 
 
-def resolved_cfg_channels(asked: CfgChannels | None, process: Process | FlowProcess) -> CfgChannels:
+def resolved_cfg_channels(asked: CfgChannels | None, config: ModelConfig) -> CfgChannels:
     """Return which channels are guided: as asked, else as in the published sampler.
 
-    That is all of them for REPA, whose velocity points to the noise, and three for DiT and SiT.
+    That is all of them for REPA, whose velocity points to the noise, and for what is no image, and
+    three for DiT and SiT.
     """
     if asked is not None:
         return asked
+    process = config.process
     is_repa = isinstance(process, FlowProcess) and process.velocity_towards == "noise"
-    return "all" if is_repa else "3"
+    return "all" if is_repa or not is_image(config) else "3"
 
 
 def guided_channel_count(in_channels: int, cfg_channels: CfgChannels) -> int:

@@ -152,7 +152,7 @@ def trajectory(
     require_guidance(cfg_scale, asked)
     require_interval(guidance_interval, cfg_scale)
     schedule = make_schedule(sampler, steps, config.process, shift=shift)
-    cfg_channels = resolved_cfg_channels(cfg_channels, config.process)
+    cfg_channels = resolved_cfg_channels(cfg_channels, config)
     channels = guided_channel_count(config.in_channels, cfg_channels)
     seeds = [seed] * len(classes) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(classes):
@@ -224,8 +224,8 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 def initial_noise(config: ModelConfig, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return x_T: (N, C, H, W) float32 standard normal, one image per generator."""
-    shape = (config.in_channels, config.input_size, config.input_size)
+    """Return x_T: (N, C, …) float32 standard normal, one image per generator."""
+    shape = config.latent_shape
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 

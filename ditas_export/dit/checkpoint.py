@@ -82,6 +82,7 @@ def read_file(
         )
     adapted = with_lora(weights.tensors, hints)
     network = without_projectors(adapted.tensors, where=what)
+    geometry = infer_geometry(network.tensors, OFFICIAL, where=what)
     record = merged(
         known or {},
         facts_of_metadata(file.metadata, where=what),
@@ -89,7 +90,6 @@ def read_file(
         network.facts,
         where=what,
     )
-    geometry = infer_geometry(network.tensors, OFFICIAL, where=what)
     config, notes = resolve(
         Source(
             geometry=geometry,

@@ -16,7 +16,7 @@ from typing import Any
 from ditas_export.dit.facts import Fact, facts_of_values, merged
 from ditas_export.dit.record_entries import NOT_FOLLOWED_ENTRIES
 from ditas_export.dit.tensor_files import read_json
-from ditas_export.errors import CheckpointError
+from ditas_export.errors import CheckpointError, UnrecognizedError
 from ditas_export.process import VaeFactors
 
 HUB_PATTERNS = (
@@ -263,14 +263,14 @@ def _settings(folder: Path) -> dict[str, Any]:
                 f"model and this as --lora, or merge it first, W + (alpha/r) B A for every adapted "
                 f"linear (in PEFT: merge_and_unload())"
             )
-        raise CheckpointError(
+        raise UnrecognizedError(
             f"{folder} is a folder without config.json; expected one written by diffusers, or "
             f"the path of a checkpoint file"
         )
     written = read_json(path)
     name = written.get("_class_name")
     if name not in CLASSES:
-        raise CheckpointError(f"{path} describes a {name}, expected {CLASSES[0]}")
+        raise UnrecognizedError(f"{path} describes a {name}, expected {CLASSES[0]}")
     settings = _DEFAULTS | _FIXED | {"interpolation_scale": None, "out_channels": None} | written
     for key, expected in _FIXED.items():
         if settings[key] != expected:

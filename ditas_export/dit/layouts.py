@@ -16,7 +16,7 @@ from torch import Tensor
 from ditas_export.dit.fitting import Wanted, complaint, faults_of
 from ditas_export.dit.model import MOST_BLOCKS, DiT, DiTConfig, position_embedding
 from ditas_export.dit.tensor_files import abbreviated
-from ditas_export.errors import CheckpointError
+from ditas_export.errors import CheckpointError, UnrecognizedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,8 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
     """Read a DiT's shape off its tensors.
 
     Raises:
-        CheckpointError: a tensor that tells is missing, or has the wrong number of dimensions.
+        UnrecognizedError: the first of the tensors that tell is missing.
+        CheckpointError: another one is, or has the wrong number of dimensions.
     """
     ranks = {layout.patch_weight: 4, layout.fc1_weight: 2, layout.final_weight: 2}
     if layout.label_table in tensors or layout is not OFFICIAL:
@@ -148,7 +149,8 @@ def infer_geometry(tensors: Mapping[str, Tensor], layout: Layout, *, where: str)
         for name, rank in ranks.items()
         if name not in tensors or tensors[name].ndim != rank or not tensors[name].numel()
     ]:
-        raise CheckpointError(
+        is_strange = layout.patch_weight not in tensors
+        raise (UnrecognizedError if is_strange else CheckpointError)(
             f"{where} is no DiT: it has no {abbreviated(odd)}; found "
             f"{len(tensors)} tensors such as {abbreviated(sorted(tensors)) or 'none'}"
         )

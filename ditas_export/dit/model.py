@@ -100,6 +100,11 @@ class DiTConfig:
         return (self.input_size // self.patch_size) ** 2
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of an image's latents, (C, H, W)."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
     def mlp_hidden_size(self) -> int:
         """Width of the MLP's hidden layer."""
         return round(self.hidden_size * self.mlp_ratio)

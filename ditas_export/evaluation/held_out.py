@@ -25,7 +25,13 @@ from ditas_export.diffusion.schedules import time_words
 from ditas_export.errors import NonFiniteError
 from ditas_export.evaluation.inputs import inputs_at
 from ditas_export.evaluation.metrics import snr_db
-from ditas_export.families.base import Conditions, FamilyModel, ModelConfig, ModelInputs
+from ditas_export.families.base import (
+    Conditions,
+    FamilyModel,
+    ModelConfig,
+    ModelInputs,
+    output_shape,
+)
 from ditas_export.families.registry import conditions_of, family_of
 from ditas_export.figures import confidence_interval, finite_or_none
 from ditas_export.kept_parts import KeptParts, Part
@@ -185,9 +191,8 @@ class HeldOut:
 
     @property
     def _latents_shape(self) -> tuple[int, ...]:
-        """(images, C, H, W) of one seed."""
-        side = self.config.input_size
-        return (len(self.settings.classes), self.config.in_channels, side, side)
+        """(images, C, …) of one seed."""
+        return (len(self.settings.classes), *self.config.latent_shape)
 
     def _is_trajectory(self, name: str, seed: int, part: Part) -> bool:
         """Return whether a kept part is what `_trajectory` makes."""
@@ -210,11 +215,10 @@ class HeldOut:
 
     def _are_answers(self, part: Part) -> bool:
         """Return whether a kept part is what `_answers` makes at the probed inputs."""
-        side = self.config.input_size
         shapes = {tuple(tensor.shape[1:]) for tensor in part.tensors.values() if tensor.ndim > 1}
         return (
             list(part.tensors) == [str(index) for index in range(len(self.inputs))]
-            and shapes <= {(self.config.out_channels, side, side)}
+            and shapes <= {output_shape(self.config)}
             and isinstance(part.facts.get("runtime"), str)
         )
 

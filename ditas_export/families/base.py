@@ -24,6 +24,8 @@ from ditas_export.family_model import Input as Input
 from ditas_export.family_model import ModelConfig as ModelConfig
 from ditas_export.family_model import ModelInputs as ModelInputs
 from ditas_export.family_model import ReadCheckpoint as ReadCheckpoint
+from ditas_export.family_model import is_image as is_image
+from ditas_export.family_model import output_shape as output_shape
 from ditas_export.family_model import plural as plural
 
 ALL = slice(None)

@@ -29,10 +29,13 @@ from ditas_export.dit.diffusers_folder import (
     find_weights,
     transformer_folders,
 )
-from ditas_export.errors import CheckpointError
+from ditas_export.errors import CheckpointError, DitasExportError, UnrecognizedError
 from ditas_export.families.base import FamilyModel
+from ditas_export.families.entry_points import all_families, family_named, one_line
 from ditas_export.families.identity import ModelIdentity, identity_of
+from ditas_export.families.packaged import AnyPackagedFamily
 from ditas_export.families.pixart_folder import read_pixart
+from ditas_export.families.registry import known_names
 from ditas_export.family_model import ReadCheckpoint
 from ditas_export.options import NO_HINTS, CheckpointHints
 
@@ -88,7 +91,7 @@ def load_model(
         source: `digits` or `digits-sit` for a bundled model; a file with the published names of a
             DiT, safetensors or written by torch.save (of a training checkpoint, the averaged
             weights); a folder written by diffusers, of the transformer or of a whole pipeline; or
-            such a folder's id on the Hugging Face hub.
+            such a folder's id on the Hugging Face hub; or what a family of another package reads.
         hints: what the checkpoint does not say.
         num_heads: the same as `hints.num_heads`.
 
@@ -112,9 +115,20 @@ def load_model(
 
 def _read(source: str | Path, hints: CheckpointHints) -> ReadCheckpoint:
     """Let the family read that a checkpoint is of."""
+    if hints.family is not None and hints.family not in known_names():
+        family = family_named(hints.family, known=known_names())
+        return _require_read(_read_by(family, Path(source), hints), family.name, str(source))
     if is_bundled(source):
         return read_bundled(str(source), hints)
     path = Path(source)
+    try:
+        return _read_known(source, path, hints)
+    except UnrecognizedError as error:
+        return _read_by_another(path, hints, error)
+
+
+def _read_known(source: str | Path, path: Path, hints: CheckpointHints) -> ReadCheckpoint:
+    """Let a family of this package read what lies at a path, or on the hub."""
     if path.is_dir():
         return _read_folder(path, hints, str(source))
     if path.is_file():
@@ -133,6 +147,61 @@ def _read_folder(
     """Let the reader of the folder's class read it; DiT's says what is wrong with any other."""
     read = FOLDERS.get(class_of(path) or "", read_folder)
     return read(path, hints, what, vae=vae)
+
+
+def _read_by_another(
+    path: Path, hints: CheckpointHints, error: UnrecognizedError
+) -> ReadCheckpoint:
+    """Let the families of other packages look at what none of this one recognised.
+
+    Raises:
+        UnrecognizedError: theirs is it not either; names the families that were left out.
+    """
+    families, left_out = all_families(known_names())
+    for family in families:
+        if (read := _read_by(family, path, NO_HINTS)) is not None:
+            _refuse_hints(family.name, hints)
+            return read
+    if left_out:
+        raise UnrecognizedError("; left out: ".join((str(error), *left_out))) from error
+    raise error
+
+
+def _read_by(
+    family: AnyPackagedFamily, path: Path, hints: CheckpointHints
+) -> ReadCheckpoint | None:
+    """Let a family of another package read what lies at a path; its faults are ours."""
+    _refuse_hints(family.name, hints)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a checkpoint of the family {family.name}"
+        )
+    try:
+        return family.read(path)
+    except DitasExportError:
+        raise
+    except Exception as error:  # whatever a package of others raises
+        raise CheckpointError(
+            f"the family {family.name} cannot read {path}: {one_line(error)}"
+        ) from error
+
+
+def _refuse_hints(name: str, hints: CheckpointHints) -> None:
+    """Refuse what is said of a checkpoint whose family is not told such things."""
+    if more := [flag for flag in hints.given if flag != "--family"]:
+        raise CheckpointError(
+            f"{' and '.join(more)} say nothing to the family {name}; leave them out"
+        )
+
+
+def _require_read(read: ReadCheckpoint | None, name: str, source: str) -> ReadCheckpoint:
+    """Return what a family read, which it was asked to."""
+    if read is None:
+        raise CheckpointError(
+            f"{source} is no checkpoint of the family {name}, as its package says; leave --family "
+            f"out, or pass such a checkpoint"
+        )
+    return read
 
 
 def _download(hub_id: str) -> Path:

@@ -71,9 +71,9 @@ class PixArtConfig:
             )
 
     @property
-    def input_size(self) -> int:
-        """Side of the latents."""
-        return self.sample_size
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of an image's latents, (C, H, W)."""
+        return (self.in_channels, self.sample_size, self.sample_size)
 
     @property
     def hidden_size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError
 from ditas_export.families.base import AnyFamily, Conditions, ModelConfig
 from ditas_export.families.dit import DiTFamily
+from ditas_export.families.entry_points import family_named, loaded_families, package_of
 from ditas_export.families.pixart import PixArtFamily
+from ditas_export.options import FamilyChoice
 from ditas_export.process import FlowProcess, Process
 from ditas_export.saved_records import from_record
 
@@ -23,10 +25,16 @@ FAMILIES: list[AnyFamily] = [
     DiTFamily("sit", FlowProcess),
     PixArtFamily(),
 ]
-"""All that are known; the first that serves a configuration is its family."""
+"""All that come with the package; the first that serves a configuration is its family, before those
+of other packages."""
 
-_FAMILY = "family"
-"""The entry of a recorded configuration that names its family."""
+_FAMILY, _PACKAGE = "family", "package"
+"""Entries of a recorded configuration: its family, and the other package that brings it."""
+
+
+def known_names() -> list[str]:
+    """Return what families of this package are called, in files and by `--family`."""
+    return list(dict.fromkeys([*get_args(FamilyChoice), *(family.name for family in FAMILIES)]))
 
 
 def family_of(config: ModelConfig) -> AnyFamily:
@@ -35,7 +43,7 @@ def family_of(config: ModelConfig) -> AnyFamily:
     Raises:
         CheckpointError: there is none.
     """
-    for family in FAMILIES:
+    for family in (*FAMILIES, *loaded_families()):
         if isinstance(config, family.config_type) and family.serves(config):
             return family
     raise CheckpointError(
@@ -45,32 +53,39 @@ def family_of(config: ModelConfig) -> AnyFamily:
 
 
 def record_of(config: ModelConfig) -> dict[str, Any]:
-    """Return a configuration as JSON values that name its family.
+    """Return a configuration as JSON values that name its family, and who else brings it.
 
     A `DiTConfig` names none, as before there were others: its process tells a DiT from a SiT.
     """
     if isinstance(config, DiTConfig):
         return config.to_dict()
-    return {_FAMILY: family_of(config).name, **config.to_dict()}
+    family = family_of(config)
+    package = package_of(family)
+    whose = {_FAMILY: family.name} if package is None else {_FAMILY: family.name, _PACKAGE: package}
+    return {**whose, **config.to_dict()}
 
 
 def config_of(values: object) -> ModelConfig:
     """Return the configuration that `record_of` gave, of this version or an earlier one.
 
     Fields that a record of an earlier version lacks have the values that it meant: the defaults.
+    The family of another package is imported.
 
     Raises:
-        CheckpointError: no mapping, a family that is not known, an unknown name, or a value that no
-            model of the family has.
+        UnknownFamilyError: a family that is not known and that no package here brings.
+        CheckpointError: no mapping, a family that does not load, an unknown name, or a value that
+            no model of the family has.
     """
     if not isinstance(values, Mapping) or _FAMILY not in values:
         return DiTConfig.from_dict(values)
     name = values[_FAMILY]
+    package = values.get(_PACKAGE)
+    if not isinstance(name, str) or not isinstance(package, str | None):
+        raise CheckpointError(f"family={str(name)[:40]!r} of {str(package)[:40]!r}; expected names")
     known = {family.name: family for family in FAMILIES}
-    if not isinstance(name, str) or name not in known:
-        raise CheckpointError(f"family={str(name)[:40]!r}; known are {', '.join(known)}")
-    stated = {key: value for key, value in values.items() if key != _FAMILY}
-    config: ModelConfig = from_record(known[name].config_type, stated)
+    family = known.get(name) or family_named(name, known=known_names(), package=package)
+    stated = {key: value for key, value in values.items() if key not in (_FAMILY, _PACKAGE)}
+    config: ModelConfig = from_record(family.config_type, stated)
     return config
 
 

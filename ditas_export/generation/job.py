@@ -16,12 +16,12 @@ from ditas_export.artifact_files import require_writable
 from ditas_export.diffusion.classes import parse_classes
 from ditas_export.distributed import SINGLE, Ranks, cores_of_rank
 from ditas_export.errors import ArtifactError, RunnerError
-from ditas_export.families.base import Conditions, ModelConfig
+from ditas_export.families.base import Conditions, ModelConfig, is_image
 from ditas_export.families.registry import conditions_of
 from ditas_export.generation.image_folder import NPZ_NAME, ImageFolder
 from ditas_export.generation.options import SampleOptions
 from ditas_export.generation.pixels import is_npz_file
-from ditas_export.generation.sampler import PICTURE_CHANNELS, Sampler, SamplingSettings
+from ditas_export.generation.sampler import Sampler, SamplingSettings, makes_pixels
 from ditas_export.generation.wanted import read_wanted
 from ditas_export.job_files import JobFiles, Output, existing, same_file
 from ditas_export.options import VAE_FILE
@@ -94,7 +94,7 @@ def generate(
         if decoder is not None:
             say(f"VAE: {decoder.description}")
         count = len(sampler.settings.classes)
-        pictures = decoder is not None or runner.config.in_channels in PICTURE_CHANNELS
+        pictures = decoder is not None or makes_pixels(runner.config)
         folder = ImageFolder(options.output, count=count, pictures=pictures)
         npz = _npz(options)
         facts = _facts(opened, sampler, conditions)
@@ -187,7 +187,7 @@ def _vae_of(model: str, opened: OpenedModel, config: ModelConfig) -> str:
     recorded = config.process.vae
     if opened.vae is not None:
         return opened.vae
-    if recorded is None and config.in_channels in PICTURE_CHANNELS:
+    if (recorded is None and makes_pixels(config)) or not is_image(config):
         return NO_VAE
     beside = Path(model).with_name(VAE_FILE)
     if beside.is_file():

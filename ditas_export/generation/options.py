@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from ditas_export.diffusion.options import CfgChannels, SamplerName
 from ditas_export.errors import RunnerError
-from ditas_export.options import LARGEST_SEED, CheckpointHints, FamilyChoice
+from ditas_export.options import LARGEST_SEED, CheckpointHints
 from ditas_export.runtime.options import Runtime
 from ditas_export.saved_records import Above, Within, check_fields
 
@@ -34,7 +34,7 @@ class SampleOptions:
     num_classes: Annotated[int, Within(0, 10_000_000)] | None = None
     no_null_class: bool = False
     betas: str | None = None
-    family: FamilyChoice | None = None
+    family: str | None = None
     lora: Path | None = None
     lora_alpha: Annotated[float, Above(0, 1e6)] | None = None
     classes: str | None = None  # random; of embeddings the prompts' numbers

@@ -27,7 +27,7 @@ from ditas_export.diffusion.runner import Runner
 from ditas_export.diffusion.sampling import OnStep, require_labels, sample
 from ditas_export.diffusion.schedules import Time, make_schedule, resolved_sampler
 from ditas_export.errors import CancelledError, NonFiniteError, RunnerError
-from ditas_export.families.base import Conditions
+from ditas_export.families.base import Conditions, ModelConfig, is_image
 from ditas_export.families.registry import conditions_of
 from ditas_export.generation.options import CFG_SCALE
 from ditas_export.generation.pixels import Pixels, to_pixels
@@ -36,6 +36,11 @@ from ditas_export.vae.shape import require_fitting_vae
 
 PICTURE_CHANNELS = (1, 3)
 """Channels of a model that makes pixels itself: grey or RGB."""
+
+
+def makes_pixels(config: ModelConfig) -> bool:
+    """Return whether what a model makes is a picture already."""
+    return is_image(config) and config.in_channels in PICTURE_CHANNELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +150,7 @@ class Sampler:
             settings,
             sampler=resolved_sampler(settings.sampler, config.process),
             cfg_scale=self._cfg_scale,
-            cfg_channels=resolved_cfg_channels(settings.cfg_channels, config.process),
+            cfg_channels=resolved_cfg_channels(settings.cfg_channels, config),
         )
         self._rows = min(settings.batch, len(settings.classes))
         self.decoder = decoder
@@ -212,7 +217,7 @@ class Sampler:
     def _pixels(self, latents: Tensor, images: range) -> np.ndarray[Any, Any] | None:
         """Return the pictures of latents, where there is a way to make them."""
         if self.decoder is None:
-            return to_pixels(latents) if latents.shape[1] in PICTURE_CHANNELS else None
+            return to_pixels(latents) if makes_pixels(self.runner.config) else None
         decoded = self.decoder(latents)
         finite = decoded.flatten(1).isfinite().all(dim=1).tolist()
         if not all(finite):

@@ -11,6 +11,7 @@ import torch
 
 from ditas_export.errors import CheckpointError, OnnxExportError
 from ditas_export.families.base import ModelConfig
+from ditas_export.families.entry_points import UnknownFamilyError
 from ditas_export.families.identity import ModelIdentity
 from ditas_export.families.registry import config_of
 from ditas_export.onnx_export.by_reference import read_by_reference
@@ -74,6 +75,8 @@ def _read_model(path: Path) -> tuple[ModelConfig, ModelIdentity | None]:
     text = _entry(path, stated, CONFIG_KEY)
     try:
         config = config_of(parse_json(text))
+    except UnknownFamilyError as error:
+        raise OnnxExportError(f"{path}: {error}") from error
     except (TextError, CheckpointError) as error:
         raise OnnxExportError(
             f"{path} does not say which model it holds ({error}); export it with ditas-export"

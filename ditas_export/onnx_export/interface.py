@@ -7,12 +7,12 @@ have nine takes the tenth for "no class".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import torch
 
-from ditas_export.families.base import ModelConfig
+from ditas_export.families.base import ModelConfig, output_shape
 from ditas_export.families.registry import family_of
 
 OUTPUT_NAME = "model_output"
@@ -28,10 +28,10 @@ def why_unlike(graph: onnx.GraphProto, config: ModelConfig) -> str | None:
     """Return in what a graph is not the model of a configuration, None where it is."""
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
-    output = (config.out_channels, config.input_size, config.input_size)
+    expected = {OUTPUT_NAME: (onnx.TensorProto.FLOAT, output_shape(config))}
     faults = [
         *_value_faults("inputs", inputs, input_types(config)),
-        *_value_faults("outputs", graph.output, {OUTPUT_NAME: (onnx.TensorProto.FLOAT, output)}),
+        *_value_faults("outputs", graph.output, expected),
         *_table_faults(graph.initializer, config),
         *_depth_faults(graph.node, config),
     ]
@@ -51,7 +51,7 @@ def input_types(config: ModelConfig) -> dict[str, tuple[int, tuple[int | str, ..
 def _value_faults(
     what: str,
     values: Sequence[onnx.ValueInfoProto],
-    expected: dict[str, tuple[int, tuple[int | str, ...]]],
+    expected: Mapping[str, tuple[int, tuple[int | str, ...]]],
 ) -> Iterator[str]:
     """Yield what is wrong with inputs or outputs; the first dimension is the batch's."""
     if [value.name for value in values] != list(expected):

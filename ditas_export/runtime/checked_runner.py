@@ -19,7 +19,7 @@ from torch import Tensor
 from ditas_export.diffusion.runner import Closing
 from ditas_export.diffusion.sampling import REMEDY
 from ditas_export.errors import NonFiniteError, RunnerError
-from ditas_export.families.base import ModelConfig, ModelInputs
+from ditas_export.families.base import ModelConfig, ModelInputs, output_shape
 from ditas_export.families.registry import family_of
 from ditas_export.runtime.faults import faults_as_errors
 from ditas_export.runtime.inputs import require_fitting
@@ -118,8 +118,7 @@ def _rows_that_are_not_finite(output: Tensor) -> list[int]:
 
 def _require_output(output: Tensor, rows: int, config: ModelConfig) -> None:
     """Refuse an output that is not the model's; the caller names who gave it."""
-    side = config.input_size
-    expected = (rows, config.out_channels, side, side)
+    expected = (rows, *output_shape(config))
     if tuple(output.shape) != expected or output.dtype != torch.float32:
         raise ValueError(
             f"it gave {tuple(output.shape)} {output.dtype}, expected {expected} torch.float32"

@@ -207,7 +207,7 @@ def _diffusers_config(config: ModelConfig) -> dict[str, Any]:
     common = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
-        "sample_size": config.input_size,
+        "sample_size": config.latent_shape[-1],
     }
     if not isinstance(config, DiTConfig):
         return common

@@ -24,7 +24,7 @@ from ditas_export.artifact_files import sha256_of_file
 from ditas_export.engine.metadata import metadata_of, require_matching
 from ditas_export.engine.products import PRODUCTS
 from ditas_export.errors import RunnerError
-from ditas_export.families.base import ModelInputs
+from ditas_export.families.base import ModelInputs, output_shape
 from ditas_export.families.registry import family_of
 from ditas_export.paths import StrPath
 from ditas_export.runtime.cache import Cache, Key
@@ -172,7 +172,7 @@ class TensorRTRunner(CheckedRunner):
         self._require_sizes(sizes)
         with self._stream.faults_as_errors():
             latents = inputs.latents
-            shape = (len(latents), self._config.out_channels, *latents.shape[2:])
+            shape = (len(latents), *output_shape(self._config))
             answer = torch.empty(shape, device=latents.device)
             with self._stream.ordered():
                 answer.copy_(self._prepared(backend, sizes).run(inputs))
@@ -210,12 +210,12 @@ class TensorRTRunner(CheckedRunner):
 
     def _prepare(self, loaded: LoadedPlan, sizes: Sizes) -> PreparedBatch:
         """Allocate, bind, run once, and capture where the product does not do so itself."""
-        side, device, rows = self._config.input_size, self._stream.device, sizes[0][0]
+        device, rows = self._stream.device, sizes[0][0]
         inputs = {
             each.name: torch.zeros(shape, dtype=each.dtype, device=device)
             for each, shape in zip(self._inputs, sizes, strict=True)
         }
-        output = torch.zeros(rows, self._config.out_channels, side, side, device=device)
+        output = torch.zeros(rows, *output_shape(self._config), device=device)
         context = bound_context(
             loaded,
             {name: tuple(tensor.shape) for name, tensor in inputs.items()},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ditas_export.errors import CheckpointError, OnnxExportError, RunnerError
-from ditas_export.families.base import ModelConfig
+from ditas_export.families.base import ModelConfig, is_image
 from ditas_export.onnx_export.file_facts import file_metadata, metadata_entry
 from ditas_export.paths import StrPath
 from ditas_export.process import VaeFactors
@@ -46,8 +46,13 @@ def require_fitting_vae(
         config: of the model.
 
     Raises:
-        RunnerError: other channels, or factors that are not the recorded ones; names both.
+        RunnerError: a model of something else than images, other channels, or factors that are not
+            the recorded ones; names both.
     """
+    if not is_image(config):
+        raise RunnerError(
+            f"the model makes {config.latent_shape}, no latents of images; leave the VAE {name} out"
+        )
     if config.in_channels != in_channels:
         raise RunnerError(
             f"the model makes {config.in_channels}-channel latents, {name} takes {in_channels}; "
