@@ -238,7 +238,7 @@ def test_a_model_is_the_fake_quantized_one(ranges: Ranges, weight_bits: int, ran
     folded = tiny_folded(weight_bits=weight_bits, rank=rank)
     inputs = example_inputs()
     expected = TorchRunner(fake_quantized_model(folded, ranges=ranges))(*inputs)
-    assert snr_db(expected, Int8Runner(folded, ranges=ranges)(*inputs)) > TIES_DB
+    assert snr_db(expected, Int8Runner(folded, ranges=ranges)(fed(*inputs))) > TIES_DB
 
 
 def test_a_model_in_float64_is_exactly_the_fake_quantized_one() -> None:
@@ -277,14 +277,14 @@ def test_the_bundled_model_is_the_fake_quantized_one() -> None:
     inputs = example_inputs(model.config)
     expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
     # Five blocks carry ties on: 61 to 68 dB over six seeds.
-    assert snr_db(expected, Int8Runner(folded, ranges="token")(*inputs)) > 50
+    assert snr_db(expected, Int8Runner(folded, ranges="token")(fed(*inputs))) > 50
 
 
 def test_integer_modulation_is_dequantized_once() -> None:
     folded = tiny_folded(adaln_bits=8)
     inputs = example_inputs()
     expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
-    assert snr_db(expected, Int8Runner(folded, ranges="token")(*inputs)) > TIES_DB
+    assert snr_db(expected, Int8Runner(folded, ranges="token")(fed(*inputs))) > TIES_DB
 
 
 def test_every_block_linear_is_an_integer_one() -> None:

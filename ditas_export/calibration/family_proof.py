@@ -94,7 +94,9 @@ def prove_folds(
         groups={
             ", ".join(names): max(errors[name] for name in names)
             for names in (
-                tuple(map(block.name, group.linears)) for block in blocks for group in block.groups()
+                tuple(map(block.name, group.linears))
+                for block in blocks
+                for group in block.groups()
             )
         },
         stages=max(_relative_error(wanted[name], found[name]) for name in wanted),

@@ -111,9 +111,7 @@ def open_folder(path: Path) -> DiffusersFolder:
     """
     folder = transformer_folder(path)
     settings = _settings(folder)
-    return opened(
-        path, folder, _facts_of_settings(settings, folder), norm_eps=settings["norm_eps"]
-    )
+    return opened(path, folder, _facts_of_settings(settings, folder), norm_eps=settings["norm_eps"])
 
 
 def transformer_folder(path: Path) -> Path:

@@ -48,7 +48,9 @@ class Rows:
 
     linear: str
     rows: slice
-    channels: slice = field(default_factory=_all)  # of the input that they make: s of these is what goes there
+    channels: slice = field(
+        default_factory=_all
+    )  # of the input that they make: s of these is what goes there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

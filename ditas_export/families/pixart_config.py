@@ -19,7 +19,7 @@ PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixArtConfig:
-    """The settings of `PixArtTransformer2DModel` that vary, under diffusers' names, and the process.
+    """What varies of `PixArtTransformer2DModel`, under diffusers' names, and the process.
 
     The defaults are those of PixArt-Σ-XL at 1024 pixels.
     """
