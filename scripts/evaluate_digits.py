@@ -3,8 +3,7 @@
     python scripts/evaluate_digits.py digits --picture docs/images/digits.png
     python scripts/evaluate_digits.py digits-sit --picture docs/images/digits-sit.png
     python scripts/evaluate_digits.py fp32.onnx out.onnx --picture docs/images/float_above_w4a8.png
-    python scripts/evaluate_digits.py digits-pixart \
-        --embeddings ditas_export/dit/bundled/digits-pixart/embeddings.safetensors
+    python scripts/evaluate_digits.py digits-pixart --embeddings digits-pixart --rows 50
 
 Models are what `ditas-sample` takes; each is sampled by the first sampler of its process (DDPM, or
 Euler for a flow). All sample the same noise; a batch of one, then the same batch of the next, one

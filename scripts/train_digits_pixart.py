@@ -1,6 +1,6 @@
 """Train the bundled PixArt: diffusers' own class on digits, asked for in words.
 
-    python scripts/train_digits_pixart.py --batch 32 --steps 6000 \
+    python scripts/train_digits_pixart.py --batch 32 --steps 4000 \
         --output ditas_export/dit/bundled/digits-pixart
 
 The condition is a sequence of word vectors with a mask, as of a text encoder. The vocabulary is

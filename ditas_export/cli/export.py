@@ -45,7 +45,8 @@ def export(
     model: Annotated[
         str | None,
         _option(
-            "digits or digits-sit (bundled), a checkpoint, a diffusers folder, or a hub id.",
+            "digits, digits-sit or digits-pixart (bundled), a checkpoint, a diffusers folder, or a "
+            "hub id.",
             "model",
         ),
     ] = None,

@@ -46,6 +46,10 @@ BUNDLED_MODEL = "digits"
 BUNDLED_FLOW = "digits-sit"
 """Name of its counterpart that was trained by flow matching, as SiTs are."""
 
+BUNDLED_PIXART = "digits-pixart"
+"""Name of a small PixArt of the same digits, asked for in words: a folder as diffusers writes them,
+and the name of its embeddings."""
+
 _BUNDLED: Mapping[str, Facts] = {
     BUNDLED_MODEL: {
         "num_classes": Fact(10, "the package"),
@@ -63,9 +67,20 @@ def is_bundled(name: str | Path) -> bool:
 
 def read_bundled(name: str, hints: CheckpointHints) -> ReadCheckpoint:
     """Read a bundled model by name."""
-    folder = importlib.resources.files("ditas_export.dit") / "bundled"
-    with importlib.resources.as_file(folder / f"{name}.safetensors") as path:
-        return read_file(path, hints, f"{name} (bundled)", known=_BUNDLED[name])
+    path = bundled_path(f"{name}.safetensors")
+    return read_file(path, hints, f"{name} (bundled)", known=_BUNDLED[name])
+
+
+def bundled_path(name: str) -> Path:
+    """Return where a bundled file or folder lies."""
+    return Path(str(importlib.resources.files("ditas_export.dit") / "bundled" / name))
+
+
+def embeddings_path(asked: Path | None) -> Path | None:
+    """Return the file of embeddings: as asked for, or the bundled one by its name."""
+    if asked is None or str(asked) != BUNDLED_PIXART or asked.is_file():
+        return asked
+    return bundled_path(BUNDLED_PIXART) / "embeddings.safetensors"
 
 
 def read_file(

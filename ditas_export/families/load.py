@@ -15,6 +15,8 @@ import torch
 from ditas_export.dit.checkpoint import BUNDLED_FLOW as BUNDLED_FLOW
 from ditas_export.dit.checkpoint import BUNDLED_MODEL as BUNDLED_MODEL
 from ditas_export.dit.checkpoint import (
+    BUNDLED_PIXART,
+    bundled_path,
     is_bundled,
     read_bundled,
     read_file,
@@ -88,9 +90,8 @@ def load_model(
     """Load a model of any family.
 
     Args:
-        source: `digits` or `digits-sit` for a bundled model; a file with the published names of a
-            DiT, safetensors or written by torch.save (of a training checkpoint, the averaged
-            weights); a folder written by diffusers, of the transformer or of a whole pipeline; or
+        source: `digits`, `digits-sit` or `digits-pixart` for a bundled model; a file with the published
+            names of a DiT, safetensors or written by torch.save (of a training checkpoint, the averaged weights); a folder written by diffusers, of the transformer or of a whole pipeline; or
             such a folder's id on the Hugging Face hub; or what a family of another package reads.
         hints: what the checkpoint does not say.
         num_heads: the same as `hints.num_heads`.
@@ -120,6 +121,8 @@ def _read(source: str | Path, hints: CheckpointHints) -> ReadCheckpoint:
         return _require_read(_read_by(family, Path(source), hints), family.name, str(source))
     if is_bundled(source):
         return read_bundled(str(source), hints)
+    if source == BUNDLED_PIXART:
+        return _read_folder(bundled_path(BUNDLED_PIXART), hints, f"{source} (bundled)")
     path = Path(source)
     try:
         return _read_known(source, path, hints)
@@ -136,8 +139,9 @@ def _read_known(source: str | Path, path: Path, hints: CheckpointHints) -> ReadC
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return _read_folder(_download(source), hints, source, vae=source)
     raise CheckpointError(
-        f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, `{BUNDLED_FLOW}`, a "
-        f"checkpoint file, a diffusers folder, or a hub id such as facebook/DiT-XL-2-256"
+        f"{source}: no such file or folder; expected `{BUNDLED_MODEL}`, `{BUNDLED_FLOW}`, "
+        f"`{BUNDLED_PIXART}`, a checkpoint file, a diffusers folder, or a hub id such as "
+        f"facebook/DiT-XL-2-256"
     )
 
 

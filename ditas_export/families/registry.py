@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from ditas_export.dit.checkpoint import embeddings_path
 from ditas_export.dit.model import DiTConfig
 from ditas_export.errors import CheckpointError
 from ditas_export.families.base import AnyFamily, Conditions, ModelConfig
@@ -92,10 +93,14 @@ def config_of(values: object) -> ModelConfig:
 def conditions_of(config: ModelConfig, embeddings: Path | None = None) -> Conditions:
     """Return what images can be asked for; see `Family.conditions`.
 
+    Args:
+        config: of the model.
+        embeddings: the file, or `digits-pixart` for that of the bundled model.
+
     Raises:
         ConditionsError: embeddings that are needed and missing, or given and of no use.
     """
-    return family_of(config).conditions(config, embeddings)
+    return family_of(config).conditions(config, embeddings_path(embeddings))
 
 
 def linear_names(config: ModelConfig) -> tuple[str, ...]:
