@@ -225,7 +225,7 @@ def test_the_commands_do_it_all(tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(export_app, exporting)
     assert done.exit_code == 0, done.output
-    assert json.loads(out.with_suffix(".json").read_text())["verification"]["matches"] is True
+    assert json.loads(out.with_suffix(".json").read_text())["verified"] is True
     sampling = [str(out), "--embeddings", str(asked), "--images", "2", "--steps", "3"]
     done = CliRunner().invoke(sample_app, [*sampling, "-o", str(tmp_path / "made")])
     assert done.exit_code == 0, done.output
