@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from joint_families import JointFamily, joint_model
+from joint_families import WIDTH, JointFamily, joint_model
 from quantized_fixture import tiny_dit
 
+from ditas_export.calibration import fold_proof
 from ditas_export.calibration.family_proof import prove_folds
+from ditas_export.calibration.fold import ExactBlock
+from ditas_export.calibration.quantized_model import QuantizedModel
 from ditas_export.calibration.walk import walk
 from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.families import registry
-from ditas_export.families.base import Block, Group, ModelInputs, Stage
+from ditas_export.families.base import Block, Group, ModelInputs, Multiply, Stage
 from ditas_export.families.dit import DiTFamily
+from ditas_export.families.outliers import plant_outliers
 from ditas_export.process import Process
 
 EXACT = 1e-12
@@ -108,3 +112,88 @@ def test_the_walk_refuses_two_inputs_under_one_s(monkeypatch: pytest.MonkeyPatch
         CalibrationError, match=r"to_out\.0 and \S*to_add_out read different inputs"
     ):
         next(walked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "channel", "fold"),
+    [
+        ("sd3", "attn.add_q_proj", 3, "modulation"),
+        ("sd3", "attn2.to_out.0", 3, "rows of attn2.to_v"),
+        ("sd3", "attn.to_add_out", 3, "rows of attn.to_v"),  # of one of the two that s folds into
+        ("sd3", "attn.to_add_out", 3, "rows of attn.add_v_proj"),
+        ("flux", "proj_out", 3, "rows of attn.to_v"),
+        ("flux", "proj_out", WIDTH + 3, "multiply"),
+        ("normed", "up", 3, "norm"),
+    ],
+)
+def test_one_channel_that_is_folded_wrong_by_a_hundredth_is_found(
+    kind: str, linear: str, channel: int, fold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One channel of what one fold took is a hundredth off, in all blocks that have it."""
+    right = fold_proof.fold_block
+
+    def wrong(quantized: QuantizedModel, block: Block, dtype: torch.dtype) -> ExactBlock:
+        exact = right(quantized, block, dtype)
+        if block.name(linear) not in exact.linears:
+            return exact
+        if fold == "multiply":
+            exact.multipliers[block.name(linear)][channel] *= 1.01
+        elif fold == "norm":
+            exact.parameters[block.name("norm.weight")][channel] *= 1.01
+        elif fold == "modulation":
+            exact.modulations[block.name("norm1_context.linear")].divisor[channel] *= 1.01
+        else:
+            values = exact.linears[block.name(fold.removeprefix("rows of "))]
+            values.weight.row_scale[channel] *= 1.01
+        return exact
+
+    prove_folds(JointFamily(kind), joint_model(kind))
+    monkeypatch.setattr(fold_proof, "fold_block", wrong)
+    with pytest.raises(QuantizationError, match=rf"the folds of [^:]*{linear}"):
+        prove_folds(JointFamily(kind), joint_model(kind))
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_outliers_planted_by_the_tables_leave_the_function(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", [JointFamily(kind)])
+    model = joint_model(kind).double()
+    planted = plant_outliers(model, channels=3, gain=(30.0, 30.0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        each.name: torch.randn(
+            2,
+            *(5 if size == "tokens" else int(size) for size in each.shape),
+            generator=generator,
+            dtype=torch.float64,
+        )
+        for each in JointFamily(kind).inputs(model.config)
+    }
+    before, after = ({} for _ in range(2))
+    outputs = []
+    for each, maxima in ((model, before), (planted, after)):
+        for block in JointFamily(kind).blocks(model.config):
+            for name in block.linears:
+
+                def keep(_module: Any, read: Any, name: str = name, maxima: Any = maxima) -> None:
+                    maxima[name] = read[0].abs().flatten(0, -2).amax(0)
+
+                each.get_submodule(name).register_forward_pre_hook(keep)
+        outputs.append(each(**inputs))
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < EXACT
+    for block in JointFamily(kind).blocks(model.config):
+        for group in block.groups():
+            for name in map(block.name, group.linears):
+                growth = after[name] / before[name]
+                grown = growth > 2
+                torch.testing.assert_close(
+                    growth, torch.where(grown, 30.0, 1.0).double(), rtol=1e-9, atol=0
+                )
+                taken = torch.ones(len(growth), dtype=torch.bool)
+                for fold in group.folds:
+                    if isinstance(fold, Multiply):
+                        taken[fold.channels] = False
+                assert not grown[~taken].any(), name
+                if taken.all():
+                    assert int(grown.sum()) == 3, name

@@ -90,9 +90,11 @@ def load_model(
     """Load a model of any family.
 
     Args:
-        source: `digits`, `digits-sit` or `digits-pixart` for a bundled model; a file with the published
-            names of a DiT, safetensors or written by torch.save (of a training checkpoint, the averaged weights); a folder written by diffusers, of the transformer or of a whole pipeline; or
-            such a folder's id on the Hugging Face hub; or what a family of another package reads.
+        source: `digits`, `digits-sit` or `digits-pixart` for a bundled model; a file with the
+            published names of a DiT, safetensors or written by torch.save (of a training
+            checkpoint, the averaged weights); a folder written by diffusers, of the transformer or
+            of a whole pipeline; such a folder's id on the Hugging Face hub; or what a family of
+            another package reads.
         hints: what the checkpoint does not say.
         num_heads: the same as `hints.num_heads`.
 
