@@ -29,7 +29,7 @@ from ditas_export.families.base import (
     Stage,
     State,
 )
-from ditas_export.process import FlowProcess, Process
+from ditas_export.process import DIT_PROCESS, FlowProcess, Process
 
 WIDTH, HEADS, TEXT, POOLED, SIDE = 96, 3, 40, 24, 8
 DEPTH, SINGLES = 3, 2
@@ -41,7 +41,7 @@ class JointConfig:
     """Which of the three, all of one shape."""
 
     kind: str
-    process: Process | FlowProcess = FlowProcess()
+    process: Process | FlowProcess = DIT_PROCESS
     in_channels: int = 4
     out_channels: int = 4
     latent_shape: tuple[int, ...] = (4, SIDE, SIDE)

@@ -113,7 +113,7 @@ def _quantize_linear(
     block_size: int,
     rank: int,
     generator: torch.Generator,
-    s: Tensor | None,
+    s: Tensor | None = None,
 ) -> QuantizedLinear:
     out_features, in_features = weight.shape
     drawn = torch.exp(0.3 * torch.randn(in_features, generator=generator))

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from joint_families import JointFamily, joint_model
 from quantized_fixture import tiny_dit
 
 from ditas_export.calibration.family_proof import prove_folds
-from ditas_export.errors import QuantizationError
+from ditas_export.calibration.walk import walk
+from ditas_export.errors import CalibrationError, QuantizationError
 from ditas_export.families import registry
-from ditas_export.families.base import Block, Group, Stage
+from ditas_export.families.base import Block, Group, ModelInputs, Stage
 from ditas_export.families.dit import DiTFamily
 from ditas_export.process import Process
 
@@ -95,3 +97,14 @@ def test_stages_that_are_not_the_model_are_found(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(JointFamily, "enter", wrong)
     with pytest.raises(QuantizationError, match="the stages, against the model's forward: "):
         prove_folds(JointFamily("flux"), joint_model("flux"))
+
+
+def test_the_walk_refuses_two_inputs_under_one_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", [JointFamily("flux")])
+    model = joint_model("flux")
+    inputs = ModelInputs({"hidden_states": torch.zeros(1, 16, 16), "timestep": torch.zeros(1)})
+    walked = walk(model, model.config, inputs, {}, pytest.fail, known={})
+    with pytest.raises(
+        CalibrationError, match=r"to_out\.0 and \S*to_add_out read different inputs"
+    ):
+        next(walked)

@@ -383,12 +383,8 @@ def test_polygraphy_finds_no_fault(int4_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attn_mask": torch.zeros(16, 16)}, "a mask"),
         ({"is_causal": True}, "causal order"),
-        (
-            {"attn_mask": torch.ones(16, 16, dtype=torch.bool), "dropout_p": 0.5},
-            "a mask and dropout",
-        ),
+        ({"is_causal": True, "dropout_p": 0.5}, "dropout and causal order"),
     ],
 )
 def test_attention_that_would_be_left_out_is_refused(
@@ -409,8 +405,17 @@ def test_attention_that_would_be_left_out_is_refused(
     assert any(f"attention has {message}" in cause for cause in causes)
 
 
-def test_the_scale_of_attention_is_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"scale": 2.0},
+        {"attn_mask": torch.linspace(-9, 0, TINY.num_tokens**2).reshape(TINY.num_tokens, -1)},
+        {"attn_mask": torch.eye(TINY.num_tokens).bool()},
+    ],
+    ids=["scale", "bias", "mask"],
+)
+def test_scale_and_mask_of_attention_are_exported(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
     model, path = tiny_dit(), tmp_path / "scaled.onnx"
@@ -419,7 +424,7 @@ def test_the_scale_of_attention_is_exported(
     monkeypatch.setattr(
         torch.nn.functional,
         "scaled_dot_product_attention",
-        lambda q, k, v: attend(q, k, v, scale=2.0),
+        lambda q, k, v: attend(q, k, v, **arguments),
     )
     export_reference(model, path)
     expected = model(*inputs)

@@ -110,8 +110,8 @@ class Spoiled:
         self.config, self.device, self.description = model.config, torch.device("cpu"), "spoiled"
 
     def __call__(self, inputs: ModelInputs) -> Tensor:
-        latents, timesteps, class_labels = inputs.values()
-        output = self.model(latents, timesteps, class_labels)
+        latents, timesteps, _ = inputs.values()
+        output = self.model(inputs)
         if int(timesteps[0]) == FIRST_TIMESTEP:
             self.odd = (latents - self.noise).flatten(1).abs().amax(dim=1) == 0
         else:

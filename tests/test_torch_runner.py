@@ -30,7 +30,7 @@ def test_it_is_the_model_without_gradients(tiny_dit: DiT) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_float_types_stay_inside(tiny_dit: DiT, dtype: torch.dtype) -> None:
     expected = tiny_dit(*INPUTS)
-    out = TorchRunner(copy.deepcopy(tiny_dit).to(dtype))(*INPUTS)
+    out = TorchRunner(copy.deepcopy(tiny_dit).to(dtype))(fed(*INPUTS))
     assert out.dtype == torch.float32
     bound = 0.05 if dtype == torch.bfloat16 else 1e-5  # 8-bit mantissas; float32 rounding
     assert float((out - expected).norm() / expected.norm()) < bound
@@ -53,7 +53,7 @@ def test_float32_products_alone_are_made_by_onednn(
 
 def test_the_digits_of_float32_are_kept(tiny_dit: DiT) -> None:
     exact = copy.deepcopy(tiny_dit).double()(INPUTS[0].double(), *INPUTS[1:])
-    out = TorchRunner(copy.deepcopy(tiny_dit))(*INPUTS)
+    out = TorchRunner(copy.deepcopy(tiny_dit))(fed(*INPUTS))
     # float32 rounding of some ten layers; products rounded to bfloat16 are off by 1e-3 and more.
     assert float((out - exact).norm() / exact.norm()) < 1e-5
 
@@ -72,7 +72,7 @@ def test_a_missing_gpu_is_named(tiny_dit: DiT) -> None:
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_numbers(tiny_dit: DiT) -> None:
     expected = tiny_dit(*INPUTS)
-    out = TorchRunner(copy.deepcopy(tiny_dit), device="cuda")(*INPUTS)
+    out = TorchRunner(copy.deepcopy(tiny_dit), device="cuda")(fed(*INPUTS))
     assert out.device.type == "cpu"
     # TF32, 2⁻¹¹, is off by default for matrix products, and on for the patches' convolution.
     assert float((out - expected).norm() / expected.norm()) < 1e-3

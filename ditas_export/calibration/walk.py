@@ -82,9 +82,12 @@ def walk(
         timings: where the time goes.
 
     Raises:
-        CalibrationError: a linear's output is not finite, or more ranks than batches of rows.
+        CalibrationError: a linear's output is not finite, more ranks than batches of rows, or
+            linears of different inputs under one s.
     """
     family, rows = family_of(config), states.latents.shape[0]
+    for block in family.blocks(config):
+        _require_one_input(block)
     with torch.no_grad():
         batches = rank_batches(rows, config.num_tokens, ranks)
         entered = [family.enter(model, states.rows(batch)) for _, batch in batches]
@@ -106,6 +109,16 @@ def walk(
         )
         for block in family.blocks(config):
             yield from walker.run(block)
+
+
+def _require_one_input(block: Block) -> None:
+    """Refuse groups whose linears read different inputs: nothing solves them together (yet)."""
+    for group in block.groups():
+        if not group.reads_one_input:
+            raise CalibrationError(
+                f"{' and '.join(map(block.name, group.linears))} read different inputs under one "
+                f"s, which the walk does not solve (yet); its folds can be proved by prove_folds"
+            )
 
 
 def _joined(parts: Sequence[State]) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def _multiply(block: nn.Module, fold: Fold, gains: Tensor) -> None:
             table[fold.scale] = (gains * (table[fold.scale] + 1) - 1).to(table)
         case Norm():
             for parameter in block.get_submodule(fold.norm).parameters():
-                parameter *= gains.to(parameter)
+                parameter.mul_(gains.to(parameter))
         case Multiply():
             pass  # its gains are 1
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from ditas_export.families.base import FamilyModel, State
@@ -24,12 +25,17 @@ CHUNKS = 6
 """Rows of a block's table: shift, scale and gate of attention, then of the MLP."""
 
 
-class PixArt(PixArtTransformer2DModel, FamilyModel):  # type: ignore[misc]
+class PixArt(PixArtTransformer2DModel, FamilyModel):
     """diffusers' transformer, called with a file's inputs by name."""
+
+    pos_embed: nn.Module
+    adaln_single: AdaLayerNormSingle
+    caption_projection: nn.Module
+    transformer_blocks: nn.ModuleList
 
     def __init__(self, config: PixArtConfig, *, folded: bool = False) -> None:
         self._family_config: PixArtConfig | None = None
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
             in_channels=config.in_channels,
@@ -50,11 +56,11 @@ class PixArt(PixArtTransformer2DModel, FamilyModel):  # type: ignore[misc]
                 fold_block(block)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> Any:  # type: ignore[override]
         """The family's configuration; while diffusers builds the model, diffusers' own."""
         return self._family_config or self._internal_dict
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
@@ -72,8 +78,8 @@ class PixArt(PixArtTransformer2DModel, FamilyModel):  # type: ignore[misc]
             micro_conditions: resolution (N, 2) and aspect_ratio (N, 1), where the model takes them.
         """
         for tensor in (timestep, encoder_hidden_states, encoder_attention_mask):
-            torch._check(tensor.shape[0] == hidden_states.shape[0])
-        torch._check(encoder_attention_mask.shape[1] == encoder_hidden_states.shape[1])
+            _require(tensor.shape[0] == hidden_states.shape[0])
+        _require(encoder_attention_mask.shape[1] == encoder_hidden_states.shape[1])
         output: Tensor = super().forward(
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,
@@ -100,6 +106,11 @@ class PixArt(PixArtTransformer2DModel, FamilyModel):  # type: ignore[misc]
         return {"x": self.pos_embed(latents)}, constants
 
 
+def _require(condition: bool) -> None:
+    """Tell the exporter that sizes are the same, which it cannot see."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
+
+
 def positions(config: PixArtConfig) -> Tensor:
     """Return the sin-cos table of positions, (1, T, D) float32, on the CPU."""
     side = config.sample_size // config.patch_size
@@ -115,8 +126,11 @@ def positions(config: PixArtConfig) -> Tensor:
     return table.float()[None]
 
 
-class FoldedBlock(BasicTransformerBlock):  # type: ignore[misc]
+class FoldedBlock(BasicTransformerBlock):
     """A block whose table makes factors, and which multiplies the vector that all blocks share."""
+
+    scale_shift_table: nn.Parameter
+    scale_shift_multiplier: nn.Parameter
 
     def forward(  # type: ignore[override]
         self,
@@ -149,12 +163,11 @@ def fold_block(block: nn.Module) -> None:
 
 def _chunks(block: nn.Module, constants: State) -> tuple[Tensor, ...]:
     """Return a block's six chunks, (N, 1, D) each, its scales as factors."""
-    vector = constants["t"].unflatten(1, (CHUNKS, -1))
+    vector = torch.unflatten(constants["t"], 1, (CHUNKS, -1))
+    table = block.get_parameter("scale_shift_table")[None]
     if isinstance(block, FoldedBlock):
-        made = block.scale_shift_table[None] + vector * block.scale_shift_multiplier[None]
-        return made.chunk(CHUNKS, dim=1)
-    made = block.scale_shift_table[None] + vector  # type: ignore[index]
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = made.chunk(CHUNKS, dim=1)
+        return (table + vector * block.scale_shift_multiplier[None]).chunk(CHUNKS, dim=1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (table + vector).chunk(CHUNKS, dim=1)
     return shift, 1 + scale, gate, shift_mlp, 1 + scale_mlp, gate_mlp
 
 

@@ -246,8 +246,8 @@ def _attention(
     keys = op.Transpose(key, perm=[0, 1, 3, 2])
     scores = op.MatMul(op.Mul(query, factor), keys)
     if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
-        least = op.CastLike(op.Constant(value_float=_LEAST_SCORE), query)
-        scores = op.Where(attn_mask, scores, least)
+        least: Any = op.Constant(value_float=_LEAST_SCORE)
+        scores = op.Where(attn_mask, scores, op.CastLike(least, query))
     elif attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
@@ -257,7 +257,8 @@ def _squeeze(value: Any, dim: int) -> Any:
     """Translate a squeeze of one dimension, which leaves one of another size than 1 as it is."""
     if value.shape[dim] != 1:
         return op.Identity(value)
-    return op.Squeeze(value, op.Constant(value_ints=[dim]))
+    axes: Any = op.Constant(value_ints=[dim])
+    return op.Squeeze(value, axes)
 
 
 def _drop_allowzero(graph: ir.Graph) -> None:
