@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import Result
@@ -31,6 +32,7 @@ from ditas_export.families.base import ModelInputs
 from ditas_export.families.identity import identity_of
 from ditas_export.families.pixart_config import PixArtConfig
 from ditas_export.families.registry import family_of
+from ditas_export.onnx_export import export
 from ditas_export.onnx_export.export import export_onnx, export_reference
 from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
@@ -120,6 +122,29 @@ def test_what_stands_in_padding_changes_no_bit_of_a_file(target: Any, tmp_path: 
         found = runner(inputs)
         assert torch.equal(runner(filled(inputs)), found)
         assert not torch.equal(runner(inputs.replaced({STATES: heard})), found)
+
+
+def test_linears_of_one_input_read_the_same_codes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of q, k and v, and of the caption's k and v: the same bits as with codes of their own."""
+    folded = fold_smoothing(quantized_tiny_dit(pixart(), block_size=24, rank=4))
+    found, quantizers = [], []
+    for name in ("shared", "apart"):
+        path = tmp_path / f"{name}.onnx"
+        export_onnx(folded, path, target="onnxruntime")
+        nodes = onnx.load(path).graph.node
+        quantizers.append({node.name for node in nodes if node.name.endswith("/input_Quantize")})
+        with OnnxRuntimeRunner(path, threads=1, as_is=True) as runner:
+            found.append(runner(pixart_inputs()))
+        monkeypatch.setattr(export, "share_inputs", lambda *_: None)
+    assert torch.equal(*found)
+    assert len(quantizers[1]) == 2 * 10
+    assert quantizers[1] - quantizers[0] == {
+        f"transformer_blocks.{block}.{path}/input_Quantize"
+        for block in range(2)
+        for path in ("attn1.to_k", "attn1.to_v", "attn2.to_v")
+    }
 
 
 def calibrated(asked: PromptEmbeddings) -> tuple[CalibrationStates, QuantizedModel]:

@@ -33,7 +33,7 @@ from ditas_export.onnx_export.forms.floats import lower_float_linear, lower_weig
 from ditas_export.onnx_export.lowered import record_linears
 from ditas_export.onnx_export.lowering import Choice, activation_codes, choose_forms, lower_linear
 from ditas_export.onnx_export.manifest import tensor_bytes
-from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
+from ditas_export.onnx_export.onnxruntime_form import share_inputs, to_onnxruntime_form
 from ditas_export.onnx_export.skeleton import PLACEHOLDER_DOMAIN, export_skeleton
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.options import Precision, Target
@@ -109,6 +109,8 @@ def export_onnx(
     if in_onnxruntime_form(target, folded.dtype):
         to_onnxruntime_form(model, folded.config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if codes == "uint8":
+        share_inputs(model, folded.config)
     if in_onnxruntime_form(target, folded.dtype):
         modulation_in_digits(model, family_of(folded.config).modulations(folded.config))
     if target == "portable":

@@ -3,7 +3,8 @@
 Attention is the one operator that opset 23 has for it: ONNX Runtime runs it on CPUs in less time
 than the products, softmax and transposes that it stands for. And where linears are integer products
 with their branches joined, a wide output is made in parts as wide as the hidden states: what lies
-between two products then stays in the processor's cache, and q, k and v come out apart.
+between two products then stays in the processor's cache, and q, k and v come out apart. Linears
+that read one input, as to_q, to_k and to_v of others do, read the same range and codes of it.
 
 It is for files of that form alone: opset 21 has no `Attention`, and NVIDIA's builder fuses by
 itself.
@@ -11,7 +12,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -28,6 +29,9 @@ OPSET = 23
 
 IR_VERSION = 11
 """The IR version that came with it."""
+
+_TO_CODES = ("Mul", "ReduceMax", "ReduceMin", "Neg", "Max", "Div", "QuantizeLinear")
+"""What the joined form makes of an input until it is codes: 1/s, the range, the codes."""
 
 
 def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool) -> None:
@@ -63,6 +67,45 @@ def to_onnxruntime_form(model: ir.Model, config: ModelConfig, *, in_parts: bool)
     if attentions:
         model.graph.opset_imports[""] = OPSET
         model.ir_version = IR_VERSION
+
+
+def share_inputs(model: ir.Model, config: ModelConfig) -> None:
+    """Let linears of a group that read one value share its range and its codes; in place.
+
+    Nodes of theirs that compute the same become one, down to the codes: unsigned ones are read by
+    any number of products. Nothing that is computed changes.
+
+    Args:
+        model: its linears in the joined form.
+        config: of the model, whose family says which linears are of one group.
+    """
+    siblings: dict[str, tuple[str, ...]] = {}
+    for block in family_of(config).blocks(config):
+        for group in block.groups():
+            paths = tuple(map(block.name, group.linears))
+            if len(paths) > 1 and group.reads_one_input:
+                siblings |= dict.fromkeys(paths, paths)
+    if not siblings:
+        return
+    first: dict[Hashable, ir.Node] = {}
+    for node in list(model.graph):
+        readers = siblings.get(str(node.name).partition("/")[0])
+        if readers is None or node.op_type not in _TO_CODES:
+            continue
+        operands = [None if value is None else _content(value) for value in node.inputs]
+        attributes = sorted((name, str(each.value)) for name, each in node.attributes.items())
+        same = first.setdefault((readers, node.op_type, *operands, *attributes), node)
+        if same is not node:
+            node.outputs[0].replace_all_uses_with(same.outputs[0])
+    RemoveUnusedNodesPass()(model)
+
+
+def _content(value: ir.Value) -> Hashable:
+    """Return what tells a value from others: of a constant its numbers."""
+    tensor = value.const_value
+    if tensor is None:
+        return id(value)
+    return tensor.dtype, tuple(tensor.shape), tensor.tobytes()
 
 
 def _cut_wide(makes: ir.Node, reads: ir.Node, parts: int) -> None:

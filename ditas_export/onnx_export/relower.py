@@ -41,7 +41,7 @@ from ditas_export.onnx_export.lowering import (
     choose_forms,
     lower_linear,
 )
-from ditas_export.onnx_export.onnxruntime_form import to_onnxruntime_form
+from ditas_export.onnx_export.onnxruntime_form import share_inputs, to_onnxruntime_form
 from ditas_export.onnx_export.subgraph import Subgraph
 from ditas_export.paths import StrPath
 from ditas_export.text_files import parse_json
@@ -136,6 +136,8 @@ def relower_model(model: ir.Model, target: OtherTarget) -> None:
     if in_onnxruntime_form(target, dtype):
         to_onnxruntime_form(model, config, in_parts=codes == "uint8")
     lower_placeholders(model, lower)
+    if codes == "uint8":
+        share_inputs(model, config)
     if in_onnxruntime_form(target, dtype):
         modulation_in_digits(model, family_of(config).modulations(config))
     record_form(model, dataclasses.replace(form, target=target, activation_codes=codes))

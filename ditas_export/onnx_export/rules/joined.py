@@ -59,7 +59,11 @@ def _joined_readers(model: ir.Model) -> Iterator[Finding]:
             yield name_of(node), f"read by {readers or 'nothing'}", f"read by one {reader}"
     for node in _joined(model, QUANTIZE):
         readers = sorted(reader.op_type for reader in consumers(node))
-        if readers not in (["Concat"], ["Concat", DEQUANTIZE]):
+        joints = readers.count("Concat")  # one of every linear that reads the input
+        if not joints or readers not in (
+            ["Concat"] * joints,
+            sorted(["Concat", DEQUANTIZE] * joints),
+        ):
             expected = f"read by {['Concat', DEQUANTIZE]}"
             yield name_of(node), f"read by {readers or 'nothing'}", expected
 
