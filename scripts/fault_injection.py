@@ -411,7 +411,7 @@ def _stage_seconds(job: Job, folder: Path, ranks: int, log: Path) -> dict[str, f
 
 
 Tree = dict[str, Any]
-"""Path in a folder -> its bytes, of a manifest all but the seconds."""
+"""Path in a folder -> its bytes; less the seconds of a manifest, the command of statistics."""
 
 
 def tree(folder: Path) -> Tree:
@@ -427,7 +427,20 @@ def tree(folder: Path) -> Tree:
             if isinstance(content, dict):
                 content.pop("seconds", None)
                 found[str(path.relative_to(folder))] = json.dumps(content)
+        elif path.name.endswith(".stats.safetensors"):
+            found[str(path.relative_to(folder))] = _without_command(path.read_bytes())
     return found
+
+
+def _without_command(statistics: bytes) -> bytes:
+    """Return an export's statistics less the command, which names the folder, and its hash."""
+    length = 8 + int.from_bytes(statistics[:8], "little")
+    header = json.loads(statistics[8:length])
+    for kind, text in header["__metadata__"].items():
+        facts = json.loads(text)
+        del facts["command"], facts["content_sha256"]
+        header["__metadata__"][kind] = facts
+    return json.dumps(header).encode() + statistics[length:]
 
 
 def differences(clean: Tree, found: Tree) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ditas_export.errors import ArtifactError, EvaluationError
 from ditas_export.evaluation import evaluate as evaluation
 from ditas_export.evaluation import perceptual_distance
-from ditas_export.evaluation.digit_features import load_digit_classifier
+from ditas_export.evaluation.digit_features import DigitFeatures, load_digit_classifier
 from ditas_export.evaluation.evaluate import Evaluation, evaluate
 from ditas_export.evaluation.options import EvaluateOptions
 
@@ -130,6 +130,17 @@ def test_digits_are_judged_by_the_bundled_classifier(tmp_path: Path) -> None:
     assert found.sets.kid is not None
     assert found.sets.kid.value == pytest.approx(wanted, rel=1e-4)  # features in float32
     assert "no sFID: there are no spatial features of both" in found.notes
+
+
+def test_grey_images_of_three_channels_are_digits_too() -> None:
+    """As ditas-sample writes them; colours are refused."""
+    judge = DigitFeatures()
+    grey = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
+    assert torch.equal(judge(grey.expand(-1, 3, -1, -1))[0], judge(grey)[0])
+    coloured = grey.repeat(1, 3, 1, 1)
+    coloured[4, 1, 7, 7] ^= 1
+    with pytest.raises(EvaluationError, match="in colour"):
+        judge(coloured)
 
 
 def test_equal_pairs(tmp_path: Path) -> None:

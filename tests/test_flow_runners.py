@@ -123,7 +123,7 @@ def test_the_contract_follows_the_record() -> None:
 def test_the_adapter_refuses_a_flow(model: DiT) -> None:
     with (
         TorchRunner(model) as runner,
-        pytest.raises(RunnerError, match=r"predicts the velocity .* DiTPipeline samples diffusion"),
+        pytest.raises(RunnerError, match=r"predicts the velocity .* pipeline samples diffusions"),
     ):
         OnnxDiTTransformer2DModel(runner=runner)
 
@@ -284,5 +284,5 @@ def test_files_are_compared_along_the_flow(files: tuple[Path, Path], tmp_path: P
 
 
 def test_the_adapter_refuses_the_file_of_a_flow(files: tuple[Path, Path]) -> None:
-    with pytest.raises(RunnerError, match="DiTPipeline samples diffusions"):
+    with pytest.raises(RunnerError, match="pipeline samples diffusions"):
         OnnxDiTTransformer2DModel(files[1])

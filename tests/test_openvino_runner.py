@@ -73,7 +73,7 @@ BFLOAT16_PRODUCTS = """
 import sys
 import torch
 from pathlib import Path
-from quantized_fixture import example_inputs, snr_db, tiny_dit
+from quantized_fixture import example_inputs, fed, snr_db, tiny_dit
 from ditas_export.runtime.openvino_runner import OpenVINORunner
 
 inputs = example_inputs(batch=3)

@@ -237,7 +237,7 @@ def test_compiled_it_gives_the_same_numbers(ranges: Ranges, dtype: torch.dtype) 
 def test_a_model_is_the_fake_quantized_one(ranges: Ranges, weight_bits: int, rank: int) -> None:
     folded = tiny_folded(weight_bits=weight_bits, rank=rank)
     inputs = example_inputs()
-    expected = TorchRunner(fake_quantized_model(folded, ranges=ranges))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges=ranges))(fed(*inputs))
     assert snr_db(expected, Int8Runner(folded, ranges=ranges)(fed(*inputs))) > TIES_DB
 
 
@@ -256,8 +256,8 @@ def test_a_model_with_a_half_precision_side(dtype: torch.dtype) -> None:
     inputs = example_inputs()
     with Int8Runner(folded, ranges="token") as runner:
         out = runner(fed(*inputs))
-    exact = TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))(*inputs)
-    fake = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
+    exact = TorchRunner(fake_quantized_model(tiny_folded(), ranges="token"))(fed(*inputs))
+    fake = TorchRunner(fake_quantized_model(folded, ranges="token"))(fed(*inputs))
     assert out.dtype == torch.float32
     # As near to the float32 side as the fake-quantized forward in the same type, within 1 dB.
     assert snr_db(exact, out) > snr_db(exact, fake) - 1
@@ -267,15 +267,15 @@ def test_a_model_with_a_half_precision_side(dtype: torch.dtype) -> None:
 def test_a_model_is_the_exported_file(ranges: Ranges) -> None:
     inputs = example_inputs(batch=4)
     with OnnxRuntimeRunner(exported(ranges=ranges), as_is=True, threads=1) as file:
-        expected = file(*inputs)
-    assert snr_db(expected, Int8Runner(tiny_folded(), ranges=ranges)(*inputs)) > TIES_DB
+        expected = file(fed(*inputs))
+    assert snr_db(expected, Int8Runner(tiny_folded(), ranges=ranges)(fed(*inputs))) > TIES_DB
 
 
 def test_the_bundled_model_is_the_fake_quantized_one() -> None:
     model = load_model("digits").model
     folded = fold_smoothing(quantized_tiny_dit(model, block_size=48, rank=4))
     inputs = example_inputs(model.config)
-    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(fed(*inputs))
     # Five blocks carry ties on: 61 to 68 dB over six seeds.
     assert snr_db(expected, Int8Runner(folded, ranges="token")(fed(*inputs))) > 50
 
@@ -283,7 +283,7 @@ def test_the_bundled_model_is_the_fake_quantized_one() -> None:
 def test_integer_modulation_is_dequantized_once() -> None:
     folded = tiny_folded(adaln_bits=8)
     inputs = example_inputs()
-    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(*inputs)
+    expected = TorchRunner(fake_quantized_model(folded, ranges="token"))(fed(*inputs))
     assert snr_db(expected, Int8Runner(folded, ranges="token")(fed(*inputs))) > TIES_DB
 
 
@@ -310,7 +310,7 @@ def test_an_output_is_not_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
     inputs = example_inputs()
     forward: Callable[..., Tensor] = runner.model.forward
     place = torch.empty_like(forward(*inputs))
-    monkeypatch.setattr(runner.model, "forward", lambda *given: place.copy_(forward(*given)))
+    monkeypatch.setattr(runner.model, "forward", lambda **given: place.copy_(forward(**given)))
     first = runner(fed(*inputs))
     kept = first.clone()
     runner(fed(inputs[0] + 1, *inputs[1:]))
@@ -344,6 +344,6 @@ def test_compiled_on_a_gpu_it_is_the_same_model(dtype: torch.dtype, least_db: fl
     for seed in range(3):  # a CUDA graph replays from the second or third pass on
         inputs = [tensor.cuda() for tensor in example_inputs(seed=seed)]
         outputs.append(runner(fed(*inputs)))
-        expected.append(exact(*inputs))
+        expected.append(exact(fed(*inputs)))
     for out, reference in zip(outputs, expected, strict=True):
         assert snr_db(reference.cpu(), out.cpu()) > least_db

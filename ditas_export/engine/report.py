@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def _blocks(layers: list[EngineLayer], config: ModelConfig) -> tuple[BuiltBlock,
     """Count kernels block by block and look for fused attention; modulations are no block's."""
     family = family_of(config)
     paths = [block.path for block in family.blocks(config)]
-    modulations = tuple(f"{name}/" for name in family.modulations(config))
+    modulations = tuple(_made_with(name, paths) for name in family.modulations(config))
     kernels: Counter[str] = Counter()
     for layer in layers:
         nodes = [node for node in layer.onnx_nodes if not node.startswith(modulations)]
@@ -141,6 +141,12 @@ def _blocks(layers: list[EngineLayer], config: ModelConfig) -> tuple[BuiltBlock,
 def _is_in(node: str, path: str) -> bool:
     """Return whether a node is of a module or of one within it, by its name."""
     return node.startswith((f"{path}.", f"{path}/"))
+
+
+def _made_with(modulation: str, blocks: Sequence[str]) -> str:
+    """Return how names of nodes begin that make a modulation, the SiLU before its linear too."""
+    module = modulation.rpartition(".")[0]
+    return f"{modulation}/" if module in ("", *blocks) else f"{module}."
 
 
 def _has_fused_attention(layers: list[EngineLayer], block: str) -> bool:

@@ -14,8 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ditas_export.errors import EvaluationError
+
 SIDE = 16
-"""Height and width of the digits, in pixels; they have one channel."""
+"""Height and width of the digits, in pixels."""
+
+SHAPES = ((SIDE, SIDE, 1), (SIDE, SIDE, 3))
+"""Of images: grey, as one channel or, as `ditas-sample` writes them, as three."""
 
 WIDTHS = (32, 64, 64)
 """Channels of its three convolutions; the last are the features."""
@@ -67,5 +72,15 @@ class DigitFeatures:
     description = f"the bundled digit classifier, {WIDTHS[-1]} features"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
-        """Return (N, 64) features of (N, 1, 16, 16) uint8 images."""
-        return self._model.features((images.to(torch.float32) - 127.5) / 127.5), None
+        """Return (N, 64) features of (N, 1, 16, 16) uint8 images, or of three equal channels.
+
+        Raises:
+            EvaluationError: channels that differ.
+        """
+        grey = images[:, :1]
+        if not bool((images == grey).all()):
+            raise EvaluationError(
+                "images in colour, and the digit classifier takes grey ones; others take "
+                "--features inception"
+            )
+        return self._model.features((grey.to(torch.float32) - 127.5) / 127.5), None

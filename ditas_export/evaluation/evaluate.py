@@ -22,7 +22,7 @@ from ditas_export.artifact_files import atomic_path
 from ditas_export.errors import EvaluationError
 from ditas_export.evaluation.array_files import ArrayFile, open_arrays
 from ditas_export.evaluation.bootstrap import Figure, resample_counts
-from ditas_export.evaluation.digit_features import SIDE
+from ditas_export.evaluation.digit_features import SHAPES
 from ditas_export.evaluation.extractors import Extractor, open_extractor
 from ditas_export.evaluation.judged_sets import (
     ARRAYS,
@@ -250,9 +250,9 @@ def _extractor(
         return None
     for file in (samples, reference):
         shape = file.arrays[IMAGES].shape[1:] if IMAGES in file.arrays else None
-        if source == "digits" and shape not in (None, (SIDE, SIDE, 1)):
+        if source == "digits" and shape not in (None, *SHAPES):
             raise EvaluationError(
-                f"{file.path} has images of {shape}; the digit classifier takes {(SIDE, SIDE, 1)}, "
+                f"{file.path} has images of {shape}; the digit classifier takes {SHAPES[0]}, "
                 f"others take --features inception"
             )
     return open_extractor(source, device=options.device)
@@ -263,4 +263,4 @@ def _source_for(*files: ArrayFile) -> FeatureSource:
     if all(FEATURES in file.arrays or MOMENTS[0] in file.arrays for file in files):
         return "given"
     shapes = {file.arrays[IMAGES].shape[1:] for file in files if IMAGES in file.arrays}
-    return "digits" if shapes == {(SIDE, SIDE, 1)} else "inception"
+    return "digits" if shapes and shapes <= set(SHAPES) else "inception"

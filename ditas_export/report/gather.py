@@ -150,10 +150,10 @@ def pictures_of(
     """Return final latents of the same noise as pictures; None where one is not finite.
 
     Latents without a decoder are shown as they are: three channels as colours, between the float
-    model's least and largest values.
+    model's least and largest values. Of what is no image, all channels are rows of one picture.
 
     Args:
-        reference: of the float model, (images, C, H, W) float32 by seed.
+        reference: of the float model, (images, C, H, W) or (images, C, frames) float32 by seed.
         quantized: the same of the file.
         decoder: of the model's VAE, if there is one.
     """
@@ -161,12 +161,15 @@ def pictures_of(
     finals = [torch.cat([pair[side] for pair in pairs]) for side in (0, 1)]
     if not all(bool(latents.isfinite().all()) for latents in finals):
         return None
-    channels, side = finals[0].shape[1], finals[0].shape[-1]
+    is_image = finals[0].ndim == 4
+    if not is_image:  # what each channel does, a row of grey each
+        finals = [latents.flatten(1, -2)[:, None] for latents in finals]
+    channels, side = finals[0].shape[1], max(finals[0].shape[-2:])
     scale = 1 if decoder is None else decoder.scale
     finals = [latents[: _count(side * scale)] for latents in finals]
     if decoder is not None:
         return "decoded", _samples(_shrunk(decoder(latents)) for latents in finals)
-    if channels in PICTURE_CHANNELS:
+    if is_image and channels in PICTURE_CHANNELS:
         return "pixels", _samples(_shrunk(latents) for latents in finals)
     shown = [latents[:, :3] if channels >= 3 else latents[:, :1] for latents in finals]
     low, high = shown[0].amin(), shown[0].amax()
