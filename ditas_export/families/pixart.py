@@ -16,24 +16,17 @@ ICLR 2024; "PixArt-Σ", ECCV 2024.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from ditas_export.conditions.embeddings import PromptEmbeddings
-from ditas_export.errors import ConditionsError
 from ditas_export.families.base import (
     ALL,
     Block,
-    Bounds,
     FusedAttention,
     Group,
-    Input,
     ModelInputs,
     Multiply,
     Rows,
@@ -43,12 +36,12 @@ from ditas_export.families.base import (
     Table,
     Wide,
 )
-from ditas_export.families.pixart_config import PIXELS_PER_LATENT, PixArtConfig
+from ditas_export.families.pixart_config import PixArtConfig
+from ditas_export.families.prompt_conditioned import MASK, PromptConditioned
 
 if TYPE_CHECKING:
     from ditas_export.families.pixart_model import PixArt
 
-MASK = "encoder_attention_mask"
 VECTOR = "adaln_single.linear"
 CHUNKS = 6
 
@@ -56,25 +49,16 @@ _PROVED_TOKENS = 5
 """Tokens of a prompt where shapes are asked for: any number would do."""
 
 
-def _attend(block: nn.Module, state: State, constants: State) -> State:
-    """Run attention among the image's tokens."""
-    from ditas_export.families import pixart_model
+def _piece(name: str) -> Callable[[nn.Module, State, State], State]:
+    """Return a piece of a block's forward by its name; diffusers is imported when it runs."""
 
-    return pixart_model.attend(block, state, constants)
+    def run(block: nn.Module, state: State, constants: State) -> State:
+        from ditas_export.families import pixart_model
 
+        piece: Callable[..., State] = getattr(pixart_model, name)
+        return piece(block, state, constants)
 
-def _attend_to_captions(block: nn.Module, state: State, constants: State) -> State:
-    """Run attention to the prompt's tokens."""
-    from ditas_export.families import pixart_model
-
-    return pixart_model.attend_to_captions(block, state, constants)
-
-
-def _transform(block: nn.Module, state: State, constants: State) -> State:
-    """Run the MLP."""
-    from ditas_export.families import pixart_model
-
-    return pixart_model.transform(block, state, constants)
+    return run
 
 
 def _table(*, scale: int, shift: int) -> Table:
@@ -103,8 +87,8 @@ def _attention(path: str) -> tuple[Group, ...]:
 
 
 STAGES = (
-    Stage(groups=_attention("attn1"), run=_attend),
-    Stage(groups=_attention("attn2"), run=_attend_to_captions),
+    Stage(groups=_attention("attn1"), run=_piece("attend")),
+    Stage(groups=_attention("attn2"), run=_piece("attend_to_captions")),
     Stage(
         groups=(
             Group(
@@ -112,13 +96,13 @@ STAGES = (
             ),
             Group(linears=("ff.net.2",), folds=(Multiply(),), is_token_wise=True),
         ),
-        run=_transform,
+        run=_piece("transform"),
     ),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PixArtFamily:
+@dataclass(frozen=True)
+class PixArtFamily(PromptConditioned):
     """diffusers' `PixArtTransformer2DModel`."""
 
     name: str = "pixart"
@@ -161,78 +145,9 @@ class PixArtFamily:
         """Return the linear of the shared vector; the 1 of scales is in the blocks' tables."""
         return {VECTOR: ()}
 
-    def modulation_inputs(self, config: PixArtConfig, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return SiLU of the embedding of every time step, of square images of the model's size."""
-        with torch.device("meta"):
-            embedder = self.module(config).adaln_single.emb
-        prefix = "adaln_single.emb."
-        state = {name: parameters[f"{prefix}{name}"] for name in embedder.state_dict()}
-        embedder.load_state_dict(state, assign=True)
-        first, last = config.process.times
-        times = torch.arange(int(first), int(last) + 1)
-        side = float(config.sample_size * PIXELS_PER_LATENT)
-        with torch.no_grad():
-            embedded: Tensor = embedder(
-                times,
-                resolution=torch.full((len(times), 2), side),
-                aspect_ratio=torch.ones(len(times), 1),
-                batch_size=len(times),
-                hidden_dtype=torch.float32,
-            )
-        return functional.silu(embedded)
-
     def float_linears(self, _config: PixArtConfig) -> tuple[str, ...]:
         """Return the projection to pixels."""
         return ("proj_out",)
-
-    def embedders(self) -> tuple[str, ...]:
-        """Return how names of what embeds the inputs begin."""
-        return ("pos_embed", "adaln_single.emb", "caption_projection")
-
-    def tables(self, config: PixArtConfig) -> Shapes:
-        """Return shapes of the embedders' tables."""
-        width, patch = config.hidden_size, config.patch_size
-        return {"pos_embed.proj.weight": (width, config.in_channels, patch, patch)}
-
-    def inputs(self, config: PixArtConfig) -> tuple[Input, ...]:
-        """Return latents, times, the prompts' tokens and mask, and α's micro-conditions."""
-        side = config.sample_size
-        first, last = config.process.times
-        steps = Bounds(first=first, last=last, what="of the schedule")
-        kept = Bounds(first=0, last=1, what="1 for a token, 0 for padding")
-        real, whole = torch.float32, torch.int64
-        latents, captions = (config.in_channels, side, side), ("tokens", config.caption_channels)
-        asked = (
-            Input(name="hidden_states", dtype=real, shape=latents, is_feature=True),
-            Input(name="timestep", dtype=whole, shape=(), bounds=steps),
-            Input(name="encoder_hidden_states", dtype=real, shape=captions, is_feature=True),
-            Input(name=MASK, dtype=whole, shape=("tokens",), bounds=kept),
-        )
-        if not config.use_additional_conditions:
-            return asked
-        return (
-            *asked,
-            Input(name="resolution", dtype=real, shape=(2,)),
-            Input(name="aspect_ratio", dtype=real, shape=(1,)),
-        )
-
-    def sizes(self, _config: PixArtConfig) -> Mapping[str, tuple[int, int, int]]:
-        """Return how many tokens a prompt has: α's have 120 at most, Σ's 300."""
-        return {"tokens": (1, 300, 512)}
-
-    def conditions(self, config: PixArtConfig, embeddings: Path | None) -> PromptEmbeddings:
-        """Return the prompts of an embeddings file.
-
-        Raises:
-            ConditionsError: none is given.
-            ArtifactError: it does not fit.
-        """
-        if embeddings is None:
-            raise ConditionsError(
-                "this model is asked by prompts; pass their embeddings, --embeddings "
-                "FILE.safetensors (ditas-embed PIPELINE --output FILE.safetensors writes it)"
-            )
-        return PromptEmbeddings.load(embeddings, inputs=self.inputs(config)[2:])
 
     def attentions(self, _config: PixArtConfig) -> Sequence[FusedAttention]:
         """Return none: no one linear gives q, k and v."""
