@@ -64,7 +64,13 @@ def pipeline_folder(folder: Path, config: PixArtConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", [SIGMA, ALPHA], ids=["sigma", "alpha"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SIGMA, id="sigma"),
+        pytest.param(ALPHA, marks=pytest.mark.slow, id="alpha"),
+    ],
+)
 def test_from_a_pipelines_folder_to_pictures(config: PixArtConfig, tmp_path: Path) -> None:
     """Both commands; the pictures are of the prompts' numbers, through the pipeline's own VAE."""
     pipeline = pipeline_folder(tmp_path / "pipeline", config)
