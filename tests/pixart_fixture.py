@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from ditas_export.conditions.embeddings import PromptEmbeddings
@@ -61,3 +62,18 @@ def prompts(config: PixArtConfig = SIGMA, *, count: int = 5, seed: int = 2) -> P
     """Return embeddings of prompts, and of no prompt."""
     asked = pixart_inputs(config, batch=count + 1, seed=seed).conditions
     return PromptEmbeddings(tensors=asked, has_null=True)
+
+
+def diffusers_model(config: PixArtConfig) -> PixArtTransformer2DModel:
+    """diffusers' own, made from what its config.json would say."""
+    model = PixArtTransformer2DModel(
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.attention_head_dim,
+        num_layers=config.num_layers,
+        sample_size=config.sample_size,
+        caption_channels=config.caption_channels,
+        cross_attention_dim=config.hidden_size,
+        use_additional_conditions=config.use_additional_conditions,
+    )
+    model.load_state_dict(pixart(config).state_dict())
+    return model.eval().requires_grad_(requires_grad=False)

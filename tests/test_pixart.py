@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
-from pixart_fixture import ALPHA, SIGMA, pixart, pixart_inputs, prompts
+from pixart_fixture import ALPHA, SIGMA, diffusers_model, pixart, pixart_inputs, prompts
 from quantized_fixture import quantized_tiny_dit, snr_db
 from torch import Tensor
 
@@ -34,21 +33,6 @@ from ditas_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 EXACT = 1e-12
 """Relative error of a fold in float64: K at most 384, and s over five orders of magnitude."""
-
-
-def diffusers_model(config: PixArtConfig) -> PixArtTransformer2DModel:
-    """diffusers' own, made from what its config.json would say."""
-    model = PixArtTransformer2DModel(
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        num_layers=config.num_layers,
-        sample_size=config.sample_size,
-        caption_channels=config.caption_channels,
-        cross_attention_dim=config.hidden_size,
-        use_additional_conditions=config.use_additional_conditions,
-    )
-    model.load_state_dict(pixart(config).state_dict())
-    return model.eval().requires_grad_(requires_grad=False)
 
 
 def diffusers_output(config: PixArtConfig, inputs: ModelInputs) -> Tensor:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import random_vae
-from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from pixart_fixture import ALPHA, SIGMA, pixart, pixart_inputs, prompts
+from diffusers import DPMSolverMultistepScheduler
+from pixart_fixture import ALPHA, SIGMA, diffusers_model, pixart, pixart_inputs, prompts
 from quantized_fixture import quantized_tiny_dit
 from typer.testing import CliRunner
 
@@ -48,17 +48,7 @@ def run(app: Any, *words: object) -> Result:
 
 def pipeline_folder(folder: Path, config: PixArtConfig) -> Path:
     """What diffusers writes of a pipeline, its text encoder left out."""
-    model = PixArtTransformer2DModel(
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        num_layers=config.num_layers,
-        sample_size=config.sample_size,
-        caption_channels=config.caption_channels,
-        cross_attention_dim=config.hidden_size,
-        use_additional_conditions=config.use_additional_conditions,
-    )
-    model.load_state_dict(pixart(config).state_dict())
-    model.save_pretrained(folder / "transformer")
+    diffusers_model(config).save_pretrained(folder / "transformer")
     DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
     random_vae().save_pretrained(folder / "vae")
     return folder

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from pixart_fixture import ALPHA, SIGMA, pixart, pixart_inputs
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from pixart_fixture import ALPHA, SIGMA, diffusers_model, pixart, pixart_inputs
 from safetensors.torch import load_file, save_file
 
 from ditas_export.errors import CheckpointError
@@ -18,24 +18,10 @@ from ditas_export.families.pixart_config import PixArtConfig
 from ditas_export.options import CheckpointHints
 
 
-def transformer(config: PixArtConfig = SIGMA) -> PixArtTransformer2DModel:
-    model = PixArtTransformer2DModel(
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        num_layers=config.num_layers,
-        sample_size=config.sample_size,
-        caption_channels=config.caption_channels,
-        cross_attention_dim=config.hidden_size,
-        use_additional_conditions=config.use_additional_conditions,
-    )
-    model.load_state_dict(pixart(config).state_dict())
-    return model
-
-
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     """A pipeline's folder with a schedule and a VAE of its own."""
-    transformer().save_pretrained(tmp_path / "transformer")
+    diffusers_model(SIGMA).save_pretrained(tmp_path / "transformer")
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.001, beta_end=0.01, beta_schedule="scaled_linear"
     )
@@ -67,7 +53,7 @@ def test_a_pipeline_is_read_with_its_process(pipeline: Path) -> None:
 
 @pytest.mark.parametrize("config", [SIGMA, ALPHA], ids=["sigma", "alpha"])
 def test_a_transformer_alone(config: PixArtConfig, tmp_path: Path) -> None:
-    transformer(config).save_pretrained(tmp_path, max_shard_size="200KB")
+    diffusers_model(config).save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
     loaded = load_model(tmp_path)
     assert loaded.identity.config == config
@@ -82,7 +68,7 @@ def test_an_old_folder_has_the_class_of_a_dit(pipeline: Path) -> None:
 
 
 def test_half_precision_variants(tmp_path: Path) -> None:
-    transformer().half().save_pretrained(tmp_path, variant="fp16")
+    diffusers_model(SIGMA).half().save_pretrained(tmp_path, variant="fp16")
     loaded = load_model(tmp_path)
     assert loaded.dtype == torch.float16
     assert loaded.model.dtype == torch.float32
@@ -90,7 +76,7 @@ def test_half_precision_variants(tmp_path: Path) -> None:
 
 def test_micro_conditions_are_diffusers_default_at_1024(tmp_path: Path) -> None:
     """Only config.json is asked: the weights are those of a model without."""
-    transformer().save_pretrained(tmp_path / "transformer")
+    diffusers_model(SIGMA).save_pretrained(tmp_path / "transformer")
     edited(tmp_path, sample_size=128, use_additional_conditions=None)
     with pytest.raises(CheckpointError, match=r"missing \(adaln_single\.emb\.\w*embedder"):
         load_model(tmp_path)

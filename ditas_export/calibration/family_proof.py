@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ditas_export.calibration.fold import FoldedLinear, fold_smoothing
-from ditas_export.calibration.fold_proof import BOUND, fold_errors
+from ditas_export.calibration.fold_proof import BOUND, fold_errors, relative_error
 from ditas_export.calibration.modules import FakeQuantLinear, model_of_linears
 from ditas_export.calibration.quantized_model import QuantizedLinear, QuantizedModel
 from ditas_export.errors import QuantizationError
@@ -99,8 +99,8 @@ def prove_folds(
                 for group in block.groups()
             )
         },
-        stages=max(_relative_error(wanted[name], found[name]) for name in wanted),
-        output=_relative_error(*outputs),
+        stages=max(relative_error(wanted[name], found[name]) for name in wanted),
+        output=relative_error(*outputs),
     )
     proof.require(bound)
     return proof
@@ -229,9 +229,3 @@ def _kept(model: FamilyModel, blocks: tuple[Block, ...]) -> Iterator[dict[str, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _relative_error(wanted: Tensor, found: Tensor) -> float:
-    """Return how far a tensor is from what it should be, in the norm."""
-    error = float((found - wanted).norm())
-    return error / float(wanted.norm()) if error else 0.0

@@ -123,13 +123,13 @@ def fold_errors(
             constants,
         )
         for name, output in wanted.items():
-            yield name, _relative_error(output, found[name])
+            yield name, relative_error(output, found[name])
         on_block(index + 1, len(blocks))
     for name in left:
-        yield name, _relative_error(*_plain_outputs(quantized, name, generator))
+        yield name, relative_error(*_plain_outputs(quantized, name, generator))
 
 
-def _relative_error(wanted: Tensor, found: Tensor) -> float:
+def relative_error(wanted: Tensor, found: Tensor) -> float:
     """Return how far a tensor is from what it should be, in the norm; NaN where it is none."""
     error = float((found - wanted).norm())
     return error / float(wanted.norm()) if error else 0.0

@@ -80,8 +80,8 @@ def output_weights(
 def levelled(weights: Tensor, stacked: int) -> Tensor:
     """Return weights (N,) whose mean square is 1 in each of the linears that are stacked.
 
-    Between q, k and v the first order says too little: where attention is settled, it finds next to
-    nothing in q and k, and with that taken at its word final latents lose 1 dB under outliers.
+    q, k and v of one weight so count as three linears would. On one scale, which the first order
+    gives, final latents under planted outliers were 1.1 to 1.7 dB worse (docs/quality.md).
     """
     parts = weights.chunk(stacked)
     typical = [part.square().mean().sqrt() for part in parts]

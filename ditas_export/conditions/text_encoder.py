@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from ditas_export.conditions.embeddings import PromptEmbeddings
-from ditas_export.conditions.options import EncoderPrecision
+from ditas_export.conditions.options import (
+    MICRO_CONDITIONED,
+    PIXELS_PER_LATENT,
+    EncoderPrecision,
+)
 from ditas_export.dit.diffusers_folder import HUB_ID
 from ditas_export.dit.tensor_files import abbreviated, read_json
 from ditas_export.errors import CheckpointError, RunnerError
@@ -41,12 +45,6 @@ _HUB_PATTERNS = [
     "tokenizer/*",
     "transformer/config.json",
 ]
-
-_PIXELS_PER_LATENT = 8
-"""Of the VAE of every PixArt."""
-
-_MICRO_CONDITIONED = 128
-"""Side of the latents of models that are asked for a size too, as diffusers decides it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -197,13 +195,13 @@ def _sizes(folder: Path, rows: int) -> dict[str, Tensor]:
     """Return the micro-conditions of a square image of the model's own size, where it has them."""
     path = folder / "transformer" / "config.json"
     settings = read_json(path)
-    side = settings.get("sample_size", _MICRO_CONDITIONED)
+    side = settings.get("sample_size", MICRO_CONDITIONED)
     is_asked = settings.get("use_additional_conditions")
-    if not (side == _MICRO_CONDITIONED if is_asked is None else is_asked):
+    if not (side == MICRO_CONDITIONED if is_asked is None else is_asked):
         return {}
     if isinstance(side, bool) or not isinstance(side, int) or side < 1:
         raise CheckpointError(f"{path} has sample_size={shown(side)}; expected a whole number")
-    pixels = float(side * _PIXELS_PER_LATENT)
+    pixels = float(side * PIXELS_PER_LATENT)
     return {
         "resolution": torch.full((rows, 2), pixels),
         "aspect_ratio": torch.ones(rows, 1),

@@ -13,9 +13,6 @@ from ditas_export.saved_records import Above, Within, check_fields
 MOST_POSITIONS = 2**27
 """Numbers of a position table: 65 536 tokens of width 2048."""
 
-PIXELS_PER_LATENT = 8
-"""Pixels a side for one of the latents', in every published PixArt's VAE."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixArtConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditas_export.conditions.options import MICRO_CONDITIONED
 from ditas_export.dit.diffusers_folder import CLASSES, PIXART, opened, transformer_folder
 from ditas_export.dit.facts import Fact, merged
 from ditas_export.dit.fitting import Wanted, complaint, faults_of
@@ -49,9 +50,6 @@ _DEFAULTS: dict[str, int | float | None] = {
     "use_additional_conditions": None,
 }
 """Settings that may vary, and what diffusers takes where they are not written."""
-
-_MICRO_CONDITIONED = 128
-"""Side of the latents at which diffusers takes a model that does not say it for α at 1024."""
 
 _POSITIONS_SIDE = 64
 """Side of the latents at which positions are not scaled."""
@@ -130,7 +128,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if settings["interpolation_scale"] is None:
         settings["interpolation_scale"] = max(size // _POSITIONS_SIDE, 1)
     if settings["use_additional_conditions"] is None:
-        settings["use_additional_conditions"] = size == _MICRO_CONDITIONED
+        settings["use_additional_conditions"] = size == MICRO_CONDITIONED
     settings["interpolation_scale"] = _as_float(path, settings, "interpolation_scale")
     settings["norm_eps"] = _as_float(path, settings, "norm_eps")
     width = written.get("cross_attention_dim", 1152)

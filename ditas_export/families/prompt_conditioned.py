@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ditas_export.conditions.embeddings import PromptEmbeddings
+from ditas_export.conditions.options import PIXELS_PER_LATENT
 from ditas_export.errors import ConditionsError
 from ditas_export.families.base import Bounds, Input, Shapes
-from ditas_export.families.pixart_config import PIXELS_PER_LATENT, PixArtConfig
+from ditas_export.families.pixart_config import PixArtConfig
 
 MASK = "encoder_attention_mask"
 
